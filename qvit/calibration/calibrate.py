@@ -1,0 +1,165 @@
+"""`calibrate`: equalisation, IRM initialisation and MSE-optimal scales and offsets, block after block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from qvit.calibration.equalise import equalise_norm, equalise_values, factors_of
+from qvit.calibration.rectify_init import initialise_rectify
+from qvit.convert import family_of
+from qvit.errors import InputError, UnsupportedModelError
+from qvit.layers.points import float_mode, quantization_points
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.mse_search import mse_optimal
+from qvit.spec import PerToken
+
+_VALUES_PER_POINT = 1 << 19  # of one quantization point that the search looks at
+_BATCH = 16  # images that go through a block at once; bounds the memory that softmax maps take
+
+
+def calibrate(
+    student: nn.Module, batches: Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]], images: int = 64
+) -> None:
+    """Prepares a quantized model, in place, from a few images; call it once, before the optimizer and before DDP.
+
+    Block after block, each on the inputs that the blocks before it produce in floating point: equalises, initialises IRM so
+    that the float function is kept, then sets the scale and offset of every quantizer to those of least squared error.
+
+    Args:
+        student: what `qvit.quantize` returned.
+        batches: image batches [B, C, H, W], normalised as the model's preprocessing says, or tuples that begin with one
+            (a data loader).
+        images: how many images to use.
+
+    Raises:
+        UnsupportedModelError: the model is not quantized.
+        InputError: no images, images of another size or not normalised as declared.
+    """
+    if not hasattr(student, "qvit"):
+        raise UnsupportedModelError("The model is not quantized: call qvit.quantize(model, bits=4) first.")
+    family = family_of(student)
+    device = next(student.parameters()).device
+    x = _gather(batches, images, student.qvit.preprocessing.input_size).to(device)
+    _check_pixels(student, x)
+    training = student.training
+    student.eval()
+    try:
+        with torch.no_grad(), float_mode(student):
+            tokens = torch.cat([family.stem(student, part) for part in x.split(_BATCH)])
+            for block in student.blocks:
+                tokens = _calibrate_block(block, tokens, student.qvit.spec.equalise)
+            heads = nn.ModuleList([getattr(student, name) for name in student.qvit.architecture.heads])
+            with _observing(heads) as samples:
+                for part in tokens.split(_BATCH):
+                    family.tail(student, part)
+            _search(heads, samples)
+            _fit_weight(student.patch_embed.proj.weight_quantizer, student.patch_embed.proj.effective_weight())
+    finally:
+        student.train(training)
+
+
+def _gather(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tensor:
+    taken: list[torch.Tensor] = []
+    missing = images
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(x, torch.Tensor) or x.dim() != 4 or tuple(x.shape[1:]) != tuple(size):
+            shape = tuple(x.shape) if hasattr(x, "shape") else type(x).__name__
+            raise InputError(f"Calibration needs image batches [B, {', '.join(map(str, size))}], not {shape}.")
+        taken.append(x[:missing].float())
+        missing -= len(taken[-1])
+        if missing <= 0:
+            break
+    if not taken or not sum(map(len, taken)):
+        raise InputError("Calibration got no images: pass a loader or a list of image batches that is not empty.")
+    return torch.cat(taken)
+
+
+def _check_pixels(student: nn.Module, x: torch.Tensor) -> None:
+    """Images that were normalised otherwise than declared would be clipped at the pixel grid, silently."""
+    preprocessing = student.qvit.preprocessing
+    std = torch.tensor(preprocessing.std, device=x.device)[:, None, None]
+    mean = torch.tensor(preprocessing.mean, device=x.device)[:, None, None]
+    pixels = x * std + mean
+    outside = ((pixels < -0.02) | (pixels > 1.02)).float().mean().item()
+    if outside > 0.01:
+        raise InputError(
+            f"{outside:.0%} of the calibration pixels lie outside [0, 1] once mean {preprocessing.mean} and std {preprocessing.std} "
+            "are undone: pass qvit.quantize the preprocessing that the images have really gone through."
+        )
+
+
+def _calibrate_block(block: nn.Module, tokens: torch.Tensor, equalise: bool) -> torch.Tensor:
+    """Calibrates one block in float mode on its inputs [S, N, C]; returns its outputs."""
+    attention, mlp = block.attn, block.mlp
+    if equalise:
+        normed = block.norm1(tokens)
+        equalise_norm(block.norm1, attention.qkv, factors_of(normed))
+        normed = block.norm1(tokens)
+        width = attention.proj.in_features
+        equalise_values(attention.qkv, attention.proj, factors_of(attention.qkv(normed)[..., -width:]))
+    if not isinstance(attention.rectify_q, nn.Identity):
+        initialise_rectify(attention, block.norm1(tokens))
+    if equalise:
+        # norm2 sees what attention adds; IRM is in place by now.
+        middle = torch.cat([_after_attention(block, part) for part in tokens.split(_BATCH)])
+        equalise_norm(block.norm2, mlp.fc1, factors_of(block.norm2(middle)))
+    with _observing(block) as samples:
+        out = torch.cat([block(part) for part in tokens.split(_BATCH)])
+    _search(block, samples)
+    return out
+
+
+def _after_attention(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The residual stream [S, N, C] between attention and MLP."""
+    return tokens + block.ls1(block.attn(block.norm1(tokens)))
+
+
+@contextmanager
+def _observing(module: nn.Module):  # type: ignore[no-untyped-def]
+    """Within it, the activations that reach every quantizer of ``module`` are sampled: yields {quantizer: [tensors]}."""
+    samples: dict[LSQQuantizer, list[torch.Tensor]] = {}
+    quantizers = [q for q in quantization_points(module).values() if isinstance(q, LSQQuantizer)]
+    for quantizer in quantizers:
+        samples[quantizer] = []
+        quantizer.observer = samples[quantizer].append
+    try:
+        yield samples
+    finally:
+        for quantizer in quantizers:
+            quantizer.observer = None
+
+
+def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]]) -> None:
+    """Sets every quantizer of ``module``: activations from their samples, weights from themselves."""
+    for quantizer, seen in samples.items():
+        if seen:
+            x = _thin(torch.cat(seen), quantizer)
+            quantizer.set_parameters(*mse_optimal(x, quantizer.spec, quantizer.scale.shape, _offset_shape(quantizer)))
+    for layer in module.modules():
+        weight_quantizer = getattr(layer, "weight_quantizer", None)
+        if weight_quantizer is not None:
+            _fit_weight(weight_quantizer, layer.weight)
+
+
+def _fit_weight(quantizer: LSQQuantizer, weight: torch.Tensor) -> None:
+    quantizer.set_parameters(*mse_optimal(weight, quantizer.spec, quantizer.scale.shape, None))
+
+
+def _offset_shape(quantizer: LSQQuantizer) -> tuple[int, ...] | None:
+    return None if quantizer.offset is None else tuple(quantizer.offset.shape)
+
+
+def _thin(x: torch.Tensor, quantizer: LSQQuantizer) -> torch.Tensor:
+    """An evenly spaced part of a sample [S, .., N, C]: fewer tokens where no parameter follows them, then fewer images."""
+    if x.dim() > 2 and not isinstance(quantizer.spec.scale, PerToken):
+        rows = max(1, x.shape[-2] * _VALUES_PER_POINT // x.numel())
+        if rows < x.shape[-2]:
+            index = torch.linspace(0, x.shape[-2] - 1, rows, device=x.device).round().long()
+            x = x.index_select(-2, index)
+    count = max(1, len(x) * _VALUES_PER_POINT // x.numel())
+    return x[torch.linspace(0, len(x) - 1, count, device=x.device).round().long()] if count < len(x) else x

@@ -1,0 +1,74 @@
+"""Function-preserving initialisation of IRM.
+
+IRM divides every token's q (and k) by its own standard deviation over the head width. The affine part can undo that on
+average over tokens (least squares per head and channel), but not for each token, and what is left adds up over the blocks:
+on a ViT-S it costs 2 to 5 points. Two steps make it small without giving the module up:
+
+1. Anchor: a constant vector, added to q through the bias of qkv, in the direction in which q varies least. The standard
+   deviation of a token is then dominated by a part that all tokens share, so that it varies less from token to token; the
+   shift of IRM takes the constant out again. Its squared length is `ANCHOR` times the mean squared length of q: at 0 the
+   division is at full strength and the pretrained function is lost, at infinity the function is exact and the division does
+   nothing. Training may change it, since it lives in a bias.
+2. Least squares: weight and bias of IRM, per head and channel, such that q~ is closest to q.
+
+Blocks are fitted one after the other, each on the inputs that the rectified blocks before it produce.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qvit.layers.attention import QuantAttention
+from qvit.layers.rectify import Rectify
+
+ANCHOR = 4.0
+
+
+@torch.no_grad()
+def initialise_rectify(attention: QuantAttention, x: torch.Tensor) -> None:
+    """Sets both IRM modules of a block, and the anchors in qkv's bias, so that the float function is kept.
+
+    Args:
+        attention: with `Rectify` modules on q and k, in float mode.
+        x: inputs of the attention [S, N, C] (behind the LayerNorm).
+    """
+    heads, width = attention.num_heads, attention.head_dim
+    s, n, _ = x.shape
+    before = attention.qkv(x).reshape(s, n, 3, heads, width).permute(2, 0, 3, 1, 4).double()
+    for index, rectify in enumerate((attention.rectify_q, attention.rectify_k)):
+        assert isinstance(rectify, Rectify)
+        target = before[index]
+        anchored = target
+        if attention.qkv.bias is not None:
+            anchor = anchors_of(target)
+            attention.qkv.bias.view(3, heads, width)[index] += anchor.to(attention.qkv.bias.dtype)
+            anchored = target + anchor[:, None]
+        z = rectify.standardise(anchored).double()
+        weight, bias = least_squares(z, target)
+        rectify.weight.copy_(weight)
+        rectify.bias.copy_(bias)
+
+
+def anchors_of(q: torch.Tensor) -> torch.Tensor:
+    """q [S, H, N, D] -> a constant vector a head [H, D], orthogonal to the all-ones vector that standardising removes."""
+    heads, width = q.shape[1], q.shape[-1]
+    rows = q.transpose(0, 1).reshape(heads, -1, width)
+    centred = rows - rows.mean(-1, keepdim=True)
+    mean = centred.mean(1)
+    spread = centred - mean[:, None]
+    covariance = spread.transpose(1, 2) @ spread / rows.shape[1]
+    ones = torch.ones(width, width, dtype=q.dtype, device=q.device)
+    # Pushes the all-ones direction to the top of the spectrum, so that the quietest direction is orthogonal to it.
+    covariance = covariance + ones * (covariance.diagonal(dim1=1, dim2=2).sum(-1) + 1)[:, None, None]
+    direction = torch.linalg.eigh(covariance).eigenvectors[..., 0]
+    sign = torch.where((direction * mean).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    length = (ANCHOR * centred.square().sum(-1).mean(1)).sqrt()
+    return direction * sign * length[:, None]
+
+
+def least_squares(z: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``weight * z + bias`` closest to ``target`` per head and channel: z, target [S, H, N, D] -> weight, bias [H, D]."""
+    z_mean, target_mean = z.mean((0, 2), keepdim=True), target.mean((0, 2), keepdim=True)
+    variance = (z - z_mean).square().mean((0, 2))
+    weight = ((z - z_mean) * (target - target_mean)).mean((0, 2)) / variance.clamp_min(1e-12)
+    return weight, target_mean[0, :, 0] - weight * z_mean[0, :, 0]

@@ -1,0 +1,186 @@
+"""timm's VisionTransformer and VisionTransformerDistilled (ViT, DeiT): description, swap and rebuilding."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+
+import torch
+from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, activations
+from timm.layers.attention import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from qvit.architecture import VitArchitecture
+from qvit.errors import UnsupportedModelError
+from qvit.layers.attention import QuantAttention
+from qvit.layers.linear import QuantLinear
+from qvit.layers.patch_embed import QuantPatchProjection
+from qvit.preprocessing import Preprocessing
+from qvit.spec import ModelSpec, Operand, QuantSpec
+
+MODEL_CLASSES = (VisionTransformer, VisionTransformerDistilled)
+
+_LAYER_SCALES = tuple({LayerScale, inspect.getmodule(Block).LayerScale})  # type: ignore[union-attr]
+_NORMS = (nn.LayerNorm, LayerNorm)
+_PLAIN = (nn.Sequential, nn.Identity, nn.Dropout, nn.Linear, nn.Conv2d, DropPath, PatchDropout, PatchEmbed, Mlp, Block)
+_ACTIVATIONS = {
+    nn.GELU: "gelu",
+    activations.GELU: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELU: "quick_gelu",
+}
+_ACTIVATION_LAYERS = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "quick_gelu": activations.QuickGELU}
+
+
+def activation_name(module: nn.Module, name: str) -> str:
+    """The name of an activation module; raises `UnsupportedModelError` where it is none of the known ones."""
+    if type(module) is nn.GELU and module.approximate == "tanh":
+        return "gelu_tanh"
+    if type(module) not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) is not supported: qvit knows GELU, tanh-GELU and QuickGELU between fc1 and fc2."
+        )
+    return _ACTIVATIONS[type(module)]
+
+
+def check(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError`, naming the first module or option that qvit does not quantize."""
+    for name, module in model.named_modules():
+        known = type(module) in (*MODEL_CLASSES, *_PLAIN, *_NORMS, *_LAYER_SCALES, *_ACTIVATIONS)
+        if type(module) is Attention:
+            for part in ("q_norm", "k_norm", "norm"):
+                inner = getattr(module, part, None)
+                if inner is not None and not isinstance(inner, nn.Identity):
+                    raise UnsupportedModelError(
+                        f"{name}.{part} ({type(inner).__name__}) is not supported: qvit normalises q and k with IRM instead; "
+                        "use a model without qk_norm and scale_norm."
+                    )
+            if getattr(module, "gate", None) is not None:
+                raise UnsupportedModelError(f"{name}.gate is not supported: use a model without gated attention.")
+        elif not known:
+            raise UnsupportedModelError(
+                f"{name or 'the model'} ({type(module).__name__}) is not supported: qvit quantizes plain ViT and DeiT blocks "
+                "(Attention, Mlp, LayerNorm, LayerScale)."
+            )
+        if type(module) in _NORMS and (module.weight is None or module.bias is None):
+            raise UnsupportedModelError(f"{name} is a LayerNorm without weight and bias, which is not supported.")
+    if model.global_pool not in ("token", "avg"):
+        raise UnsupportedModelError(f"global_pool={model.global_pool!r} is not supported: use 'token' or 'avg'.")
+    if model.dynamic_img_size or getattr(model.patch_embed, "dynamic_img_pad", False):
+        raise UnsupportedModelError("dynamic_img_size is not supported: integer models have one input size.")
+    if model.num_classes <= 0 or not isinstance(model.head, nn.Linear):
+        raise UnsupportedModelError("The model has no classification head: create it with num_classes > 0.")
+    if not isinstance(model.patch_embed.norm, nn.Identity):
+        raise UnsupportedModelError("patch_embed.norm is not supported: use a model without a norm in the patch embedding.")
+
+
+def describe(model: nn.Module) -> VitArchitecture:
+    """The architecture of a checked float model."""
+    block = model.blocks[0]
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return VitArchitecture(
+        name=config.get("architecture") or "vision_transformer",
+        img_size=tuple(model.patch_embed.img_size),
+        patch_size=tuple(model.patch_embed.patch_size),
+        in_chans=model.patch_embed.proj.in_channels,
+        num_classes=model.num_classes,
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_hidden=block.mlp.fc1.out_features,
+        qkv_bias=block.attn.qkv.bias is not None,
+        proj_bias=block.attn.proj.bias is not None,
+        patch_bias=model.patch_embed.proj.bias is not None,
+        class_token=model.cls_token is not None,
+        dist_token=isinstance(model, VisionTransformerDistilled),
+        reg_tokens=0 if model.reg_token is None else model.reg_token.shape[1],
+        pos_embed=model.pos_embed is not None,
+        no_embed_class=bool(model.no_embed_class),
+        pre_norm=not isinstance(model.norm_pre, nn.Identity),
+        final_norm=not isinstance(model.norm, nn.Identity),
+        fc_norm=not isinstance(model.fc_norm, nn.Identity),
+        global_pool=model.global_pool,
+        pool_include_prefix=bool(getattr(model, "pool_include_prefix", False)),
+        layer_scale=not isinstance(block.ls1, nn.Identity),
+        activation=activation_name(block.mlp.act, "blocks.0.mlp.act"),
+        norm_eps=block.norm1.eps,
+    )
+
+
+def build(a: VitArchitecture) -> nn.Module:
+    """A float timm model of the architecture, with random weights."""
+    arguments = dict(
+        img_size=a.img_size,
+        patch_size=a.patch_size,
+        in_chans=a.in_chans,
+        num_classes=a.num_classes,
+        global_pool=a.global_pool,
+        embed_dim=a.embed_dim,
+        depth=a.depth,
+        num_heads=a.num_heads,
+        mlp_ratio=a.mlp_hidden / a.embed_dim,
+        qkv_bias=a.qkv_bias,
+        proj_bias=a.proj_bias,
+        init_values=1e-5 if a.layer_scale else None,
+        class_token=a.class_token,
+        pos_embed="learn" if a.pos_embed else "none",
+        no_embed_class=a.no_embed_class,
+        reg_tokens=a.reg_tokens,
+        pre_norm=a.pre_norm,
+        final_norm=a.final_norm or a.fc_norm,
+        fc_norm=a.fc_norm,
+        pool_include_prefix=a.pool_include_prefix,
+        norm_layer=partial(LayerNorm, eps=a.norm_eps),
+        act_layer=_ACTIVATION_LAYERS[a.activation],
+    )
+    model = (VisionTransformerDistilled if a.dist_token else VisionTransformer)(**arguments)
+    if a.patch_bias != (model.patch_embed.proj.bias is not None):
+        old = model.patch_embed.proj
+        model.patch_embed.proj = nn.Conv2d(
+            a.in_chans, a.embed_dim, kernel_size=a.patch_size, stride=a.patch_size, bias=a.patch_bias, device=old.weight.device
+        )
+    return model
+
+
+def stem(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """images [B, C, H, W] -> what enters the first block, [B, N, C]."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def tail(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """What leaves the last block, [B, N, C] -> logits [B, classes]."""
+    return model.forward_head(model.norm(tokens))
+
+
+def swap(model: nn.Module, a: VitArchitecture, spec: ModelSpec, preprocessing: Preprocessing) -> None:
+    """Replaces, in place, the modules of a checked float model with quantized ones that take over their parameters."""
+
+    def layer(linear: nn.Linear, name: str, tokens: int | None, edge: bool = False) -> QuantLinear:
+        return QuantLinear(
+            linear,
+            spec.resolve(f"{name}.weight", Operand.WEIGHT, edge),
+            spec.resolve(f"{name}.input", Operand.INPUT, edge),
+            tokens,
+        )
+
+    projection = "patch_embed.proj"
+    model.patch_embed.proj = QuantPatchProjection(
+        model.patch_embed.proj,
+        spec.resolve(f"{projection}.weight", Operand.WEIGHT, edge=True),
+        spec.resolve(f"{projection}.input", Operand.INPUT, edge=True),
+        preprocessing.mean,
+        preprocessing.std,
+    )
+    for index, block in enumerate(model.blocks):
+        name = f"blocks.{index}"
+
+        def resolve(suffix: str, operand: Operand, prefix: str = f"{name}.attn") -> QuantSpec:
+            return spec.resolve(f"{prefix}.{suffix}", operand)
+
+        block.attn = QuantAttention(block.attn, resolve, a.num_tokens, spec.rectify)
+        block.mlp.fc1 = layer(block.mlp.fc1, f"{name}.mlp.fc1", a.num_tokens)
+        block.mlp.fc2 = layer(block.mlp.fc2, f"{name}.mlp.fc2", a.num_tokens)
+    for head in a.heads:
+        setattr(model, head, layer(getattr(model, head), head, None, edge=True))

@@ -1,0 +1,1 @@
+"""Quantized drop-ins for timm's modules. Read `qvit.quantizers`; used by `qvit.convert`, `qvit.calibration`, `qvit.integer.freeze`."""

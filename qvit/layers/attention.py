@@ -1,0 +1,76 @@
+"""Quantized multi-head self-attention: q, k, v and the softmax map at low bits, IRM on q and k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qvit.layers.code_matmul import code_scores, code_values
+from qvit.layers.linear import QuantLinear
+from qvit.layers.rectify import Rectify
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.spec import Dims, Operand, QuantSpec, SpecError
+
+
+class QuantAttention(nn.Module):
+    """Drop-in for `timm.layers.Attention`; takes over its parameters.
+
+    Args:
+        attention: the float module, with ``qkv`` and ``proj`` linear layers and no norm or gate inside.
+        resolve: ``(suffix, operand) -> QuantSpec`` for the points ``qkv.weight``, ``qkv.input``, ``q``, ``k``, ``v``, ``map``,
+            ``proj.weight``, ``proj.input``.
+        tokens: N.
+        rectify: insert IRM on q and k.
+    """
+
+    def __init__(
+        self, attention: nn.Module, resolve: Callable[[str, Operand], QuantSpec], tokens: int, rectify: bool
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = attention.num_heads, attention.qkv.out_features // 3 // attention.num_heads
+        self.scale = attention.scale
+        width = Dims(channels=self.head_dim, rows=tokens, heads=self.num_heads)
+        self.qkv = QuantLinear(
+            attention.qkv, resolve("qkv.weight", Operand.WEIGHT), resolve("qkv.input", Operand.INPUT), tokens
+        )
+        self.rectify_q = Rectify(self.num_heads, self.head_dim) if rectify else nn.Identity()
+        self.rectify_k = Rectify(self.num_heads, self.head_dim) if rectify else nn.Identity()
+        self.q_quantizer = LSQQuantizer(resolve("q", Operand.QUERY), width)
+        self.k_quantizer = LSQQuantizer(resolve("k", Operand.KEY), width)
+        self.v_quantizer = LSQQuantizer(resolve("v", Operand.VALUE), width)
+        map_dims = Dims(channels=tokens, rows=tokens, heads=self.num_heads)
+        self.map_quantizer = LSQQuantizer(resolve("map", Operand.MAP), map_dims)
+        self.attn_drop = attention.attn_drop
+        self.proj = QuantLinear(
+            attention.proj, resolve("proj.weight", Operand.WEIGHT), resolve("proj.input", Operand.INPUT), tokens
+        )
+        self.proj_drop = attention.proj_drop
+
+    def rectified(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [B, N, C] -> q~, k~ (after IRM) and v, each [B, H, N, D]."""
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.rectify_q(q), self.rectify_k(k), v
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """x [B, N, C] -> [B, N, C].
+
+        Raises:
+            SpecError: a mask is given; classification transformers have none, and the integer engines run none.
+        """
+        if attn_mask is not None or is_causal:
+            raise SpecError("Quantized attention takes no mask: run the model without attn_mask and is_causal.")
+        b, n, _ = x.shape
+        q, k, v = self.rectified(x)
+        if self.q_quantizer.enabled:
+            scores = code_scores(self.q_quantizer(q), self.k_quantizer(k), self.scale)
+            attention = self.attn_drop(scores.softmax(dim=-1))
+            out = code_values(self.map_quantizer(attention), self.v_quantizer(v))
+        else:
+            q, k = self.q_quantizer.observe(q), self.k_quantizer.observe(k)
+            attention = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+            out = self.map_quantizer.observe(attention).to(v.dtype) @ self.v_quantizer.observe(v)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, -1)))

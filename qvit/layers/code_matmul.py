@@ -1,0 +1,165 @@
+"""Matrix products of the training graph, computed on the codes: what is trained is what runs.
+
+Each product multiplies whole numbers and scales the sums afterwards, with the same formulas as the integer engines, while
+its gradient is that of the product of the dequantized values. In float32 the sums are exact (`exact_matmul`), so the
+training graph and the reference engine agree bit for bit up to LayerNorm, softmax and GELU; under bfloat16 autocast the
+codes are still exact, and only the sums are rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qvit.quantizers.exact_matmul import exact_matmul
+from qvit.quantizers.lsq import Quantized, repeat_groups
+from qvit.spec import HalfStep, PerGroup, QuantSpec
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, spec_a: QuantSpec, spec_b: QuantSpec) -> torch.Tensor:
+    """Sums [.., N, M] of codes a [.., N, K] and b [.., K, M]; float32, or float64 where float32 could not hold them."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.matmul(a, b).float()
+    return exact_matmul(a, b, max(-spec_a.qn, spec_a.qp), max(-spec_b.qn, spec_b.qp))
+
+
+def folded_bias(w: Quantized, offset: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """``bias[m] + sum_k w[m, k] * offset[k]``, [M]: what an input offset adds to every output (method: LSQ+ on integers).
+
+    Summed in float64, as the integer model does when it is loaded.
+    """
+    if offset is None:
+        return bias
+    values = w.codes.double() * repeat_groups(w.scale.double(), w.spec)
+    folded = values @ offset.double().expand(values.shape[1])
+    return (folded if bias is None else folded + bias.double()).float()
+
+
+class _CodeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_value, w_value, bias, x: Quantized, w: Quantized):  # type: ignore[override]
+        ctx.save_for_backward(x_value, w_value)
+        ctx.has_bias = bias is not None
+        shift = folded_bias(w, x.offset, bias)
+        if isinstance(x.spec.scale, PerGroup) or isinstance(w.spec.scale, PerGroup):
+            y = _grouped_sums(x, w)
+        else:
+            sums = _matmul(x.codes, w.codes.t(), x.spec, w.spec)
+            y = sums.float() * (x.scale * w.scale.flatten())
+        return (y if shift is None else y + shift).to(x_value.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x_value, w_value = ctx.saved_tensors
+        grad = grad.to(w_value.dtype)
+        grad_x = grad_w = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ w_value
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            grad_w = rows.t() @ x_value.flatten(0, -2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = rows.float().sum(0)
+        return grad_x, grad_w, grad_bias, None, None
+
+
+def _grouped_sums(x: Quantized, w: Quantized) -> torch.Tensor:
+    """``sum over groups g of scale_x[g] * scale_w[m, g] * sums[g]``, the groups added in order in float32."""
+    size = (x.spec.scale if isinstance(x.spec.scale, PerGroup) else w.spec.scale).size  # type: ignore[union-attr]
+    y: torch.Tensor | None = None
+    for group in range(x.codes.shape[-1] // size):
+        part = slice(group * size, (group + 1) * size)
+        sums = _matmul(x.codes[..., part], w.codes[:, part].t(), x.spec, w.spec).float()
+        scale_x = x.scale[group] if isinstance(x.spec.scale, PerGroup) else x.scale
+        scale_w = w.scale[:, group] if isinstance(w.spec.scale, PerGroup) else w.scale.flatten()
+        term = sums * (scale_x * scale_w)
+        y = term if y is None else y + term
+    assert y is not None
+    return y
+
+
+def code_linear(x: Quantized, w: Quantized, bias: torch.Tensor | None) -> torch.Tensor:
+    """The linear layer ``x w^T + bias`` on codes.
+
+    Args:
+        x: input [.., K].
+        w: weight [M, K].
+        bias: [M] or ``None``.
+
+    Returns:
+        [.., M], float32, or the autocast type if autocast is on.
+    """
+    return _CodeLinear.apply(x.value, w.value, bias, x, w)
+
+
+class _CodeScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_value, k_value, q: Quantized, k: Quantized, factor: float):  # type: ignore[override]
+        ctx.save_for_backward(q_value, k_value)
+        ctx.factor = factor
+        sums = _matmul(q.codes, k.codes.transpose(-2, -1), q.spec, k.spec).float()
+        scale = q.scale * factor * k.scale.transpose(-2, -1) if k.scale.dim() > 1 else q.scale * factor * k.scale
+        if isinstance(q.spec.offset, HalfStep):
+            scores = (sums + 0.5 * k.codes.float().sum(-1)[..., None, :]) * scale
+        else:
+            scores = sums * scale
+            if q.offset is not None:
+                scale_k = k.scale.transpose(-2, -1) if k.scale.dim() > 1 else k.scale
+                column = (k.codes.float() * q.offset).sum(-1)[..., None, :]
+                scores = scores + column * (scale_k * factor)
+        return scores
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        q_value, k_value = ctx.saved_tensors
+        grad = (grad * ctx.factor).to(q_value.dtype)
+        return grad @ k_value, grad.transpose(-2, -1) @ q_value, None, None, None
+
+
+def code_scores(q: Quantized, k: Quantized, factor: float) -> torch.Tensor:
+    """Attention scores ``factor * q k^T`` on codes, float32 [B, H, N, N], up to a constant a row.
+
+    An offset of k, and the constant part of q's, add the same number to every key of a row, which softmax cancels; they are
+    left out here and in every engine. q's offset adds a term a key: the sum of k's codes for a half step.
+
+    Args:
+        q, k: [B, H, N, D].
+        factor: D^-0.5.
+    """
+    return _CodeScores.apply(q.value, k.value, q, k, factor)
+
+
+class _CodeValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p_value, v_value, p: Quantized, v: Quantized):  # type: ignore[override]
+        ctx.save_for_backward(p_value, v_value)
+        sums = _matmul(p.codes, v.codes, p.spec, v.spec).float()
+        if v.offset is None:
+            out = sums * (p.scale * v.scale)
+        else:
+            rows = p.codes.float().sum(-1, keepdim=True)
+            if isinstance(v.spec.offset, HalfStep):
+                out = (sums + 0.5 * rows) * (p.scale * v.scale)
+            else:
+                out = sums * (p.scale * v.scale) + rows * (p.scale * v.offset)
+        return out.to(v_value.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        p_value, v_value = ctx.saved_tensors
+        grad = grad.to(v_value.dtype)
+        return grad @ v_value.transpose(-2, -1), p_value.transpose(-2, -1) @ grad, None, None
+
+
+def code_values(p: Quantized, v: Quantized) -> torch.Tensor:
+    """Attention output ``p v`` on codes; v's offset is multiplied by the row sums of p's codes.
+
+    Args:
+        p: softmax map [B, H, N, N].
+        v: [B, H, N, D].
+
+    Returns:
+        [B, H, N, D], float32, or the autocast type if autocast is on.
+    """
+    return _CodeValues.apply(p.value, v.value, p, v)
+

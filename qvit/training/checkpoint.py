@@ -1,0 +1,265 @@
+"""Checkpoints: one safetensors file each, described by JSON in its header; never a pickle.
+
+Tensors are called ``model.<state dict key>`` and, in a checkpoint that training resumes from, ``optimizer.state.<parameter
+number>.<key>`` and ``optimizer.group.<group number>.<key>``; the optimizer's plain numbers are in the header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+import qvit.families.vit
+from qvit.architecture import VitArchitecture
+from qvit.convert import StudentInfo, family_of, rebuild
+from qvit.errors import QvitError, TrainingError, WeightsError
+from qvit.preprocessing import Preprocessing
+
+LAST, BEST = "last.safetensors", "best.safetensors"
+SCHEMA = 1
+_HEADER = "qvit.checkpoint"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        architecture: of the model.
+        preprocessing: what its inputs go through.
+        student: how it is quantized; ``None`` for a float model.
+        classes: names, in the order of the model's outputs.
+        recipe: as a JSON object (`qvit.training.recipe.Recipe.to_dict`).
+        epochs: finished ones.
+        step: optimizer steps done.
+        processes: that train together.
+        metrics: accuracies in percent and the like.
+        versions: of the libraries that wrote it.
+    """
+
+    architecture: VitArchitecture
+    preprocessing: Preprocessing
+    student: StudentInfo | None
+    classes: list[str]
+    recipe: dict[str, Any]
+    epochs: int = 0
+    step: int = 0
+    processes: int = 1
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: {"torch": str(torch.__version__), "timm": timm.__version__})
+
+    @classmethod
+    def of(cls, model: nn.Module, preprocessing: Preprocessing, classes: list[str], recipe: dict[str, Any], **values: Any) -> Metadata:
+        """For a model that is here; a student brings its own description."""
+        student: StudentInfo | None = getattr(model, "qvit", None)
+        architecture = student.architecture if student else family_of(model).describe(model)
+        return cls(architecture, preprocessing, student, classes, recipe, **values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON object that `from_dict` reads back."""
+        return {
+            "schema": SCHEMA,
+            "architecture": self.architecture.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
+            "student": self.student.to_dict() if self.student else None,
+            "classes": self.classes,
+            "recipe": self.recipe,
+            "epochs": self.epochs,
+            "step": self.step,
+            "processes": self.processes,
+            "metrics": self.metrics,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Metadata:
+        """Reads what `to_dict` wrote; raises `KeyError`, `TypeError` or a `QvitError` where that fails."""
+        return cls(
+            architecture=VitArchitecture.from_dict(data["architecture"]),
+            preprocessing=Preprocessing.from_dict(data["preprocessing"]),
+            student=StudentInfo.from_dict(data["student"]) if data["student"] else None,
+            **{name: data[name] for name in ("classes", "recipe", "epochs", "step", "processes", "metrics", "versions")},
+        )
+
+
+def save_checkpoint(
+    path: Path, model: nn.Module, metadata: Metadata, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Writes a checkpoint beside ``path`` and then puts it in its place at once.
+
+    Raises:
+        TrainingError: the file cannot be written; what was at ``path`` before is still there.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    header: dict[str, Any] = metadata.to_dict()
+    if optimizer is not None:
+        header["optimizer"], more = _pack_optimizer(optimizer)
+        tensors |= more
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write(path, safetensors.torch.save(contiguous, {_HEADER: json.dumps(header)}))
+
+
+def _write(path: Path, content: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                beside.unlink()
+        _sync_folder(path.parent)
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        raise TrainingError(
+            f"The checkpoint {path} cannot be written ({what}): free {len(content) >> 20} MiB and resume; "
+            "the checkpoint before it is kept."
+        ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename last through a power cut, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The optimizer's state as JSON and tensors."""
+    state = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {"state": {}, "group": {}}
+    entries = [("state", n, entry) for n, entry in state["state"].items()]
+    entries += [("group", n, {k: v for k, v in group.items() if k != "params"}) for n, group in enumerate(state["param_groups"])]
+    for kind, number, entry in entries:
+        plain[kind][str(number)] = {key: value for key, value in entry.items() if not isinstance(value, torch.Tensor)}
+        tensors |= {f"optimizer.{kind}.{number}.{k}": v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    return plain, tensors
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Restores an optimizer over the same parameters from a checkpoint that was written with one.
+
+    Raises:
+        TrainingError: the checkpoint's optimizer has other parameter groups, or it has none.
+    """
+    own = optimizer.state_dict()
+    plain = checkpoint.optimizer
+    if plain is None or len(plain["group"]) != len(own["param_groups"]):
+        raise TrainingError(f"{checkpoint.path} holds no state of this run's optimizer: start a new run.")
+    state: dict[int, dict[str, Any]] = {int(n): dict(entry) for n, entry in plain["state"].items()}
+    for number, group in enumerate(own["param_groups"]):
+        saved = {key: tuple(v) if isinstance(v, list) else v for key, v in plain["group"][str(number)].items()}
+        group.update(saved)
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("optimizer."):
+            _, kind, number, key = name.split(".", 3)
+            target = own["param_groups"][int(number)] if kind == "group" else state[int(number)]
+            target[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read.
+
+    Attributes:
+        path: of the file.
+        metadata: what it says of itself.
+        tensors: all of them, by the names that the file gives them.
+        optimizer: the optimizer's plain numbers; ``None`` where it was saved without.
+    """
+
+    path: Path
+    metadata: Metadata
+    tensors: dict[str, torch.Tensor]
+    optimizer: dict[str, Any] | None
+
+    def model_state(self) -> dict[str, torch.Tensor]:
+        """The model's state dict."""
+        return {name.removeprefix("model."): t for name, t in self.tensors.items() if name.startswith("model.")}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file at ``path`` is a checkpoint of this package, rather than any other file."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return _HEADER in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint.
+
+    Raises:
+        WeightsError: there is no such file, or it is truncated, damaged, foreign or of a newer version.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_HEADER)
+            if text is None:
+                raise WeightsError(f"{path} is no checkpoint of qvit: it was written by another program.")
+            header = json.loads(text)
+            if header["schema"] > SCHEMA:
+                raise WeightsError(f"{path} was written by a newer version of qvit: update qvit to read it.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            return Checkpoint(path, Metadata.from_dict(header), tensors, header.get("optimizer"))
+    except WeightsError:
+        raise
+    except FileNotFoundError:
+        raise WeightsError(f"There is no checkpoint {path}: check the path.") from None
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, QvitError) as error:
+        raise WeightsError(f"{path} cannot be read as a checkpoint ({error}): it is truncated or damaged.") from None
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, Metadata]:
+    """The model of a checkpoint, float or quantized, in evaluation mode on the CPU.
+
+    Raises:
+        WeightsError: the file cannot be read, or its tensors do not fit the model that it describes.
+    """
+    checkpoint = read_checkpoint(path)
+    metadata = checkpoint.metadata
+    try:
+        model = rebuild(metadata.student) if metadata.student else qvit.families.vit.build(metadata.architecture)
+        model.load_state_dict(checkpoint.model_state())
+    except (RuntimeError, QvitError) as error:
+        raise WeightsError(f"{path} is damaged: its tensors do not fit the model that it describes ({_short(error)}).") from None
+    return model.eval(), metadata
+
+
+def load_student(path: str | Path) -> tuple[nn.Module, Metadata]:
+    """The quantized model of a checkpoint, as `load_model`.
+
+    Raises:
+        WeightsError: as `load_model`, or the checkpoint holds a float model.
+    """
+    model, metadata = load_model(path)
+    if metadata.student is None:
+        raise WeightsError(f"{path} holds a float model, not a quantized one: quantize and train it first.")
+    return model, metadata
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + " .."

@@ -1,0 +1,99 @@
+"""`train` and `fit`: the ways into training, on Hugging Face Accelerate, for one process and for many (``torchrun``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from qvit.errors import InputError, TrainingError
+from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
+from qvit.training.logs import RunLog
+from qvit.training.loop import TrainingLoop, TrainingResult
+from qvit.training.recipe import Recipe
+from qvit.training.resume import check_same_run
+from qvit.training.setup import set_up
+
+
+def train(
+    model: nn.Module,
+    teacher: nn.Module | None = None,
+    recipe: Recipe | str | Path = "digits",
+    data: str | Path | None = None,
+    output: str | Path = "runs/train",
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainingResult:
+    """Trains a model that is at hand; `fit` says what happens.
+
+    Args:
+        model: quantized (trained in place, and calibrated first if it is not), or float: then it is quantized as the recipe
+            says, or trained in place if the recipe's method is ``float``.
+        teacher: float; by default the recipe's, or the float ``model``.
+        recipe: a `Recipe`, the name of one that comes with the package, or the path of a file.
+        data: a folder or tar file with training and validation images, or ``digits``; by default the recipe's.
+        output: folder of the run.
+        resume: go on with the run in ``output``, if there is one.
+        progress: print what happens.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    if data is not None:
+        both = recipe.data.model_copy(update={"train": str(data), "val": None})
+        recipe = recipe.model_copy(update={"data": both})
+    return fit(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+
+
+def fit(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    model: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainingResult:
+    """Trains what a recipe describes, in this process and those that were launched with it.
+
+    Args:
+        recipe: what to do.
+        output: folder of the run, made if need be.
+        model: in place of the recipe's.
+        teacher: in place of the recipe's.
+        resume: go on from ``last.safetensors`` in ``output``; from the beginning if there is none.
+        progress: print a line an epoch, and a progress bar on a terminal.
+
+    Raises:
+        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
+        TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
+        TrainingInterrupted: Ctrl-C; the state is saved.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast is entered here, so that evaluation runs without it
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    output = Path(output)
+    resumed = _checkpoint_of(output, resume)
+    if resumed is not None:
+        check_same_run(resumed, recipe, accelerator.num_processes)
+    setup = set_up(recipe, accelerator, model, teacher, resumed)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
+    loop = TrainingLoop(recipe, accelerator, setup, output, resumed)
+    with RunLog(output, loop.step, loop.total_steps, accelerator.is_main_process, progress) as log:
+        return loop.run(log)
+
+
+def _checkpoint_of(output: Path, resume: bool) -> Checkpoint | None:
+    path = output / LAST
+    if not path.exists():
+        return None
+    if not resume:
+        raise TrainingError(f"{output} holds a run already: resume it, or name another output folder.")
+    return read_checkpoint(path)

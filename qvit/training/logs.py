@@ -1,0 +1,102 @@
+"""What a run leaves behind to look at: metrics.jsonl, TensorBoard events and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS = "metrics.jsonl"
+
+
+class RunLog:
+    """The log of a run, written by its main process; a context manager.
+
+    A line of ``metrics.jsonl`` is a flat JSON object with ``kind`` (``train``, ``epoch`` or ``eval``), ``step`` (steps done)
+    and ``epoch`` (epochs done). The same numbers go to TensorBoard, if it is installed.
+
+    Args:
+        output: folder of the run.
+        step: steps done before; lines of later ones, from a run that was killed, are removed.
+        total_steps: of the whole run, for the progress bar.
+        enabled: false in every process but the main one: then nothing is written or shown.
+        progress: print a line an epoch and, where there is a terminal, a progress bar.
+    """
+
+    def __init__(self, output: Path, step: int, total_steps: int, enabled: bool = True, progress: bool = True) -> None:
+        self._stack = ExitStack()
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._console: Console | None = None
+        self._bar: Progress | None = None
+        if not enabled:
+            return
+        truncate_metrics(output / METRICS, step)
+        self._file = self._stack.enter_context(open(output / METRICS, "a", encoding="utf-8"))
+        self._board = _tensorboard(output, step)
+        if self._board is not None:
+            self._stack.callback(self._board.close)
+        if not progress:
+            return
+        self._console = Console(stderr=True)
+        if self._console.is_terminal:
+            columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+            self._bar = self._stack.enter_context(Progress(*columns, console=self._console, transient=True))
+            self._task = self._bar.add_task("training", total=total_steps, completed=step)
+
+    def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Adds one line; it reaches the file at once."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def print(self, text: str) -> None:
+        """Shows a line to whoever watches."""
+        if self._console is not None:
+            self._console.print(text, highlight=False)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._stack.close()
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Removes the lines of steps after ``step``, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            done = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if done <= step:
+            kept.append(line + "\n")
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _tensorboard(output: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(output), purge_step=step + 1 if step else None)

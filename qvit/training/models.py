@@ -1,0 +1,106 @@
+"""Float models from a recipe: timm's, with weights from timm, a state dict or a checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from qvit.convert import preprocessing_of
+from qvit.errors import RecipeError, WeightsError
+from qvit.preprocessing import Preprocessing
+from qvit.training.checkpoint import is_checkpoint, read_checkpoint
+from qvit.training.recipe import DataSection, ModelSection
+
+_WRAPPERS = ("model", "state_dict", "model_state")  # keys under which published files hold their state dict
+_SHOWN = 5
+
+
+def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Preprocessing]:
+    """A float model and the preprocessing of its images.
+
+    The preprocessing is the one in the checkpoint, if it is one of this package, else timm's; ``data`` may change it.
+
+    Raises:
+        RecipeError: timm has no such model, or it does not take the arguments.
+        WeightsError: the weights cannot be read or do not fit.
+    """
+    try:
+        model = timm.create_model(section.name, pretrained=section.pretrained, **section.args)
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+        message = " ".join(str(error).split())
+        raise RecipeError(f"timm cannot make the model {section.name!r} with {section.args}: {message}.") from None
+    preprocessing = None
+    if section.checkpoint is not None:
+        if is_checkpoint(section.checkpoint):
+            preprocessing = read_checkpoint(section.checkpoint).metadata.preprocessing
+        load_weights(model, section.checkpoint)
+    return model, adjusted(preprocessing or preprocessing_of(model), data)
+
+
+def adjusted(preprocessing: Preprocessing, data: DataSection) -> Preprocessing:
+    """The preprocessing with what the recipe changes."""
+    names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+    return replace(preprocessing, **{name: getattr(data, name) for name in names if getattr(data, name) is not None})
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict into a float model.
+
+    Args:
+        model: float, of the architecture that the weights belong to.
+        path: ``.safetensors`` (a state dict or a checkpoint of this package), or a PyTorch file of tensors alone.
+
+    Raises:
+        WeightsError: the file cannot be read, or misses or adds tensors, or has some of another shape.
+    """
+    state = read_state_dict(Path(path))
+    own = model.state_dict()
+    problems = []
+    if missing := [name for name in own if name not in state]:
+        problems.append(f"misses {_listed(missing)}")
+    if unexpected := [name for name in state if name not in own]:
+        problems.append(f"adds {_listed(unexpected)}")
+    if other := [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape]:
+        problems.append(f"has other shapes of {_listed(other)}")
+    if problems:
+        raise WeightsError(f"The weights in {path} do not fit the model: the file {' and '.join(problems)}.")
+    model.load_state_dict(state)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a file; see `load_weights`."""
+    if is_checkpoint(path):
+        checkpoint = read_checkpoint(path)
+        if checkpoint.metadata.student is not None:
+            raise WeightsError(f"{path} holds a quantized model: start from a float one.")
+        return checkpoint.model_state()
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise WeightsError(f"There is no file of weights {path}: check the path.") from None
+    except pickle.UnpicklingError:
+        raise WeightsError(f"{path} is damaged, or holds objects that are not tensors: export its state dict alone.") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read as weights ({' '.join(str(error).split())}).") from None
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors.")
+    return dict(content)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

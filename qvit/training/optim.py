@@ -1,0 +1,77 @@
+"""Parameter groups, optimizer and learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from qvit.errors import RecipeError
+from qvit.layers.points import quantization_points
+from qvit.layers.rectify import Rectify
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.training.recipe import OptimSection, ScheduleSection
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, scale_lr_ratio: float) -> list[dict[str, Any]]:
+    """The trainable parameters in up to three groups, each with its share of the learning rate as ``lr_scale``.
+
+    Matrices decay. Biases, norms, IRM, tokens and position embeddings (timm's convention) do not, and neither do scales and
+    offsets of quantizers, which have a learning rate of their own.
+    """
+    undecayed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    quantizers = {id(p) for q in quantization_points(model).values() if isinstance(q, LSQQuantizer) for p in q.parameters()}
+    rectifiers = {id(p) for module in model.modules() if isinstance(module, Rectify) for p in module.parameters()}
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    steps: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in quantizers:
+            steps.append(parameter)
+        elif parameter.ndim <= 1 or name.endswith(".bias") or name in undecayed or id(parameter) in rectifiers:
+            others.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": steps, "weight_decay": 0.0, "lr_scale": scale_lr_ratio},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over the model's parameters.
+
+    Raises:
+        RecipeError: timm knows no such optimizer, or it does not take the arguments given.
+    """
+    arguments = dict(section.args)
+    if section.betas is not None:
+        arguments["betas"] = section.betas
+    groups = parameter_groups(model, section.weight_decay, section.scale_lr_ratio)
+    try:
+        return create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=section.weight_decay, **arguments)
+    except (TypeError, ValueError, AssertionError) as error:
+        message = " ".join(str(error).split())
+        raise RecipeError(f"The optimizer {section.name!r} with {arguments or 'its own defaults'} cannot be made: {message}.") from None
+
+
+def learning_rate(step: int, steps_per_epoch: int, lr: float, schedule: ScheduleSection) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up to ``lr``, then half a cosine down to ``schedule.min_lr``."""
+    warmup = schedule.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(schedule.epochs * steps_per_epoch - warmup, 1)
+    return schedule.min_lr + (lr - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets ``lr`` on every group, times its share."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

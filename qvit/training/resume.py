@@ -1,0 +1,46 @@
+"""Whether a checkpoint belongs to the run that is to go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qvit.errors import TrainingError
+from qvit.training.checkpoint import Checkpoint
+from qvit.training.recipe import Recipe
+
+# What may differ without changing a single weight: where files lie, how they are read and what is reported.
+_FREE = (
+    "data.train",
+    "data.val",
+    "data.workers",
+    "model.checkpoint",
+    "teacher.checkpoint",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+)
+
+
+def check_same_run(checkpoint: Checkpoint, recipe: Recipe, processes: int) -> None:
+    """Raises `TrainingError`, naming the first difference, if the recipe or the number of processes is another one."""
+    before, now = dict(_flat(checkpoint.metadata.recipe)), dict(_flat(recipe.to_dict()))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in _FREE and before.get(key) != now.get(key):
+            raise TrainingError(
+                f"The run in {checkpoint.path.parent} was started with {key}={before.get(key)!r}, now it is {now.get(key)!r}: "
+                "resume with the same recipe, or name another output folder."
+            )
+    if checkpoint.metadata.processes != processes:
+        raise TrainingError(
+            f"The run in {checkpoint.path.parent} was started with {checkpoint.metadata.processes} processes, now there are "
+            f"{processes}: resume with as many."
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

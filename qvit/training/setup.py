@@ -1,0 +1,156 @@
+"""What a run needs before its first step: images, the model (quantized and calibrated) and the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch import nn
+
+from qvit.calibration import calibrate
+from qvit.convert import preprocessing_of, quantize
+from qvit.distill.losses import DistillationLoss
+from qvit.errors import InputError, RecipeError, TrainingError
+from qvit.layers.points import quantization_points
+from qvit.preprocessing import Preprocessing
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.training.checkpoint import Checkpoint
+from qvit.training.data import check_classes, evaluation_loader, open_split
+from qvit.training.models import adjusted, build_model
+from qvit.training.recipe import Recipe
+from qvit.training.seeding import derive_seed, seed_everything
+from qvit.training.sources import ImageSource
+
+_CALIBRATION_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's parts, on its device.
+
+    Attributes:
+        model: to train: float, or quantized and calibrated.
+        teacher: float, in evaluation mode; ``None`` where the loss reads none.
+        loss: what is minimised.
+        preprocessing: of the images.
+        train, val: the images.
+    """
+
+    model: nn.Module
+    teacher: nn.Module | None
+    loss: DistillationLoss
+    preprocessing: Preprocessing
+    train: ImageSource
+    val: ImageSource
+
+
+def set_up(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    model: nn.Module | None,
+    teacher: nn.Module | None,
+    resumed: Checkpoint | None,
+) -> Setup:
+    """Builds what a recipe describes; see `qvit.training.engine.fit` for the arguments.
+
+    A model that is not calibrated is calibrated by the first process alone, and its parameters and buffers go from there to
+    the others; a resumed one takes them from the checkpoint instead.
+
+    Raises:
+        QvitError: something does not fit; no training has begun.
+    """
+    seed_everything(recipe.seed)
+    train, val = open_split(recipe.data, "train"), open_split(recipe.data, "val")
+    model, preprocessing = _start(recipe, model)
+    check_classes(train, model.num_classes, "training")
+    if train.classes != val.classes:
+        raise InputError("The validation images have other classes than the training images: use the same class folders.")
+
+    loss = loss_of(recipe)
+    original = None if hasattr(model, "qvit") else model
+    if recipe.quantized and original is not None:
+        model = quantize(original, spec=recipe.model_spec(), preprocessing=preprocessing)
+    elif not recipe.quantized and original is None:
+        raise RecipeError("The method float trains a float model, but the model is quantized: choose another method.")
+    if loss.needs_teacher:
+        teacher = _teacher(recipe, teacher, original, model, preprocessing).to(accelerator.device).eval()
+    else:
+        teacher = None
+
+    model.to(accelerator.device)
+    if resumed is not None:
+        _restore(model, resumed)
+    else:
+        if recipe.quantized and accelerator.is_main_process and not _calibrated(model):
+            calibrate(model, _calibration_batches(recipe, train, preprocessing), images=recipe.quant.calibration_images)
+        if accelerator.num_processes > 1:
+            share_state(model)
+    return Setup(model, teacher, loss, preprocessing, train, val)
+
+
+def loss_of(recipe: Recipe) -> DistillationLoss:
+    """The loss of a recipe; labels alone for the method ``float``."""
+    if not recipe.quantized:
+        return DistillationLoss(label=1, hard=0)
+    d = recipe.distill
+    return DistillationLoss(d.label, d.hard, d.soft, d.temperature, recipe.dgd_weight)
+
+
+def _start(recipe: Recipe, model: nn.Module | None) -> tuple[nn.Module, Preprocessing]:
+    """The model to start from, and the preprocessing of its images."""
+    if model is None:
+        if recipe.model is None:
+            raise RecipeError("The recipe names no model: set model.name, or pass a model.")
+        return build_model(recipe.model, recipe.data)
+    if hasattr(model, "qvit"):
+        return model, model.qvit.preprocessing
+    return model, adjusted(preprocessing_of(model), recipe.data)
+
+
+def _teacher(
+    recipe: Recipe, teacher: nn.Module | None, original: nn.Module | None, model: nn.Module, preprocessing: Preprocessing
+) -> nn.Module:
+    """The teacher that was passed, or the recipe's, or else the float model that the student was made from."""
+    if teacher is None and recipe.teacher is not None:
+        teacher, own = build_model(recipe.teacher, recipe.data)
+        if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
+            raise RecipeError(
+                f"The teacher's images have mean {own.mean} and std {own.std}, the student's {preprocessing.mean} and "
+                f"{preprocessing.std}: set data.mean and data.std to what both were trained with."
+            )
+    teacher = original if teacher is None else teacher
+    if teacher is None:
+        raise RecipeError("The loss needs a teacher: pass the float model, or set distill.hard, distill.soft and distill.dgd to 0.")
+    if teacher.num_classes != model.num_classes:
+        raise RecipeError(f"The teacher has {teacher.num_classes} classes and the student {model.num_classes}: use another teacher.")
+    return teacher
+
+
+def _calibrated(student: nn.Module) -> bool:
+    return all(bool(q.calibrated) for q in quantization_points(student).values() if isinstance(q, LSQQuantizer))
+
+
+def _calibration_batches(recipe: Recipe, source: ImageSource, preprocessing: Preprocessing):  # type: ignore[no-untyped-def]
+    """Batches of training images as they are evaluated, drawn with the recipe's seed."""
+    drawn = np.random.default_rng(derive_seed(recipe.seed)).permutation(len(source))[: recipe.quant.calibration_images]
+    return evaluation_loader(source, preprocessing, _CALIBRATION_BATCH, indices=drawn.tolist())
+
+
+def _restore(model: nn.Module, checkpoint: Checkpoint) -> None:
+    try:
+        model.load_state_dict(checkpoint.model_state())
+    except RuntimeError:
+        raise TrainingError(f"{checkpoint.path} belongs to another model than this run's: start a new run.") from None
+
+
+def share_state(model: nn.Module) -> None:
+    """Gives every process the parameters and buffers of the first."""
+    state = model.state_dict()
+    for tensor in state.values():
+        # gloo sends no booleans, but their bytes.
+        torch.distributed.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor, src=0)
+    # Lets quantizers take note of what they were given.
+    model.load_state_dict(state)

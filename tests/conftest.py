@@ -1,0 +1,137 @@
+"""Shared fixtures: seeds, small models, calibrated students, real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import HealthCheck, settings
+from torch import nn
+
+import qvit.convert
+from qvit.layers.linear import QuantLinear
+from qvit.layers.patch_embed import QuantPatchProjection
+from qvit.layers.points import float_mode, quantization_points
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.spec import ModelSpec
+
+torch.set_num_threads(2)
+settings.register_profile(
+    "qvit",
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("qvit")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data: the environment variable QVIT_DATA, by default ``../shared/data``."""
+    folder = Path(os.environ.get("QVIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}: set QVIT_DATA")
+    return folder
+
+
+def _randomise(model: nn.Module, spread: float = 0.3) -> nn.Module:
+    """Gives every parameter, LayerNorm and bias included, values that a trained model might have; in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.dim() >= 2 and "token" not in name and "embed" not in name.split(".")[-1]:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            elif name.endswith(("weight", "gamma")):
+                parameter.copy_(1 + spread * noise)
+            else:
+                parameter.copy_(spread * noise)
+    return model
+
+
+def _small_vit(name: str = "deit_tiny_patch16_224", **options: Any) -> nn.Module:
+    """A float timm model with a few small blocks and random, not degenerate, parameters; in evaluation mode."""
+    defaults: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 48, "num_classes": 7}
+    return _randomise(timm.create_model(name, **(defaults | options))).eval()
+
+
+def _set_plausible_scales(student: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Gives every quantizer the scale (and offset) that spans the values it sees on ``images``; in place.
+
+    Independent of `qvit.calibrate`, so that the tests of the layers do not rest on it. IRM stays at its initial values.
+    """
+    seen: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = inputs[0].detach()
+
+        return hook
+
+    points = {name: q for name, q in quantization_points(student).items() if isinstance(q, LSQQuantizer)}
+    for name, module in student.named_modules():
+        if isinstance(module, QuantLinear):
+            handles.append(module.register_forward_pre_hook(keep(f"{name}.input")))
+            seen[f"{name}.weight"] = module.weight.detach()
+        elif isinstance(module, QuantPatchProjection):
+            seen[f"{name}.weight"] = module.effective_weight().detach()
+        elif hasattr(module, "rectify_q"):
+
+            def attention_hook(module: Any, inputs: tuple[torch.Tensor, ...], name: str = name) -> None:
+                q, k, v = (t.detach() for t in module.rectified(inputs[0]))
+                seen.update({f"{name}.q": q, f"{name}.k": k, f"{name}.v": v})
+                seen[f"{name}.map"] = (q @ k.transpose(-2, -1) * module.scale).softmax(-1)
+
+            handles.append(module.register_forward_pre_hook(attention_hook))
+    with torch.no_grad(), float_mode(student):
+        student(images)
+    for handle in handles:
+        handle.remove()
+    for name, quantizer in points.items():
+        spec, x = quantizer.spec, seen[name]
+        low, high = x.amin().item(), x.amax().item()
+        if spec.offset is None:
+            reach = max(high / spec.qp, low / spec.qn if spec.qn else 0.0)
+            scale, offset = reach, None
+        else:
+            scale = (high - low) / (spec.qp - spec.qn)
+            offset = None if quantizer.offset is None else torch.full_like(quantizer.offset, low - scale * spec.qn)
+        quantizer.set_parameters(torch.full_like(quantizer.scale, max(scale, 1e-4)), offset)
+    return student
+
+
+@pytest.fixture(scope="session")
+def small_vit() -> Callable[..., nn.Module]:
+    """``small_vit(name, **options of timm.create_model)``: a small float model with parameters that are not degenerate."""
+    return _small_vit
+
+
+@pytest.fixture(scope="session")
+def set_plausible_scales() -> Callable[..., nn.Module]:
+    """``set_plausible_scales(student, images)``: calibration for tests that must not rest on `qvit.calibrate`."""
+    return _set_plausible_scales
+
+
+@pytest.fixture(scope="session")
+def make_student() -> Callable[..., nn.Module]:
+    """``make_student(model=None, **fields of ModelSpec)``: a small student whose quantizers are calibrated."""
+
+    def make(model: nn.Module | None = None, spec: ModelSpec | None = None, **fields: Any) -> nn.Module:
+        model = _small_vit() if model is None else model
+        student = qvit.convert.quantize(model, spec=spec or ModelSpec(**fields)).eval()
+        info = student.qvit.architecture
+        return _set_plausible_scales(student, torch.randn(4, info.in_chans, *info.img_size))
+
+    return make
