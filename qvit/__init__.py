@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from qvit.errors import MissingDependencyError, QvitError
+from qvit.errors import QvitError, missing_package
 
 __version__ = "0.1.0"
 
@@ -34,8 +34,6 @@ _PUBLIC = {
     "quantize": "qvit.convert",
     "train": "qvit.training.engine",
 }
-# Packages of the extras, by the name they are imported under.
-_TRAIN_PACKAGES = {"torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "tensorboard"}
 
 __all__ = [
     "IntegerModel",
@@ -57,9 +55,10 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in _TRAIN_PACKAGES:
-            raise MissingDependencyError(f"qvit.{name} needs {error.name}: pip install 'qvit[train]'.") from None
-        raise
+        missing = missing_package(error, f"qvit.{name}")
+        if missing is None:
+            raise
+        raise missing from None
 
 
 def __dir__() -> list[str]:

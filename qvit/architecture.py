@@ -104,7 +104,7 @@ class VitArchitecture:
         values = dict(data)
         for name in ("img_size", "patch_size"):
             pair = values[name]
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(v, int) and 0 < v <= 65536 for v in pair):
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(type(v) is int and 0 < v <= 65536 for v in pair):
                 raise FileFormatError(f"The architecture's {name} is {pair!r}, not a height and a width: the file is damaged.")
             values[name] = (pair[0], pair[1])
         for f in fields(cls):
@@ -116,6 +116,15 @@ class VitArchitecture:
         sizes = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_hidden")
         if any(not 0 < getattr(architecture, size) <= 1 << 20 for size in sizes) or not 0 <= architecture.reg_tokens <= 4096:
             raise FileFormatError("A size of the architecture is out of range: the file is damaged.")
+        if not 0 <= architecture.norm_eps < 1:
+            raise FileFormatError(f"The architecture's norm_eps is {architecture.norm_eps!r}, not a small number: the file is damaged.")
+        for name, known in (("global_pool", ("token", "avg")), ("activation", ("gelu", "gelu_tanh", "quick_gelu"))):
+            if values[name] not in known:
+                raise FileFormatError(f"The architecture's {name} is {values[name]!r}, which this qvit does not know.")
+        if architecture.global_pool == "token" and not (architecture.class_token or architecture.reg_tokens):
+            raise FileFormatError("The architecture pools a class token that it does not have: the file is damaged.")
+        if architecture.dist_token and not (architecture.class_token and architecture.global_pool == "token"):
+            raise FileFormatError("The architecture has a distillation token without a class token: the file is damaged.")
         if architecture.embed_dim % architecture.num_heads or not architecture.num_patches:
             raise FileFormatError("The architecture's sizes contradict each other: the file is damaged.")
         return architecture

@@ -108,7 +108,7 @@ def quantize(
     family.swap(student, architecture, spec, preprocessing)
     spec.check_overrides(list(quantization_points(student)))
     student.qvit = StudentInfo(architecture, spec, preprocessing)
-    return student
+    return student.to(next(model.parameters()).device)
 
 
 def rebuild(info: StudentInfo) -> nn.Module:

@@ -43,3 +43,14 @@ class TrainingError(QvitError, RuntimeError):
 
 class MissingDependencyError(QvitError, ImportError):
     """A part of qvit whose extra is not installed; the message names the extra."""
+
+
+_TRAIN_PACKAGES = {"torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "tensorboard"}
+
+
+def missing_package(error: ModuleNotFoundError, what: str) -> MissingDependencyError | None:
+    """The error to raise where importing ``what`` failed because a package of an extra is not installed, else ``None``."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _TRAIN_PACKAGES:
+        return None
+    return MissingDependencyError(f"{what} needs {package}: pip install 'qvit[train]'.")

@@ -28,7 +28,7 @@ class Preprocessing:
     Attributes:
         input_size: (channels, height, width).
         crop_pct: share of the resized image that the crop keeps, in (0, 1].
-        crop_mode: ``center`` (shorter side resized to ``size / crop_pct``, then cropped) or ``squash`` (both sides resized).
+        crop_mode: ``center`` (resized in proportion to cover ``size / crop_pct``, then cropped) or ``squash`` (both sides resized).
         interpolation: Pillow's filter by timm's name.
         mean, std: normalisation, one a channel, of pixels in [0, 1].
     """
@@ -43,8 +43,12 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name in ("input_size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        channels = self.input_size[0] if len(self.input_size) == 3 else 0
-        if channels < 1 or len(self.mean) != channels or len(self.std) != channels or not all(s > 0 for s in self.std):
+        if not all(math.isfinite(value) for value in (*self.input_size, *self.mean, *self.std)):
+            raise InputError(f"input_size {self.input_size}, mean {self.mean} and std {self.std} must be finite numbers.")
+        if len(self.input_size) != 3 or not all(type(extent) is int and extent > 0 for extent in self.input_size):
+            raise InputError(f"input_size {self.input_size} must be (channels, height, width), whole numbers above 0.")
+        channels = self.input_size[0]
+        if len(self.mean) != channels or len(self.std) != channels or not all(s > 0 for s in self.std):
             raise InputError(f"mean {self.mean} and std {self.std} must have one positive std per channel of {self.input_size}.")
         if self.interpolation not in _FILTERS or self.crop_mode not in ("center", "squash") or not 0 < self.crop_pct <= 1:
             raise InputError(
@@ -75,13 +79,17 @@ class Preprocessing:
 
     def _resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
         resample = _FILTERS[self.interpolation]
+        scaled_height, scaled_width = math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+        w, h = image.size
         if self.crop_mode == "squash":
-            target = (math.floor(width / self.crop_pct), math.floor(height / self.crop_pct))
-        else:
+            target = (scaled_width, scaled_height)
+        elif scaled_height == scaled_width:
             # The shorter side is resized to size / crop_pct, the longer one in proportion.
-            w, h = image.size
-            short = math.floor(min(height, width) / self.crop_pct)
-            target = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
+            target = (scaled_width, int(scaled_width * h / w)) if w <= h else (int(scaled_height * w / h), scaled_height)
+        else:
+            # The smallest image of these proportions that covers the scaled rectangle.
+            ratio = min(h / scaled_height, w / scaled_width)
+            target = (round(w / ratio), round(h / ratio))
         if target != image.size:
             image = image.resize(target, resample)
         left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)

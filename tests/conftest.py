@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 import qvit.convert
+from qvit.integer.freeze import freeze
+from qvit.integer.model import IntegerModel
 from qvit.layers.linear import QuantLinear
 from qvit.layers.patch_embed import QuantPatchProjection
 from qvit.layers.points import float_mode, quantization_points
@@ -135,3 +137,38 @@ def make_student() -> Callable[..., nn.Module]:
         return _set_plausible_scales(student, torch.randn(4, info.in_chans, *info.img_size))
 
     return make
+
+
+def _perturb(student: nn.Module) -> nn.Module:
+    """Moves every parameter of a calibrated student away from where calibration left it, as training would; in place."""
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            noise = torch.randn_like(parameter)
+            if name.endswith("_quantizer.scale"):
+                parameter.mul_(torch.exp(0.2 * noise))
+            else:
+                parameter.add_(0.05 * noise * parameter.abs().mean().clamp_min(0.1))
+    return student
+
+
+@pytest.fixture(scope="session")
+def perturb() -> Callable[[nn.Module], nn.Module]:
+    """``perturb(student)``: every parameter moved at random, so that none sits at a default."""
+    return _perturb
+
+
+@pytest.fixture(scope="session")
+def frozen(make_student: Callable[..., nn.Module], small_vit: Callable[..., nn.Module]) -> IntegerModel:
+    """A frozen model of two tiny blocks at mixed widths, 10 classes, greyscale images of 8 x 8 pixels (the digits' size)."""
+    torch.manual_seed(1)
+    options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 12, "num_heads": 3, "depth": 2}
+    student = _perturb(make_student(small_vit("vit_tiny_patch16_224", **options), overrides={"*.fc1": 3, "*.fc2": 2}))
+    return freeze(student, [f"digit {i}" for i in range(10)], {"fake_top1": 12.5, "data": "digits"})
+
+
+@pytest.fixture
+def frozen_file(frozen: IntegerModel, tmp_path: Path) -> Path:
+    """`frozen` as a file in a folder of its own."""
+    path = tmp_path / "model.qvit"
+    frozen.save(path)
+    return path

@@ -66,6 +66,8 @@ def check(model: nn.Module) -> None:
             )
         if type(module) in _NORMS and (module.weight is None or module.bias is None):
             raise UnsupportedModelError(f"{name} is a LayerNorm without weight and bias, which is not supported.")
+        if type(module) is Mlp and not isinstance(getattr(module, "norm", None) or nn.Identity(), nn.Identity):
+            raise UnsupportedModelError(f"{name}.norm is not supported: use a model without a norm between fc1 and fc2.")
     if model.global_pool not in ("token", "avg"):
         raise UnsupportedModelError(f"global_pool={model.global_pool!r} is not supported: use 'token' or 'avg'.")
     if model.dynamic_img_size or getattr(model.patch_embed, "dynamic_img_pad", False):
@@ -74,6 +76,44 @@ def check(model: nn.Module) -> None:
         raise UnsupportedModelError("The model has no classification head: create it with num_classes > 0.")
     if not isinstance(model.patch_embed.norm, nn.Identity):
         raise UnsupportedModelError("patch_embed.norm is not supported: use a model without a norm in the patch embedding.")
+    _check_uniform(model)
+
+
+def _check_uniform(model: nn.Module) -> None:
+    """Raises `UnsupportedModelError` where a layer is not what `describe` reads off the first block, as timm's models never are."""
+    first = _settings(model.blocks[0])
+    for index, block in enumerate(model.blocks):
+        here = _settings(block)
+        for name in [*here, *(set(first) - set(here))]:
+            if here.get(name) != first.get(name):
+                raise UnsupportedModelError(
+                    f"blocks.{index}.{name} ({here.get(name)}) is not like that of block 0 ({first.get(name)}): "
+                    "qvit takes models whose blocks are all alike."
+                )
+    attention, mlp, projection = model.blocks[0].attn, model.blocks[0].mlp, model.patch_embed.proj
+    if attention.qkv.out_features != 3 * model.embed_dim:
+        raise UnsupportedModelError(f"blocks.0.attn.qkv is not {model.embed_dim} wide for q, k and v each, which is not supported.")
+    if len({layer.bias is None for layer in (attention.proj, mlp.fc1, mlp.fc2)}) > 1:
+        raise UnsupportedModelError("blocks.0: either all of attn.proj, mlp.fc1 and mlp.fc2 have a bias or none.")
+    for name, module in model.named_modules():
+        if type(module) in _NORMS and module.eps != model.blocks[0].norm1.eps:
+            raise UnsupportedModelError(f"{name} has another eps ({module.eps}) than the blocks' norms, which is not supported.")
+    if projection.stride != projection.kernel_size or any(projection.padding) or projection.groups != 1:
+        raise UnsupportedModelError("patch_embed.proj is not a plain projection of patches (kernel = stride), which is not supported.")
+
+
+def _settings(block: nn.Module) -> dict[str, str]:
+    """Name -> type and options of the modules of a block, dropout apart (its rate may rise with depth)."""
+    return {
+        name: f"{type(module).__name__}({module.extra_repr()})"
+        for name, module in block.named_modules()
+        if name and "drop" not in name
+    }
+
+
+def mlp_ratio(embed_dim: int, hidden: int) -> float:
+    """The ratio from which timm, which truncates ``embed_dim * ratio``, gets ``hidden`` back."""
+    return (hidden + 0.5) / embed_dim
 
 
 def describe(model: nn.Module) -> VitArchitecture:
@@ -120,7 +160,7 @@ def build(a: VitArchitecture) -> nn.Module:
         embed_dim=a.embed_dim,
         depth=a.depth,
         num_heads=a.num_heads,
-        mlp_ratio=a.mlp_hidden / a.embed_dim,
+        mlp_ratio=mlp_ratio(a.embed_dim, a.mlp_hidden),
         qkv_bias=a.qkv_bias,
         proj_bias=a.proj_bias,
         init_values=1e-5 if a.layer_scale else None,
@@ -141,6 +181,7 @@ def build(a: VitArchitecture) -> nn.Module:
         model.patch_embed.proj = nn.Conv2d(
             a.in_chans, a.embed_dim, kernel_size=a.patch_size, stride=a.patch_size, bias=a.patch_bias, device=old.weight.device
         )
+    model.pretrained_cfg = {"architecture": a.name}  # where `describe` finds the name again
     return model
 
 

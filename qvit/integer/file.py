@@ -4,8 +4,8 @@ Tensors of a linear layer ``X``: ``X.weight`` (uint8, packed codes), ``X.weight_
 ``X.input_offset``; of attention ``Y``: ``Y.q_scale`` and so on, ``Y.rectify_q.weight``; the rest as timm names them. Float
 vectors are float16 where the student was rounded to it (`qvit.integer.freeze`), else float32.
 
-Header: ``format`` (version), ``checksum`` (CRC-32 of all tensors in the order of their names), ``qvit`` (the header of
-`IntegerModel`, with equal specs stored once).
+Header: ``format`` (version), ``checksum`` (CRC-32 of the next, written as JSON with sorted keys, and of all tensors in the
+order of their names: name, type, shape and contents), ``qvit`` (the header of `IntegerModel`, with equal specs stored once).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, np.
     points = {}
     for point, spec in header["specs"].items():
         points[point] = names.setdefault(json.dumps(spec, sort_keys=True), len(names))
-    stored = {**header, "specs": [json.loads(spec) for spec in names], "points": points}
+    stored = json.loads(json.dumps({**header, "specs": [json.loads(spec) for spec in names], "points": points}))
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    document = {"format": FORMAT, "checksum": _checksum(arrays), "qvit": stored}
+    document = {"format": FORMAT, "checksum": _checksum(stored, arrays), "qvit": stored}
     data = save(arrays, metadata={_KEY: json.dumps(document, separators=(",", ":"))})
     write_atomically(path, data)
     return len(data)
@@ -62,15 +62,17 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         with safe_open(path, framework="numpy") as file:
             document = json.loads((file.metadata() or {})[_KEY])
             version = document["format"]
-            if isinstance(version, int) and version > FORMAT:
+            if type(version) is not int or version < 1:
+                raise FileFormatError(f"{path} is damaged, its format is {version!r}: copy or freeze it again.")
+            if version > FORMAT:
                 raise FileFormatError(
                     f"{path} is of format {version} and this qvit reads up to {FORMAT}: upgrade with pip install -U qvit."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         header = dict(document["qvit"])
+        intact = document["checksum"] == _checksum(header, tensors)
         specs = header["specs"]
         header["specs"] = {point: specs[index] for point, index in header.pop("points").items()}
-        checksum = document["checksum"]
     except FileFormatError:
         raise
     except OSError as error:
@@ -79,13 +81,15 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise FileFormatError(
             f"{path} is no .qvit file, or it is truncated or damaged ({type(error).__name__}): copy or freeze it again."
         ) from None
-    if checksum != _checksum(tensors):
+    if not intact:
         raise FileFormatError(f"{path} is damaged, its checksum does not match its contents: copy or freeze it again.")
     return header, tensors
 
 
-def _checksum(tensors: Mapping[str, np.ndarray]) -> int:
-    value = 0
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> int:
+    value = zlib.crc32(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(np.uint8), zlib.crc32(name.encode(), value))
+        array = tensors[name]
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from qvit.errors import FileFormatError, SpecError
 from qvit.integer.ops import Attention, Block, LayerNorm, Linear, Quantizer, Rectify, Weight
 from qvit.integer.packing import packed_size
 from qvit.preprocessing import Preprocessing
-from qvit.spec import Dims, Operand, QuantSpec
+from qvit.spec import Dims, Operand, PerChannel, PerGroup, PerTensor, QuantSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class IntegerModel:
             ``preprocessing``, ``classes``, ``provenance`` (top-1 of the float parent and of the student and on what data,
             recipe, library versions).
         tensors: name -> array as it lies in the file; see `qvit.integer.file`.
-        architecture, preprocessing, classes: parsed from the header.
+        architecture, preprocessing, specs, classes, provenance: parsed from the header.
         patch: the patch embedding as a linear layer over pixel codes [B, N, C * ph * pw].
         cls_token, dist_token, reg_token: float32 [1, 1 or R, C] or ``None``.
         pos_embed: float32 [1, N, C] (or patches only) or ``None``.
@@ -39,7 +40,9 @@ class IntegerModel:
     tensors: Mapping[str, np.ndarray]
     architecture: VitArchitecture
     preprocessing: Preprocessing
+    specs: Mapping[str, QuantSpec]
     classes: tuple[str, ...]
+    provenance: Mapping[str, Any]
     patch: Linear
     cls_token: np.ndarray | None
     dist_token: np.ndarray | None
@@ -65,7 +68,11 @@ class IntegerModel:
         """Reads a `.qvit` file; raises `FileFormatError` or `InputError` with one sentence where that fails."""
         from qvit.integer.file import read  # file.py knows the format, this file the model
 
-        return cls.from_tensors(*read(path))
+        header, tensors = read(path)
+        try:
+            return cls.from_tensors(header, tensors)
+        except FileFormatError as error:
+            raise FileFormatError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> int:
         """Writes a `.qvit` file atomically; returns its size in bytes."""
@@ -83,6 +90,11 @@ class IntegerModel:
         inner = [layer for block in self.blocks for layer in (block.qkv, block.proj, block.fc1, block.fc2)]
         return [self.patch, *inner, *self.heads]
 
+    def block_bits(self) -> tuple[int, int]:
+        """The most common widths of weights and of inputs in the blocks; overrides may differ from them."""
+        inner = self.linears()[1 : -len(self.heads)]
+        return mode(layer.weight.spec.bits for layer in inner), mode(layer.input.spec.bits for layer in inner)
+
 
 class _Reader:
     """Takes tensors by name, checks each, and complains about what is left over."""
@@ -92,9 +104,9 @@ class _Reader:
             self.architecture = VitArchitecture.from_dict(header["architecture"])
             self.preprocessing = Preprocessing.from_dict(header["preprocessing"])
             self.specs = {str(name): QuantSpec.from_dict(spec) for name, spec in header["specs"].items()}
-            self.classes = tuple(str(name) for name in header["classes"])
-            eps = header["rectify_eps"]
-            self.rectify_eps = None if eps is None else float(eps)
+            self.classes = _class_names(header["classes"])
+            self.provenance = dict(header["provenance"])
+            self.rectify_eps = _eps(header["rectify_eps"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, FileFormatError):
                 raise
@@ -107,6 +119,7 @@ class _Reader:
             raise FileFormatError(f"The file names {len(self.classes)} classes for {a.num_classes} outputs: it is damaged.")
         self.header, self.tensors = header, tensors
         self.left = set(tensors)
+        self.unused = set(self.specs)
 
     def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A float tensor as finite float32."""
@@ -143,6 +156,7 @@ class _Reader:
         spec = self.specs.get(name)
         if spec is None or spec.operand is not operand:
             raise FileFormatError(f"The spec of {name} is missing or of another operand: the file is damaged.")
+        self.unused.discard(name)
         return spec
 
     def _scale(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -167,17 +181,25 @@ class _Reader:
 
     def linear(self, name: str, rows: int, columns: int, bias: bool, tokens: int | None) -> Linear:
         source = self.quantizer(f"{name}.input", Operand.INPUT, Dims(channels=columns, rows=tokens))
-        return Linear(name, source, self.weight(name, rows, columns), self.take(f"{name}.bias", (rows,)) if bias else None)
+        weight = self.weight(name, rows, columns)
+        groups = {spec.scale for spec in (source.spec, weight.spec) if isinstance(spec.scale, PerGroup)}
+        if len(groups) > 1:
+            raise FileFormatError(f"The groups of {name}'s weight and input differ in size: the file is damaged.")
+        return Linear(name, source, weight, self.take(f"{name}.bias", (rows,)) if bias else None)
 
     def patch(self) -> Linear:
         """The patch embedding; its input's grid is that of the pixels, so the file need not hold it."""
         a, name = self.architecture, "patch_embed.proj"
         spec = self.spec(f"{name}.input", Operand.INPUT)
+        if spec.signed or not isinstance(spec.scale, PerTensor) or not isinstance(spec.offset, PerChannel):
+            raise FileFormatError(f"The spec of {name}.input is not that of pixels: the file is damaged.")
+        # Before the offsets: a patch size that no weight fits would have them fill the memory.
+        weight = self.weight(name, a.embed_dim, a.patch_features)
         area = a.patch_size[0] * a.patch_size[1]
         offset = -np.repeat(np.asarray(self.preprocessing.mean, dtype=np.float32), area)
         pixels = Quantizer(spec, np.asarray([1.0 / spec.qp], dtype=np.float32), offset)
         bias = self.take(f"{name}.bias", (a.embed_dim,)) if a.patch_bias else None
-        return Linear(name, pixels, self.weight(name, a.embed_dim, a.patch_features), bias)
+        return Linear(name, pixels, weight, bias)
 
     def norm(self, name: str) -> LayerNorm:
         width = (self.architecture.embed_dim,)
@@ -229,7 +251,9 @@ class _Reader:
             tensors=self.tensors,
             architecture=a,
             preprocessing=self.preprocessing,
+            specs=self.specs,
             classes=self.classes,
+            provenance=self.provenance,
             patch=self.patch(),
             cls_token=self.take("cls_token", (1, 1, c)) if a.class_token else None,
             dist_token=self.take("dist_token", (1, 1, c)) if a.dist_token else None,
@@ -243,4 +267,18 @@ class _Reader:
         )
         if self.left:
             raise FileFormatError(f"The tensor {sorted(self.left)[0]} belongs to nothing in the model: the file is damaged.")
+        if self.unused:
+            raise FileFormatError(f"The spec of {sorted(self.unused)[0]} belongs to nothing in the model: the file is damaged.")
         return parts
+
+
+def _class_names(names: Any) -> tuple[str, ...]:
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise FileFormatError("The header's class names are no list of names: the file is damaged.")
+    return tuple(names)
+
+
+def _eps(value: Any) -> float | None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
+        raise FileFormatError(f"The header's rectify_eps is {value!r}, not a small number: the file is damaged.")
+    return None if value is None else float(value)

@@ -11,15 +11,16 @@ from __future__ import annotations
 import torch
 
 from qvit.quantizers.exact_matmul import exact_matmul
+from qvit.quantizers.fusion import fusible
 from qvit.quantizers.lsq import Quantized, repeat_groups
 from qvit.spec import HalfStep, PerGroup, QuantSpec
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, spec_a: QuantSpec, spec_b: QuantSpec) -> torch.Tensor:
-    """Sums [.., N, M] of codes a [.., N, K] and b [.., K, M]; float32, or float64 where float32 could not hold them."""
+    """Sums [.., N, M] of codes a [.., N, K] and b [.., K, M]: exact, in float32 or float64; bfloat16 under autocast."""
     if a.dtype in (torch.bfloat16, torch.float16):
         with torch.autocast(a.device.type, enabled=False):
-            return torch.matmul(a, b).float()
+            return torch.matmul(a, b)
     return exact_matmul(a, b, max(-spec_a.qn, spec_a.qp), max(-spec_b.qn, spec_b.qp))
 
 
@@ -35,6 +36,13 @@ def folded_bias(w: Quantized, offset: torch.Tensor | None, bias: torch.Tensor | 
     return (folded if bias is None else folded + bias.double()).float()
 
 
+@fusible
+def _scaled(sums: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The float epilogue: ``sums * scale + shift``."""
+    y = sums.float() * scale
+    return (y if shift is None else y + shift).to(dtype)
+
+
 class _CodeLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_value, w_value, bias, x: Quantized, w: Quantized):  # type: ignore[override]
@@ -43,10 +51,9 @@ class _CodeLinear(torch.autograd.Function):
         shift = folded_bias(w, x.offset, bias)
         if isinstance(x.spec.scale, PerGroup) or isinstance(w.spec.scale, PerGroup):
             y = _grouped_sums(x, w)
-        else:
-            sums = _matmul(x.codes, w.codes.t(), x.spec, w.spec)
-            y = sums.float() * (x.scale * w.scale.flatten())
-        return (y if shift is None else y + shift).to(x_value.dtype)
+            return _scaled(y, y.new_ones(()), shift, x_value.dtype)
+        sums = _matmul(x.codes, w.codes.t(), x.spec, w.spec)
+        return _scaled(sums, x.scale * w.scale.flatten(), shift, x_value.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -59,7 +66,7 @@ class _CodeLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_w = rows.t() @ x_value.flatten(0, -2)
         if ctx.has_bias and ctx.needs_input_grad[2]:
-            grad_bias = rows.float().sum(0)
+            grad_bias = rows.sum(0, dtype=torch.float32)
         return grad_x, grad_w, grad_bias, None, None
 
 
@@ -92,22 +99,26 @@ def code_linear(x: Quantized, w: Quantized, bias: torch.Tensor | None) -> torch.
     return _CodeLinear.apply(x.value, w.value, bias, x, w)
 
 
+@fusible
+def _half_step_scores(sums: torch.Tensor, k_sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """sums [B, H, N, N], sums of k's codes [B, H, 1, N] -> scores where q has a half-step offset."""
+    return (sums.float() + 0.5 * k_sums) * scale
+
+
 class _CodeScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_value, k_value, q: Quantized, k: Quantized, factor: float):  # type: ignore[override]
         ctx.save_for_backward(q_value, k_value)
         ctx.factor = factor
-        sums = _matmul(q.codes, k.codes.transpose(-2, -1), q.spec, k.spec).float()
-        scale = q.scale * factor * k.scale.transpose(-2, -1) if k.scale.dim() > 1 else q.scale * factor * k.scale
+        sums = _matmul(q.codes, k.codes.transpose(-2, -1), q.spec, k.spec)
+        scale_k = k.scale.transpose(-2, -1) if k.scale.dim() > 1 else k.scale
+        scale = q.scale * factor * scale_k
         if isinstance(q.spec.offset, HalfStep):
-            scores = (sums + 0.5 * k.codes.float().sum(-1)[..., None, :]) * scale
-        else:
-            scores = sums * scale
-            if q.offset is not None:
-                scale_k = k.scale.transpose(-2, -1) if k.scale.dim() > 1 else k.scale
-                column = (k.codes.float() * q.offset).sum(-1)[..., None, :]
-                scores = scores + column * (scale_k * factor)
-        return scores
+            return _half_step_scores(sums, k.codes.sum(-1, dtype=torch.float32)[..., None, :], scale)
+        column = None
+        if q.offset is not None:
+            column = (k.codes.float() * q.offset).sum(-1)[..., None, :] * (scale_k * factor)
+        return _scaled(sums, scale, column, torch.float32)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -133,16 +144,13 @@ class _CodeValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p_value, v_value, p: Quantized, v: Quantized):  # type: ignore[override]
         ctx.save_for_backward(p_value, v_value)
-        sums = _matmul(p.codes, v.codes, p.spec, v.spec).float()
+        sums = _matmul(p.codes, v.codes, p.spec, v.spec)
         if v.offset is None:
-            out = sums * (p.scale * v.scale)
-        else:
-            rows = p.codes.float().sum(-1, keepdim=True)
-            if isinstance(v.spec.offset, HalfStep):
-                out = (sums + 0.5 * rows) * (p.scale * v.scale)
-            else:
-                out = sums * (p.scale * v.scale) + rows * (p.scale * v.offset)
-        return out.to(v_value.dtype)
+            return _scaled(sums, p.scale * v.scale, None, v_value.dtype)
+        rows = p.codes.sum(-1, keepdim=True, dtype=torch.float32)
+        if isinstance(v.spec.offset, HalfStep):
+            return _scaled(sums.float() + 0.5 * rows, p.scale * v.scale, None, v_value.dtype)
+        return _scaled(sums, p.scale * v.scale, rows * (p.scale * v.offset), v_value.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]

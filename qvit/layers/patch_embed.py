@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from qvit.layers.code_matmul import code_linear
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.pixel import PixelQuantizer
-from qvit.spec import Dims, QuantSpec
+from qvit.spec import Dims, PerChannel, PerTensor, QuantSpec, SpecError
 
 
 def patches_of(images: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
@@ -28,6 +28,9 @@ class QuantPatchProjection(nn.Module):
         conv: the float convolution, weight [M, C, ph, pw].
         weight_spec, input_spec: how to quantize; the input's grid is that of the pixels (`PixelQuantizer`).
         mean, std: normalisation of the images that the model is fed, one a colour channel.
+
+    Raises:
+        SpecError: the input is to be quantized otherwise than as pixels are; only its bits may change.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class QuantPatchProjection(nn.Module):
         std: tuple[float, ...],
     ) -> None:
         super().__init__()
+        if input_spec.signed or not isinstance(input_spec.scale, PerTensor) or not isinstance(input_spec.offset, PerChannel):
+            raise SpecError("patch_embed.proj.input is quantized as pixels are: override its bits, not its sign, scale or offset.")
         self.patch = (conv.kernel_size[0], conv.kernel_size[1])
         self.in_channels, self.out_features = conv.in_channels, conv.out_channels
         self.weight = conv.weight

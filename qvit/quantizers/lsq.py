@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from qvit.errors import NotCalibratedError
+from qvit.quantizers.fusion import fusible
 from qvit.spec import Dims, HalfStep, PerGroup, QuantSpec
 
 
@@ -41,8 +42,31 @@ def repeat_groups(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return scale.repeat_interleave(spec.scale.size, dim=-1) if isinstance(spec.scale, PerGroup) else scale
 
 
+@fusible
+def _forward(
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, qn: int, qp: int, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    v = (x.to(scale.dtype) if offset is None else x - offset) / scale
+    codes = v.round().clamp(qn, qp)
+    value = codes * scale if offset is None else codes * scale + offset
+    return value.to(out_dtype), codes.to(out_dtype)
+
+
+@fusible
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, qn: int, qp: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    grad = grad.to(scale.dtype)
+    v = (x.to(scale.dtype) if offset is None else x - offset) / scale
+    inside = (v >= qn) & (v <= qp)
+    slope = torch.where(inside, v.round() - v, v.clamp(qn, qp))
+    grad_scale = (grad * slope).sum_to_size(scale.shape)
+    grad_offset = None if offset is None else torch.where(inside, 0, grad).sum_to_size(offset.shape)
+    return torch.where(inside, grad, 0).to(x.dtype), grad_scale, grad_offset
+
+
 class _LSQ(torch.autograd.Function):
-    """The quantizer with the gradients of method LSQ+ (Bhalgat et al. 2020, equations 3 to 5), unscaled.
+    """The quantizer with the gradients of LSQ+ (Bhalgat et al. 2020, equations 3 to 5), unscaled.
 
     d value / d x      = 1 inside the range, 0 outside
     d value / d scale  = code - (x - offset) / scale inside, qn or qp outside
@@ -51,31 +75,15 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, offset, qn, qp, out_dtype):  # type: ignore[override]
-        v = (x.to(scale.dtype) if offset is None else x - offset) / scale
-        codes = v.round().clamp_(qn, qp)
-        value = codes * scale if offset is None else codes * scale + offset
+        value, codes = _forward(x, scale, offset, qn, qp, out_dtype)
         ctx.save_for_backward(x, scale, offset)
         ctx.range = (qn, qp)
-        codes = codes.to(out_dtype)
         ctx.mark_non_differentiable(codes)
-        return value.to(out_dtype), codes
+        return value, codes
 
     @staticmethod
     def backward(ctx, grad_value, _grad_codes):  # type: ignore[override]
-        x, scale, offset = ctx.saved_tensors
-        qn, qp = ctx.range
-        grad = grad_value.to(scale.dtype)
-        v = (x.to(scale.dtype) if offset is None else x - offset) / scale
-        inside = (v >= qn) & (v <= qp)
-        grad_x = grad_scale = grad_offset = None
-        if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, v.round() - v, v.clamp(qn, qp))
-            grad_scale = (grad * slope).sum_to_size(scale.shape)
-        if offset is not None and ctx.needs_input_grad[2]:
-            grad_offset = grad.masked_fill(inside, 0).sum_to_size(offset.shape)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad.masked_fill(~inside, 0).to(x.dtype)
-        return grad_x, grad_scale, grad_offset, None, None, None
+        return *_backward(grad_value, *ctx.saved_tensors, *ctx.range), None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):

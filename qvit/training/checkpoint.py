@@ -6,10 +6,7 @@ number>.<key>`` and ``optimizer.group.<group number>.<key>``; the optimizer's pl
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +22,7 @@ import qvit.families.vit
 from qvit.architecture import VitArchitecture
 from qvit.convert import StudentInfo, family_of, rebuild
 from qvit.errors import QvitError, TrainingError, WeightsError
+from qvit.files import write_atomically
 from qvit.preprocessing import Preprocessing
 
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -61,7 +59,9 @@ class Metadata:
     versions: dict[str, str] = field(default_factory=lambda: {"torch": str(torch.__version__), "timm": timm.__version__})
 
     @classmethod
-    def of(cls, model: nn.Module, preprocessing: Preprocessing, classes: list[str], recipe: dict[str, Any], **values: Any) -> Metadata:
+    def of(
+        cls, model: nn.Module, preprocessing: Preprocessing, classes: list[str], recipe: dict[str, Any], **values: Any
+    ) -> Metadata:
         """For a model that is here; a student brings its own description."""
         student: StudentInfo | None = getattr(model, "qvit", None)
         architecture = student.architecture if student else family_of(model).describe(model)
@@ -94,13 +94,11 @@ class Metadata:
         )
 
 
-def save_checkpoint(
-    path: Path, model: nn.Module, metadata: Metadata, optimizer: torch.optim.Optimizer | None = None
-) -> None:
+def save_checkpoint(path: Path, model: nn.Module, metadata: Metadata, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Writes a checkpoint beside ``path`` and then puts it in its place at once.
 
     Raises:
-        TrainingError: the file cannot be written; what was at ``path`` before is still there.
+        InputError: the file cannot be written; what was at ``path`` before is still there.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     header: dict[str, Any] = metadata.to_dict()
@@ -108,38 +106,7 @@ def save_checkpoint(
         header["optimizer"], more = _pack_optimizer(optimizer)
         tensors |= more
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write(path, safetensors.torch.save(contiguous, {_HEADER: json.dumps(header)}))
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                beside.unlink()
-        _sync_folder(path.parent)
-    except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise TrainingError(
-            f"The checkpoint {path} cannot be written ({what}): free {len(content) >> 20} MiB and resume; "
-            "the checkpoint before it is kept."
-        ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last through a power cut, where the system lets a folder be synced."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    write_atomically(path, safetensors.torch.save(contiguous, {_HEADER: json.dumps(header)}))
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -147,11 +114,11 @@ def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], d
     state = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {"state": {}, "group": {}}
-    entries = [("state", n, entry) for n, entry in state["state"].items()]
-    entries += [("group", n, {k: v for k, v in group.items() if k != "params"}) for n, group in enumerate(state["param_groups"])]
-    for kind, number, entry in entries:
-        plain[kind][str(number)] = {key: value for key, value in entry.items() if not isinstance(value, torch.Tensor)}
-        tensors |= {f"optimizer.{kind}.{number}.{k}": v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    for kind, entries in (("state", state["state"].items()), ("group", enumerate(state["param_groups"]))):
+        for number, entry in entries:
+            values = {key: value for key, value in entry.items() if key != "params"}
+            plain[kind][str(number)] = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+            tensors |= {f"optimizer.{kind}.{number}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
     return plain, tensors
 
 
@@ -165,10 +132,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> 
     plain = checkpoint.optimizer
     if plain is None or len(plain["group"]) != len(own["param_groups"]):
         raise TrainingError(f"{checkpoint.path} holds no state of this run's optimizer: start a new run.")
-    state: dict[int, dict[str, Any]] = {int(n): dict(entry) for n, entry in plain["state"].items()}
-    for number, group in enumerate(own["param_groups"]):
-        saved = {key: tuple(v) if isinstance(v, list) else v for key, v in plain["group"][str(number)].items()}
-        group.update(saved)
+    state: dict[int, dict[str, Any]] = {int(number): dict(entry) for number, entry in plain["state"].items()}
+    for index, group in enumerate(own["param_groups"]):
+        saved = plain["group"][str(index)]
+        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
     for name, tensor in checkpoint.tensors.items():
         if name.startswith("optimizer."):
             _, kind, number, key = name.split(".", 3)
@@ -222,7 +189,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             header = json.loads(text)
             if header["schema"] > SCHEMA:
                 raise WeightsError(f"{path} was written by a newer version of qvit: update qvit to read it.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             return Checkpoint(path, Metadata.from_dict(header), tensors, header.get("optimizer"))
     except WeightsError:
         raise
@@ -244,7 +211,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Metadata]:
         model = rebuild(metadata.student) if metadata.student else qvit.families.vit.build(metadata.architecture)
         model.load_state_dict(checkpoint.model_state())
     except (RuntimeError, QvitError) as error:
-        raise WeightsError(f"{path} is damaged: its tensors do not fit the model that it describes ({_short(error)}).") from None
+        raise WeightsError(f"{path} is damaged: its tensors do not fit the model it describes ({_short(error)}).") from None
     return model.eval(), metadata
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qvit.errors import InputError, RecipeError
 from qvit.preprocessing import Preprocessing
-from qvit.training.recipe import DataSection
+from qvit.training.sections import DataSection
 from qvit.training.seeding import derive_seed, seed_sample
 from qvit.training.sources import ImageSource, open_source
 
@@ -28,12 +28,12 @@ class SampleKey(NamedTuple):
     """Which image to load, and for which of its appearances.
 
     Attributes:
-        index: of the image in its source.
+        image: its index in its source.
         epoch: of training.
         repeat: number of its appearance within the epoch (repeated augmentation).
     """
 
-    index: int
+    image: int
     epoch: int
     repeat: int
 
@@ -78,8 +78,8 @@ class TrainingSet(Dataset[tuple[torch.Tensor, int]]):
         self.source, self.transform, self.mode, self.seed = source, transform, mode, seed
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int]:
-        image, label = self.source[key.index]
-        seed_sample(self.seed, key.epoch, key.index, key.repeat)
+        image, label = self.source[key.image]
+        seed_sample(self.seed, key.epoch, key.image, key.repeat)
         return self.transform(image.convert(self.mode)), label
 
 
@@ -114,7 +114,7 @@ def training_transform(data: DataSection, preprocessing: Preprocessing) -> Calla
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
-            color_jitter=augment.color_jitter or None,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
             auto_augment=augment.auto_augment,
             interpolation=augment.interpolation,
             mean=preprocessing.mean,

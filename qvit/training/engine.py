@@ -12,8 +12,9 @@ from torch import nn
 from qvit.errors import InputError, TrainingError
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.logs import RunLog
-from qvit.training.loop import TrainingLoop, TrainingResult
+from qvit.training.loop import TrainingLoop
 from qvit.training.recipe import Recipe
+from qvit.training.result import TrainingResult
 from qvit.training.resume import check_same_run
 from qvit.training.setup import set_up
 

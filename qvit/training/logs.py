@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qvit.errors import TrainingError
+from qvit.files import write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -31,14 +33,14 @@ class RunLog:
 
     def __init__(self, output: Path, step: int, total_steps: int, enabled: bool = True, progress: bool = True) -> None:
         self._stack = ExitStack()
-        self._file: TextIO | None = None
+        self._path: Path | None = None
         self._board: Any = None
         self._console: Console | None = None
         self._bar: Progress | None = None
         if not enabled:
             return
-        truncate_metrics(output / METRICS, step)
-        self._file = self._stack.enter_context(open(output / METRICS, "a", encoding="utf-8"))
+        self._path = output / METRICS
+        truncate_metrics(self._path, step)
         self._board = _tensorboard(output, step)
         if self._board is not None:
             self._stack.callback(self._board.close)
@@ -52,10 +54,13 @@ class RunLog:
 
     def write(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds one line; it reaches the file at once."""
-        if self._file is None:
+        if self._path is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-        self._file.flush()
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        except OSError as error:
+            raise TrainingError(f"The log {self._path} cannot be written ({error.strerror}): free space and resume.") from None
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -89,9 +94,7 @@ def truncate_metrics(path: Path, step: int) -> None:
             continue
         if done <= step:
             kept.append(line + "\n")
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, "".join(kept).encode())
 
 
 def _tensorboard(output: Path, step: int) -> Any:

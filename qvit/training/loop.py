@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
+from qvit.quantizers.fusion import fused
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
 from qvit.training.data import (
     BatchMixer,
@@ -32,40 +32,9 @@ from qvit.training.logs import RunLog
 from qvit.training.meters import LossWindow, Stopwatch
 from qvit.training.optim import build_optimizer, learning_rate, set_learning_rate
 from qvit.training.recipe import Recipe
+from qvit.training.result import TrainingResult
 from qvit.training.seeding import seed_everything
 from qvit.training.setup import Setup
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a run ended.
-
-    Attributes:
-        model: trained, in evaluation mode, with the weights of the last epoch.
-        output: folder with ``last.safetensors``, ``best.safetensors`` and ``metrics.jsonl``.
-        top1, best_top1: accuracy of the last and of the best evaluated epoch, in percent of ``images``.
-        best_epoch: epochs done when it was reached.
-        images: for validation.
-        epochs, steps: done.
-        train_seconds: spent in steps, over all sessions of the run; evaluation is not counted, nor the steps of an epoch
-            before the session that ended it.
-        train_images_per_s: over all processes, in this session; 0 if it trained none.
-        loader_idle: share of this session's training time spent waiting for images.
-        peak_gb: GPU memory in 10^9 bytes, 0 on a CPU.
-    """
-
-    model: nn.Module
-    output: Path
-    top1: float
-    best_top1: float
-    best_epoch: int
-    images: int
-    epochs: int
-    steps: int
-    train_seconds: float
-    train_images_per_s: float
-    loader_idle: float
-    peak_gb: float
 
 
 class _Stop(Exception):
@@ -86,17 +55,20 @@ class TrainingLoop:
         RecipeError: the augmentation or the optimizer cannot be made.
     """
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, setup: Setup, output: Path, resumed: Checkpoint | None) -> None:
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, setup: Setup, output: Path, resumed: Checkpoint | None
+    ) -> None:
         self.recipe, self.accelerator, self.setup, self.output = recipe, accelerator, setup, output
-        self.device, self.model = accelerator.device, setup.model
+        self.device = accelerator.device
+        self.model: Any = setup.model
         step_size = recipe.batch_size * accelerator.num_processes
         self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation)
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
         if not self.steps_per_epoch:
-            raise InputError(f"There are {len(setup.train)} training images, fewer than the {step_size} of a step: lower batch_size.")
+            raise InputError(f"A step takes {step_size} training images and there are {len(setup.train)}: lower batch_size.")
         loader, self.val_loader = self._loaders()
-        self.mix = BatchMixer(recipe.data, self.model.num_classes)
+        self.mix = BatchMixer(recipe.data, len(setup.train.classes))
         optimizer = build_optimizer(self.model, recipe.optim)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
@@ -104,6 +76,8 @@ class TrainingLoop:
         # A float distilled DeiT answers with the mean of its heads; a student learns labels and teacher on one head each.
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
+
+        self.fuse = self.bf16 and self.device.type == "cuda"  # compiling pays on a GPU; float32 runs stay exact
 
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
@@ -118,7 +92,7 @@ class TrainingLoop:
         mode = "L" if setup.preprocessing.input_size[0] == 1 else "RGB"
         train = TrainingSet(setup.train, training_transform(recipe.data, setup.preprocessing), mode, recipe.seed)
         options = loader_options(recipe.data.workers, self.device)
-        loader: DataLoader[Any] = DataLoader(train, batch_size=recipe.batch_size, sampler=self.sampler, drop_last=True, **options)
+        loader = DataLoader(train, batch_size=recipe.batch_size, sampler=self.sampler, drop_last=True, **options)
         # Every process evaluates a share of its own, so no image is padded in or counted twice.
         mine = range(self.accelerator.process_index, len(setup.val), processes)
         workers = recipe.data.workers
@@ -157,7 +131,8 @@ class TrainingLoop:
         if self.two_heads:
             self.model.set_distilled_training(True)
         for images, labels in watch.watch(batches_of(self.loader)):
-            self._train_step(images, labels)
+            with fused(self.fuse):
+                self._train_step(images, labels)
             epoch_done = self.step % self.steps_per_epoch == 0
             log_due = epoch_done or self.step % self.recipe.log_every == 0
             if log_due:
@@ -165,7 +140,7 @@ class TrainingLoop:
             if self.recipe.checkpoint_every and self.step % self.recipe.checkpoint_every == 0 and not epoch_done:
                 self._save_last()
             self.log.advance(self.step)
-            self._stop_if_asked(log_due)
+            self._stop_if_asked(agreed=log_due)
         self._finish_epoch(watch)
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -204,7 +179,8 @@ class TrainingLoop:
         self.log.write("train", self.step, self.epochs, {**values, "lr": self.lr})
 
     def _not_a_number(self, what: str) -> str:
-        kept = f"the last good checkpoint is {self.output / LAST}" if (self.output / LAST).exists() else "no checkpoint was due yet"
+        last = self.output / LAST
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was due yet"
         return f"The {what} is not a finite number at step {self.step}: lower optim.lr or set optim.clip_grad; {kept}."
 
     def _stop_if_asked(self, agreed: bool) -> None:

@@ -18,7 +18,7 @@ from qvit.convert import preprocessing_of
 from qvit.errors import RecipeError, WeightsError
 from qvit.preprocessing import Preprocessing
 from qvit.training.checkpoint import is_checkpoint, read_checkpoint
-from qvit.training.recipe import DataSection, ModelSection
+from qvit.training.sections import DataSection, ModelSection
 
 _WRAPPERS = ("model", "state_dict", "model_state")  # keys under which published files hold their state dict
 _SHOWN = 5
@@ -69,8 +69,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         problems.append(f"misses {_listed(missing)}")
     if unexpected := [name for name in state if name not in own]:
         problems.append(f"adds {_listed(unexpected)}")
-    if other := [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own if n in state and state[n].shape != own[n].shape]:
-        problems.append(f"has other shapes of {_listed(other)}")
+    if other := [name for name in own if name in state and state[name].shape != own[name].shape]:
+        shapes = [f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in other]
+        problems.append(f"has other shapes of {_listed(shapes)}")
     if problems:
         raise WeightsError(f"The weights in {path} do not fit the model: the file {' and '.join(problems)}.")
     model.load_state_dict(state)

@@ -13,10 +13,10 @@ from qvit.errors import RecipeError
 from qvit.layers.points import quantization_points
 from qvit.layers.rectify import Rectify
 from qvit.quantizers.lsq import LSQQuantizer
-from qvit.training.recipe import OptimSection, ScheduleSection
+from qvit.training.sections import OptimSection, ScheduleSection
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, scale_lr_ratio: float) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, weight_decay: float, scale_lr_ratio: float) -> list[dict[str, Any]]:
     """The trainable parameters in up to three groups, each with its share of the learning rate as ``lr_scale``.
 
     Matrices decay. Biases, norms, IRM, tokens and position embeddings (timm's convention) do not, and neither do scales and
@@ -56,10 +56,14 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
         arguments["betas"] = section.betas
     groups = parameter_groups(model, section.weight_decay, section.scale_lr_ratio)
     try:
-        return create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=section.weight_decay, **arguments)
+        optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=section.weight_decay, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
-        message = " ".join(str(error).split())
-        raise RecipeError(f"The optimizer {section.name!r} with {arguments or 'its own defaults'} cannot be made: {message}.") from None
+        message = " ".join(str(error).split()).rstrip(".")
+        raise RecipeError(f"timm cannot make the optimizer {section.name!r} with {arguments}: {message}.") from None
+    # timm drops arguments that the optimizer does not know, rather than say so.
+    if ignored := sorted(arguments.keys() - optimizer.defaults.keys()):
+        raise RecipeError(f"The optimizer {section.name!r} takes no {ignored[0]}: remove it from optim.")
+    return optimizer
 
 
 def learning_rate(step: int, steps_per_epoch: int, lr: float, schedule: ScheduleSection) -> float:

@@ -16,9 +16,9 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def seed_sample(seed: int, epoch: int, index: int, repeat: int) -> None:
+def seed_sample(seed: int, epoch: int, image: int, repeat: int) -> None:
     """Seeds Python, NumPy and PyTorch (CPU) for the augmentation of one image."""
-    value = derive_seed(seed, epoch, index, repeat)
+    value = derive_seed(seed, epoch, image, repeat)
     random.seed(value)
     np.random.seed(value & 0xFFFFFFFF)
     # The CPU generator alone: a loader process must not touch a GPU.

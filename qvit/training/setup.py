@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from torch import nn
+from torch.utils.data import DataLoader
 
 from qvit.calibration import calibrate
 from qvit.convert import preprocessing_of, quantize
@@ -50,8 +52,8 @@ class Setup:
 def set_up(
     recipe: Recipe,
     accelerator: Accelerator,
-    model: nn.Module | None,
-    teacher: nn.Module | None,
+    model: Any | None,
+    teacher: Any | None,
     resumed: Checkpoint | None,
 ) -> Setup:
     """Builds what a recipe describes; see `qvit.training.engine.fit` for the arguments.
@@ -99,7 +101,7 @@ def loss_of(recipe: Recipe) -> DistillationLoss:
     return DistillationLoss(d.label, d.hard, d.soft, d.temperature, recipe.dgd_weight)
 
 
-def _start(recipe: Recipe, model: nn.Module | None) -> tuple[nn.Module, Preprocessing]:
+def _start(recipe: Recipe, model: Any | None) -> tuple[Any, Preprocessing]:
     """The model to start from, and the preprocessing of its images."""
     if model is None:
         if recipe.model is None:
@@ -110,9 +112,7 @@ def _start(recipe: Recipe, model: nn.Module | None) -> tuple[nn.Module, Preproce
     return model, adjusted(preprocessing_of(model), recipe.data)
 
 
-def _teacher(
-    recipe: Recipe, teacher: nn.Module | None, original: nn.Module | None, model: nn.Module, preprocessing: Preprocessing
-) -> nn.Module:
+def _teacher(recipe: Recipe, teacher: Any | None, original: Any | None, model: Any, preprocessing: Preprocessing) -> Any:
     """The teacher that was passed, or the recipe's, or else the float model that the student was made from."""
     if teacher is None and recipe.teacher is not None:
         teacher, own = build_model(recipe.teacher, recipe.data)
@@ -123,9 +123,11 @@ def _teacher(
             )
     teacher = original if teacher is None else teacher
     if teacher is None:
-        raise RecipeError("The loss needs a teacher: pass the float model, or set distill.hard, distill.soft and distill.dgd to 0.")
+        raise RecipeError("The loss needs a teacher: pass a float model, or set distill.hard, soft and dgd to 0.")
     if teacher.num_classes != model.num_classes:
-        raise RecipeError(f"The teacher has {teacher.num_classes} classes and the student {model.num_classes}: use another teacher.")
+        raise RecipeError(
+            f"The teacher has {teacher.num_classes} classes, the student {model.num_classes}: use another teacher."
+        )
     return teacher
 
 
@@ -133,7 +135,7 @@ def _calibrated(student: nn.Module) -> bool:
     return all(bool(q.calibrated) for q in quantization_points(student).values() if isinstance(q, LSQQuantizer))
 
 
-def _calibration_batches(recipe: Recipe, source: ImageSource, preprocessing: Preprocessing):  # type: ignore[no-untyped-def]
+def _calibration_batches(recipe: Recipe, source: ImageSource, preprocessing: Preprocessing) -> DataLoader[Any]:
     """Batches of training images as they are evaluated, drawn with the recipe's seed."""
     drawn = np.random.default_rng(derive_seed(recipe.seed)).permutation(len(source))[: recipe.quant.calibration_images]
     return evaluation_loader(source, preprocessing, _CALIBRATION_BATCH, indices=drawn.tolist())

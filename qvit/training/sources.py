@@ -127,7 +127,9 @@ def _members(path: Path) -> list[tuple[list[str], int, int]]:
             file.seek(end)
             complete = file.read(_BLOCK) == bytes(_BLOCK)
     except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path} cannot be read as an uncompressed tar file ({error}): unpack it, or fetch it again.") from None
+        raise InputError(
+            f"{path} is no uncompressed tar file, or is damaged ({error}): unpack it, or fetch it again."
+        ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     if not complete:

@@ -1,0 +1,23 @@
+"""Options that several commands share, so that they are called the same and mean the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_IMAGES = "a folder of class folders, a tar file of class folders (give the option again for more files), or 'digits'"
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, with versions and hardware.")]
+_EVALUATION_HELP = f"Images: {_IMAGES}. Of 'train' and 'val' folders in it, 'val'."
+EvaluationData = Annotated[list[str], typer.Option("--data", help=_EVALUATION_HELP)]
+OptionalEvaluationData = Annotated[list[str] | None, typer.Option("--data", help=_EVALUATION_HELP)]
+CalibrationData = Annotated[
+    list[str], typer.Option("--data", help=f"Calibration images: {_IMAGES}. Of 'train' and 'val' folders in it, 'train'.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", help="Use this many images, evenly spaced; all by default.")]
+Batch = Annotated[int, typer.Option("--batch", help="Images that are computed at once.")]
+Workers = Annotated[int, typer.Option("--workers", help="Processes that read images.")]
+Engine = Annotated[str, typer.Option("--engine", help="What runs the integers: reference.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]

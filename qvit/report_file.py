@@ -1,0 +1,87 @@
+"""The result file: every command with ``--json``, every benchmark and every training run writes one.
+
+    {"schema": 1, "command": [...], "versions": {...}, "hardware": {...}, "rows": [{...}, ...]}
+
+A row is one flat object. Accuracies are percentages; ``docs`` quote nothing that is not in such a file.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import qvit
+from qvit.files import write_atomically
+
+SCHEMA = 1
+_PACKAGES = ("numpy", "safetensors", "pillow", "torch", "torchvision", "timm", "accelerate", "scikit-learn")
+
+
+def write_report(path: str | Path, rows: Sequence[Mapping[str, Any]], command: Sequence[str]) -> None:
+    """Writes a result file atomically.
+
+    Args:
+        path: of the file.
+        rows: flat objects of numbers, strings, booleans and ``None``. A number that is not finite becomes ``None``, since JSON
+            has none.
+        command: the command line that made the rows.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    report = {
+        "schema": SCHEMA,
+        "command": list(command),
+        "versions": versions(),
+        "hardware": hardware(),
+        "rows": [{key: _finite(value) for key, value in row.items()} for row in rows],
+    }
+    write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, qvit and the libraries that are installed; imports none of them."""
+    found = {"python": platform.python_version(), "qvit": qvit.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, usable cores and, if PyTorch is in use and has one, the GPU; nothing that names the machine."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": usable_cores()}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["gpus"] = torch.cuda.device_count()
+    return found
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware"))]
+    return next(iter(names), "") or platform.processor() or platform.machine()

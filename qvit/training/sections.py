@@ -1,0 +1,161 @@
+"""The sections of a recipe, key by key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class Section(BaseModel):
+    """Keys that are checked when it is made, and fixed from then on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """A float timm model.
+
+    Attributes:
+        name: timm's name.
+        args: keyword arguments of `timm.create_model` (``patch_size``, ``img_size``, ``num_classes``, ``drop_path_rate``, ..).
+        pretrained: take timm's pretrained weights.
+        checkpoint: a state dict (``.safetensors``, ``.pth``) or a float checkpoint of this package, loaded last.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+    pretrained: bool = False
+    checkpoint: Path | None = None
+
+
+class AugmentSection(Section):
+    """timm's training transform: random resized crop, flip, then colours, then erasing.
+
+    Attributes:
+        scale: share of the image's area that a crop covers, (least, most).
+        ratio: aspect ratio of a crop, (least, most).
+        hflip: probability of a horizontal flip.
+        color_jitter: strength; not used together with ``auto_augment``.
+        auto_augment: timm's policy string, such as ``rand-m9-mstd0.5-inc1``.
+        erase: probability of random erasing.
+        interpolation: Pillow's filter, or ``random``.
+    """
+
+    scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.08, 1.0)
+    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.75, 4 / 3)
+    hflip: Share = 0.5
+    color_jitter: Share = 0.0
+    auto_augment: str | None = None
+    erase: Share = 0.0
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "random"] = "bicubic"
+
+
+class DataSection(Section):
+    """Images and what happens to them.
+
+    Attributes:
+        train, val: a folder of class folders, a tar file of class folders or a list of such, or ``digits`` (scikit-learn's).
+            ``val`` is ``train`` where it is left out; a folder or tar may hold ``train`` and ``val`` folders.
+        workers: loader processes, each of every training process; 0 loads in the training process.
+        augment: of training images.
+        mixup, cutmix: alpha of the Beta distribution, 0 for none.
+        label_smoothing: share of a label spread over all classes.
+        repeated_augmentation: times that an image is drawn, each with its own augmentation, where it is drawn at all.
+        mean, std, crop_pct, crop_mode, interpolation: of `qvit.preprocessing.Preprocessing`, where the model's own do not
+            fit; ``mean`` and ``std`` also hold in training.
+    """
+
+    train: str | list[str] | None = None
+    val: str | list[str] | None = None
+    workers: Annotated[int, Field(ge=0, le=256)] = 4
+    augment: AugmentSection = AugmentSection()
+    mixup: Weight = 0.0
+    cutmix: Weight = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    repeated_augmentation: Annotated[int, Field(ge=1, le=16)] = 1
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_mode: Literal["center", "squash"] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+
+
+class QuantSection(Section):
+    """How the model is quantized (`qvit.spec.ModelSpec`); not read where the method is ``float``.
+
+    Attributes:
+        bits: of weights and activations, where ``weight_bits`` or ``act_bits`` do not say otherwise.
+        edge_bits: of the patch embedding and the classification heads.
+        rectify: insert IRM; decided by the method where it is left out.
+        equalise: balance channels before calibration.
+        overrides: name pattern -> bits or fields of a `qvit.spec.QuantSpec`.
+        calibration_images: training images, not augmented, that calibration sees.
+    """
+
+    bits: Bits = 4
+    weight_bits: Bits | None = None
+    act_bits: Bits | None = None
+    edge_bits: Bits = 8
+    rectify: bool | None = None
+    equalise: bool = True
+    overrides: dict[str, int | dict[str, Any]] = {}
+    calibration_images: Annotated[int, Field(ge=1)] = 64
+
+
+class DistillSection(Section):
+    """Weights of the loss's terms (`qvit.distill.losses.DistillationLoss`); not read where the method is ``float``.
+
+    Attributes:
+        label: cross-entropy with the labels.
+        hard: cross-entropy with the teacher's most likely class.
+        soft: divergence from the teacher's probabilities at ``temperature``.
+        dgd: distances of the similarity matrices of q and k; decided by the method where it is left out.
+    """
+
+    label: Weight = 0.5
+    hard: Weight = 0.5
+    soft: Weight = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    dgd: Weight | None = None
+
+
+class OptimSection(Section):
+    """The optimizer.
+
+    Attributes:
+        name: any of timm's (``adamw``, ``lamb``, ``sgd``, ..).
+        lr: peak learning rate.
+        weight_decay: of matrices; biases, norms, position embeddings and quantizers have none.
+        betas: of Adam and its kin; the optimizer's own where it is left out.
+        clip_grad: largest norm of the gradient.
+        scale_lr_ratio: the learning rate of the quantizers' scales and offsets over ``lr``.
+        args: further keyword arguments of the optimizer.
+    """
+
+    name: str = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    weight_decay: Weight = 0.0
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
+    clip_grad: Annotated[float, Field(gt=0)] | None = None
+    scale_lr_ratio: Weight = 1.0
+    args: dict[str, Any] = {}
+
+
+class ScheduleSection(Section):
+    """Learning rate: linear warm-up, then a cosine, both a step at a time.
+
+    Attributes:
+        epochs: passes over the training images.
+        warmup_epochs: of them, those in which the rate rises from 0 to ``optim.lr``.
+        min_lr: rate at the end.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    warmup_epochs: Weight = 0.0
+    min_lr: Weight = 0.0

@@ -1,0 +1,94 @@
+"""``qvit freeze``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qvit
+import qvit.engines
+from qvit.engines.reference import ReferenceEngine
+
+Cli = Callable[..., Any]
+
+
+def test_with_verification(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    output, report = tmp_path / "out" / "model.qvit", tmp_path / "report.json"
+    data = ("--data", "digits", "--limit", 20, "--batch", 8)
+    done = cli("freeze", checkpoints / "quantized.safetensors", "-o", output, *data, "--json", report)
+    assert (done.status, done.err) == (0, "")
+    assert "kept" in done.out
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["agreement"], row["codes_agreement"], row["images"], row["method"]) == (100, 100, 20, "qvit")
+    assert (row["fake_top1"], row["weight_bits"], row["file_bytes"]) == (12.5, 4, output.stat().st_size)
+
+
+def test_provenance_comes_from_the_checkpoint_without_folders(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model.qvit"
+    assert cli("freeze", checkpoints / "quantized.safetensors", "-o", output).status == 0
+    model = qvit.IntegerModel.load(output)
+    found = dict(model.provenance)
+    assert (found["fake_top1"], found["images"], found["data"], found["epochs"], found["method"]) == (12.5, 360, "digits", 3, "qvit")
+    assert found["recipe"]["model"]["checkpoint"] == "vit.pth"
+    assert set(found["versions"]) >= {"torch", "timm"}
+    assert "somewhere" not in json.dumps(found)
+    assert model.classes == tuple("0123456789")
+    assert model.name == "vit_tiny_patch16_224"
+
+
+def test_class_names(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    arguments = ("freeze", checkpoints / "quantized.safetensors", "-o", tmp_path / "m.qvit", "--classes", names)
+    names.write_text("zero\none\n\ntwo\n")
+    cli(*arguments).refused("holds 3 class names")
+    names.write_bytes(b"\xff\xfe\x00\x01")
+    cli(*arguments).refused("not a text file")
+    names.write_text("\n".join("abcdefghij"))
+    assert cli(*arguments).status == 0
+    assert qvit.IntegerModel.load(tmp_path / "m.qvit").classes == tuple("abcdefghij")
+
+
+def test_integers_that_do_not_agree_are_not_written(
+    cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ReferenceEngine.quantize
+
+    def off_by_one(self: ReferenceEngine, x: Any, quantizer: Any) -> Any:
+        codes = real(self, x, quantizer)
+        return (codes + (codes == 1)).clamp(max=quantizer.spec.qp)
+
+    monkeypatch.setattr(ReferenceEngine, "quantize", off_by_one)
+    done = cli("freeze", checkpoints / "quantized.safetensors", "-o", tmp_path / "m.qvit", "--data", "digits", "--limit", 8)
+    done.refused("do not compute what was trained", "was not written")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input(cli: Cli, checkpoints: Path, tmp_path: Path, image_folder: Callable[..., Path]) -> None:
+    output = ("-o", tmp_path / "m.qvit")
+    cli("freeze", checkpoints / "quantized.safetensors", "-o", tmp_path / "m.onnx").refused("is no .qvit file")
+    cli("freeze", checkpoints / "float.safetensors", *output).refused("float model")
+    cli("freeze", checkpoints / "state.safetensors", *output).refused("no checkpoint of qvit")
+    cli("freeze", tmp_path / "none.safetensors", *output).refused("none.safetensors")
+    cli("freeze", tmp_path, *output).refused("holds no best.safetensors")
+    folder = image_folder(3)
+    cli("freeze", checkpoints / "quantized.safetensors", *output, "--data", folder).refused("3 classes")
+    assert not (tmp_path / "m.qvit").exists()
+
+
+def test_full_disk(cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "m.qvit"
+    output.write_bytes(b"old")
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    cli("freeze", checkpoints / "quantized.safetensors", "-o", output).refused("disk is full")
+    assert output.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.qvit"]

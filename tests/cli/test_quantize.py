@@ -1,0 +1,175 @@
+"""``qvit quantize``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import qvit
+from qvit.training.checkpoint import load_student
+
+Cli = Callable[..., Any]
+_MODEL = ("vit_tiny_patch16_224",)
+_ARGUMENTS = tuple(
+    part
+    for pair in ("img_size=8", "patch_size=4", "in_chans=1", "num_classes=10", "embed_dim=12", "num_heads=3", "depth=1")
+    for part in ("--model-arg", pair)
+)
+_DATA = ("--data", "digits", "--images", 8)
+
+
+def test_from_a_state_dict_to_integers(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    output, report = tmp_path / "model.qvit", tmp_path / "report.json"
+    weights = ("--checkpoint", checkpoints / "state.safetensors")
+    options = ("--weight-bits", 3, "--act-bits", 5, "--no-rectify", "--override", "*.mlp.fc2=8", "--override")
+    change = "*.q={scale: per_token, offset: per_head}"
+    done = cli("quantize", *_MODEL, *_ARGUMENTS, *weights, *_DATA, *options, change, "--crop-pct", 0.8, "-o", output, "--json", report)
+    assert (done.status, done.err) == (0, "")
+    model = qvit.IntegerModel.load(output)
+    block = model.blocks[0]
+    assert (block.fc1.weight.spec.bits, block.fc1.input.spec.bits) == (3, 5)
+    assert (block.fc2.weight.spec.bits, block.fc2.input.spec.bits) == (8, 8)
+    assert block.attention.q.scale.shape == (3, 5, 1)
+    assert block.attention.rectify_q is None
+    assert model.preprocessing.crop_pct == 0.8
+    assert model.classes == tuple("0123456789")
+    assert model.provenance["data"] == "digits"
+    assert model.provenance["calibration_images"] == 8
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["weight_bits"], row["act_bits"], row["images"], row["rectify"]) == (3, 5, 8, False)
+    assert row["file_bytes"] == output.stat().st_size
+
+
+def test_from_our_own_checkpoint_to_a_checkpoint(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    output = tmp_path / "student.safetensors"
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"digit {i}" for i in range(10)) + "\n")
+    weights = ("--checkpoint", checkpoints / "float.safetensors", "--classes", names)
+    assert cli("quantize", *weights, *_DATA, "--bits", 2, "-o", output).status == 0
+    student, metadata = load_student(output)
+    assert student.qvit.spec.weight_bits == 2
+    assert metadata.classes[3] == "digit 3"
+    assert metadata.recipe["method"] == "calibration"
+    # What was calibrated can be frozen later.
+    assert cli("freeze", output, "-o", tmp_path / "m.qvit").status == 0
+
+
+def test_the_draw_is_the_seeds(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    weights = ("--checkpoint", checkpoints / "float.safetensors")
+    files = []
+    for number, seed in enumerate((0, 0, 1)):
+        files.append(tmp_path / f"{number}.qvit")
+        assert cli("quantize", *weights, *_DATA, "--seed", seed, "-o", files[-1]).status == 0
+    tensors = [qvit.IntegerModel.load(file).tensors for file in files]
+    assert all((tensors[0][name] == tensors[1][name]).all() for name in tensors[0])
+    assert any((tensors[0][name] != tensors[2][name]).any() for name in tensors[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--bits", 1), "bits=1 is out of range: use 2 to 8"),
+        (("--bits", 9), "bits=9 is out of range"),
+        (("--weight-bits", 0), "weight_bits=0 is out of range"),
+        (("--act-bits", -4), "act_bits=-4 is out of range"),
+        (("--override", "*.fc2=11"), "bits=11 is out of range"),
+        (("--override", "*.fc3=4"), "'*.fc3' matches no layer"),
+        (("--override", "*.fc2"), "is not key=value"),
+        (("--override", "*.fc2=four"), "write pattern=bits"),
+        (("--override", "*.fc2.input={scale: per_channel}"), "cannot run on integers"),
+        (("--override", "*.fc2={scale: [}"), "no valid YAML"),
+        (("--override", "patch_embed.proj.input={signed: true}"), "quantized as pixels are"),
+        (("--images", 0), "--images 0 is out of range"),
+        (("--crop-pct", 1.5), "crop_pct"),
+        (("--classes", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("--device", "tpu9"), "no device 'tpu9'"),
+    ],
+)
+def test_options_out_of_range(cli: Cli, checkpoints: Path, tmp_path: Path, arguments: tuple[Any, ...], part: str) -> None:
+    output = tmp_path / "m.qvit"
+    done = cli("quantize", "--checkpoint", checkpoints / "float.safetensors", *_DATA, "-o", output, *arguments)
+    done.refused(part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_of_another_kind(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    cli("quantize", "--checkpoint", checkpoints / "float.safetensors", *_DATA, "-o", tmp_path / "m.onnx").refused(
+        "neither a .qvit nor a .safetensors"
+    )
+
+
+def test_no_model(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    cli("quantize", *_DATA, "-o", tmp_path / "m.qvit").refused("no model to quantize")
+    state = ("--checkpoint", checkpoints / "state.safetensors")
+    cli("quantize", *state, *_DATA, "-o", tmp_path / "m.qvit").refused("does not say which model")
+    cli("quantize", "vit_imaginary", *state, *_DATA, "-o", tmp_path / "m.qvit").refused("vit_imaginary")
+    cli("quantize", *_MODEL, "--model-arg", "depth", *state, *_DATA, "-o", tmp_path / "m.qvit").refused("is not key=value")
+    cli("quantize", "resnet18", "--model-arg", "in_chans=1", *_DATA, "--checkpoint", "none.pth", "-o", tmp_path / "m.qvit").refused(
+        "none.pth"
+    )
+
+
+def test_a_state_dict_that_does_not_fit_names_the_first_five_keys(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(checkpoints / "state.safetensors")
+    names = list(state)
+    for name in names[:7]:
+        del state[name]
+    for number in range(8):
+        state[f"extra{number}"] = torch.zeros(1)
+    path = tmp_path / "other.pth"
+    torch.save(state, path)
+    done = cli("quantize", *_MODEL, *_ARGUMENTS, "--checkpoint", path, *_DATA, "-o", tmp_path / "m.qvit")
+    done.refused(*names[:5], *(f"extra{number}" for number in range(5)), "2 more", "3 more")
+    assert names[5] not in done.err
+    assert "extra5" not in done.err
+    wider = tuple("embed_dim=24" if part == "embed_dim=12" else part for part in _ARGUMENTS)
+    done = cli("quantize", *_MODEL, *wider, "--checkpoint", checkpoints / "state.safetensors", *_DATA, "-o", tmp_path / "m.qvit")
+    done.refused("other shapes of", "cls_token (1, 1, 12) for (1, 1, 24)")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"\x80\x02cos\nsystem\n(S'true'\ntR."])
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_files_that_hold_no_weights(cli: Cli, tmp_path: Path, content: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    done = cli("quantize", *_MODEL, *_ARGUMENTS, "--checkpoint", path, *_DATA, "-o", tmp_path / "m.qvit")
+    done.refused(name)
+    assert not (tmp_path / "m.qvit").exists()
+
+
+def test_images_of_other_classes(cli: Cli, checkpoints: Path, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    arguments = ("quantize", "--checkpoint", checkpoints / "float.safetensors", "-o", tmp_path / "m.qvit", "--data")
+    cli(*arguments, image_folder(3)).refused("3 classes", "10")
+    cli(*arguments, tmp_path / "nowhere").refused("nowhere")
+    (tmp_path / "flat").mkdir()
+    cli(*arguments, tmp_path / "flat").refused("has no class folders")
+    (tmp_path / "hollow" / "cats").mkdir(parents=True)
+    cli(*arguments, tmp_path / "hollow").refused("holds no images")
+
+
+def test_a_damaged_image_is_named(cli: Cli, checkpoints: Path, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = image_folder(10, per_class=1)
+    (root / "7" / "0.png").write_bytes(b"damaged")
+    done = cli("quantize", "--checkpoint", checkpoints / "float.safetensors", "--data", root, "-o", tmp_path / "m.qvit")
+    done.refused(str(root / "7" / "0.png"))
+
+
+@pytest.mark.parametrize("name", ["model.qvit", "model.safetensors"])
+def test_full_disk(cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_bytes(b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    cli("quantize", "--checkpoint", checkpoints / "float.safetensors", *_DATA, "-o", tmp_path / name).refused("disk is full")
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]

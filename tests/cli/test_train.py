@@ -1,0 +1,119 @@
+"""``qvit train``: what it makes of its arguments; the training itself has tests of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qvit.training.engine
+from qvit.training.interrupt import TrainingInterrupted
+
+Cli = Callable[..., Any]
+_RECIPE = """\
+method: qvit
+model: {name: vit_tiny_patch16_224, args: {img_size: 8, patch_size: 4, in_chans: 1, num_classes: 10, embed_dim: 12,
+  num_heads: 3, depth: 1}}
+data: {train: digits, workers: 0, crop_pct: 1.0, augment: {hflip: 0}}
+quant: {calibration_images: 8}
+schedule: {epochs: 1}
+batch_size: 512
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(_RECIPE)
+    return path
+
+
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The calls of `fit`, which then raises as if Ctrl-C had been pressed."""
+    calls: list[dict[str, Any]] = []
+
+    def fit(recipe: Any, output: Path, **values: Any) -> None:
+        calls.append({"recipe": recipe, "output": output, **values})
+        raise TrainingInterrupted("Stopped after step 3 of 9: resume the run to go on.")
+
+    monkeypatch.setattr(qvit.training.engine, "fit", fit)
+    return calls
+
+
+def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    weights = ("--checkpoint", checkpoints / "state.safetensors", "--teacher", checkpoints / "float.safetensors")
+    done = cli("train", recipe, *weights, "--set", "quant.bits=3", "-o", run, "--json", report)
+    assert done.status == 0, done.err
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["method"], row["weight_bits"], row["act_bits"], row["epochs"], row["data"]) == ("qvit", 3, 3, 1, "digits")
+    assert row["images"] == 360
+    assert f"{row['fake_top1']:.2f} % of 360 images" in done.out
+    cli("train", recipe, "-o", run).refused("holds a run already")
+    assert cli("freeze", run, "-o", tmp_path / "m.qvit", "--data", "digits", "--limit", 16).status == 0
+    done = cli("eval", tmp_path / "m.qvit", "--data", "digits", "--limit", 16, "--against", run)
+    assert done.status == 0
+    assert "kept" in done.out
+    assert cli("inspect", tmp_path / "m.qvit").status == 0
+
+
+def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe: Path, fitted: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = cli("train", recipe, "-o", tmp_path / "run", "--resume")
+    done.refused("resume the run to go on", status=130)
+    assert fitted[0]["resume"] is True
+    assert fitted[0]["output"] == tmp_path / "run"
+
+
+def test_data_and_overrides(cli: Cli, recipe: Path, fitted: list[dict[str, Any]], tmp_path: Path) -> None:
+    arguments = ("train", recipe, "-o", tmp_path / "run")
+    cli(*arguments, "--data", "/data/imagenet", "--set", "quant.bits=2", "--set", "optim.lr=1e-3")
+    cli(*arguments, "--train-data", "a.tar", "--train-data", "b.tar", "--val-data", "c.tar")
+    cli(*arguments)
+    first, second, third = (call["recipe"] for call in fitted)
+    assert (first.data.train, first.data.val, first.quant.bits, first.optim.lr) == ("/data/imagenet", None, 2, 1e-3)
+    assert (second.data.train, second.data.val) == (["a.tar", "b.tar"], "c.tar")
+    assert (third.data.train, third.data.val) == ("digits", None)
+
+
+def test_weights_and_teachers(cli: Cli, recipe: Path, checkpoints: Path, fitted: list[dict[str, Any]], tmp_path: Path) -> None:
+    arguments = ("train", recipe, "-o", tmp_path / "run")
+    state, described = checkpoints / "state.safetensors", checkpoints / "float.safetensors"
+    cli(*arguments, "--checkpoint", state)
+    cli(*arguments, "--teacher", state)
+    cli(*arguments, "--teacher", described)
+    first, second, third = fitted
+    assert (first["recipe"].model.checkpoint, first["recipe"].teacher, first["teacher"]) == (state, None, None)
+    # A state dict is taken for the model of the recipe; a checkpoint says itself what it is.
+    assert second["recipe"].teacher.checkpoint == state
+    assert second["recipe"].teacher.name == "vit_tiny_patch16_224"
+    assert third["teacher"].num_classes == 10
+    cli(*arguments, "--teacher", checkpoints / "quantized.safetensors").refused("is quantized: use a float model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("nothing",), "There is no recipe 'nothing'"),
+        (("nothing.yaml",), "nothing.yaml cannot be read"),
+        (("RECIPE", "--set", "quant.bits=9"), "quant.bits=9"),
+        (("RECIPE", "--set", "quant.bit=4"), "quant.bits"),
+        (("RECIPE", "--set", "quant.bits"), "is no override"),
+        (("RECIPE", "--data", "digits", "--train-data", "digits"), "either --data"),
+        (("RECIPE", "--data", "nowhere"), "nowhere"),
+        (("RECIPE", "--teacher", "none.pth"), "none.pth"),
+        (("RECIPE", "--checkpoint", "none.pth"), "none.pth"),
+    ],
+)
+def test_bad_input(cli: Cli, recipe: Path, tmp_path: Path, arguments: tuple[str, ...], part: str) -> None:
+    done = cli("train", *(str(recipe) if a == "RECIPE" else a for a in arguments), "-o", tmp_path / "run")
+    done.refused(part)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_of_other_classes(cli: Cli, recipe: Path, tmp_path: Path, image_folder: Callable[..., Path]) -> None:
+    cli("train", recipe, "--data", image_folder(3), "-o", tmp_path / "run").refused("3 classes", "10")
+    assert not (tmp_path / "run").exists()

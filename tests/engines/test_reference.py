@@ -1,0 +1,271 @@
+"""The contract of the project: what was trained is what runs.
+
+The fake-quantized training graph and the reference engine, which share no code beyond the exact matrix product, must give the
+same codes at every quantization point. On a CPU they give the same bits, so these tests ask for that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import qvit
+from qvit.engines.reference import ReferenceEngine
+from qvit.integer import ops
+from qvit.integer.model import IntegerModel
+from qvit.integer.packing import pack
+from qvit.layers.points import quantization_points, record_codes
+from qvit.preprocessing import Preprocessing
+from qvit.spec import ModelSpec, Operand, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+
+Factory = Callable[..., Any]
+_SMALL: dict[str, Any] = {"embed_dim": 24, "num_heads": 3, "depth": 2, "img_size": 32, "num_classes": 5}
+
+
+def _images(student: Any, count: int = 3) -> torch.Tensor:
+    """Random pixels as the model's preprocessing normalises them."""
+    preprocessing = student.qvit.preprocessing
+    pixels = np.random.default_rng(0).integers(0, 256, (count, *preprocessing.input_size), dtype=np.uint8)
+    return torch.from_numpy(preprocessing.normalise(pixels))
+
+
+def _assert_same(student: Any, images: torch.Tensor, tmp_path: Path) -> None:
+    """Freezes, saves, loads and runs, and compares every code with those of the training graph."""
+    qvit.freeze(student).save(tmp_path / "m.qvit")
+    engine = ReferenceEngine(IntegerModel.load(tmp_path / "m.qvit"))
+    with torch.no_grad(), record_codes(student) as expected:
+        wanted = student(images)
+    codes: dict[str, torch.Tensor] = {}
+    logits = engine.forward(images, codes)
+    assert codes.keys() == expected.keys() == {n for n in quantization_points(student) if not n.endswith(".weight")}
+    for name, code in expected.items():
+        assert code.shape == codes[name].shape, name
+        spec = quantization_points(student)[name].spec
+        assert spec.qn <= int(codes[name].min()), name
+        assert int(codes[name].max()) <= spec.qp, name
+        # Codes that are all the same would agree whatever the engine does.
+        assert code.unique().numel() > 1, name
+        assert torch.equal(code, codes[name]), name
+    assert torch.equal(wanted, logits)
+    assert logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_width(bits: int, make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path) -> None:
+    student = perturb(make_student(small_vit(**_SMALL), weight_bits=bits, act_bits=bits))
+    _assert_same(student, _images(student), tmp_path)
+
+
+_GRANULARITIES: dict[str, dict[str, Any]] = {
+    "no rectify": {"rectify": False},
+    "input per token": {"overrides": {"blocks.*.input": {"scale": "per_token"}}},
+    "input offset per tensor": {"overrides": {"blocks.*.input": {"offset": "per_tensor"}}},
+    "input without offset": {"overrides": {"blocks.*.input": {"offset": "none", "signed": True}}},
+    "input signed": {"overrides": {"blocks.*.input": {"signed": True}}},
+    "weight per tensor": {"overrides": {"blocks.*.weight": {"scale": "per_tensor"}, "head.weight": {"scale": "per_tensor"}}},
+    "q, k per token, learned offsets": {
+        "overrides": {"*.q": {"scale": "per_token"}, "*.k": {"scale": "per_token", "offset": "per_head"}}
+    },
+    "q, k per tensor": {"overrides": {"*.q": {"scale": "per_tensor"}, "*.k": {"scale": "per_tensor"}}},
+    "q, k offset per head": {"overrides": {"*.q": {"offset": "per_head"}, "*.k": {"offset": "per_head"}}},
+    "q, k offset per channel": {"overrides": {"*.q": {"offset": "per_channel"}, "*.k": {"offset": "per_channel"}}},
+    "q offset per channel, k per token": {
+        "overrides": {"*.q": {"offset": "per_channel"}, "*.k": {"scale": "per_token", "offset": "per_channel"}}
+    },
+    "q, k without offset": {"overrides": {"*.q": {"offset": "none"}, "*.k": {"offset": "none"}}},
+    "q unsigned half step": {"overrides": {"*.q": {"signed": False, "offset": "per_channel"}}},
+    "v per head, half step": {"overrides": {"*.v": {"scale": "per_head", "offset": "half_step"}}},
+    "v per channel, half step": {"overrides": {"*.v": {"offset": "half_step"}}},
+    "v per tensor, offset per head": {"overrides": {"*.v": {"scale": "per_tensor", "offset": "per_head"}}},
+    "v without offset": {"overrides": {"*.v": {"offset": "none"}}},
+    "map per row": {"overrides": {"*.map": {"scale": "per_token"}}},
+    "map per tensor": {"overrides": {"*.map": {"scale": "per_tensor"}}},
+    "mixed widths": {
+        "weight_bits": 3,
+        "act_bits": 5,
+        "edge_bits": 6,
+        "overrides": {"blocks.1": 2, "blocks.0.attn.q": 7, "*.map": 8, "*.mlp.fc2.weight": 4, "patch_embed.proj.input": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("fields", _GRANULARITIES.values(), ids=_GRANULARITIES.keys())
+def test_every_granularity(
+    fields: dict[str, Any], make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    student = perturb(make_student(small_vit(**_SMALL), **fields))
+    _assert_same(student, _images(student), tmp_path)
+
+
+@pytest.mark.parametrize("operands", [("weight",), ("input",), ("weight", "input")])
+@pytest.mark.parametrize("size", [64, 128])
+def test_groups_of_input_channels(
+    operands: tuple[str, ...], size: int, make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    overrides = {f"blocks.*.{operand}": {"scale": f"per_group_{size}"} for operand in operands}
+    student = perturb(make_student(small_vit(**_SMALL | {"embed_dim": 128, "num_heads": 2, "depth": 1}), overrides=overrides))
+    _assert_same(student, _images(student, 2), tmp_path)
+
+
+_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "average of patches, no class token": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
+    "average of patches, class token": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "average with prefix": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True}),
+    "average without fc_norm": ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}),
+    "register tokens": ("vit_tiny_patch16_224", {"reg_tokens": 3}),
+    "positions of patches alone": ("vit_tiny_patch16_224", {"reg_tokens": 2, "no_embed_class": True}),
+    "no positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
+    "LayerScale": ("vit_tiny_patch16_224", {"init_values": 0.1}),
+    "norm before the blocks": ("vit_tiny_patch16_224", {"pre_norm": True}),
+    "no bias in qkv": ("vit_tiny_patch16_224", {"qkv_bias": False}),
+    "no bias in proj": ("vit_tiny_patch16_224", {"proj_bias": False}),
+    "odd image, odd patch": ("vit_tiny_patch16_224", {"img_size": (37, 23), "patch_size": (11, 7)}),
+    "one patch": ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 16}),
+    "greyscale": ("vit_tiny_patch16_224", {"in_chans": 1, "img_size": 8, "patch_size": 2}),
+    "five channels": ("vit_tiny_patch16_224", {"in_chans": 5}),
+    "tanh GELU": ("vit_tiny_patch16_224", {"act_layer": "gelu_tanh"}),
+    "QuickGELU": ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}),
+    "one head, wide MLP": ("vit_tiny_patch16_224", {"num_heads": 1, "mlp_ratio": 6.5}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), _ARCHITECTURES.values(), ids=_ARCHITECTURES.keys())
+def test_every_architecture(
+    name: str, options: dict[str, Any], make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    student = perturb(make_student(small_vit(name, **_SMALL | options)))
+    _assert_same(student, _images(student), tmp_path)
+
+
+def test_after_calibration_and_in_the_state_that_a_checkpoint_restores(small_vit: Factory, tmp_path: Path) -> None:
+    student = qvit.quantize(small_vit(**_SMALL), spec=ModelSpec.of_bits(3))
+    images = _images(student, 4)
+    qvit.calibrate(student, [images], images=4)
+    restored = qvit.quantize(small_vit(**_SMALL), spec=ModelSpec.of_bits(3))
+    restored.load_state_dict(student.state_dict())
+    _assert_same(restored.eval(), images, tmp_path)
+
+
+def test_the_comparison_can_fail(make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path) -> None:
+    student = perturb(make_student(small_vit(**_SMALL)))
+    images = _images(student)
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        other.blocks[0].attn.v_quantizer.offset.add_(0.05)
+    qvit.freeze(student)
+    codes: dict[str, torch.Tensor] = {}
+    ReferenceEngine(qvit.freeze(other)).forward(images, codes)
+    with torch.no_grad(), record_codes(student) as expected:
+        student(images)
+    assert torch.equal(expected["blocks.0.attn.map"], codes["blocks.0.attn.map"])
+    assert not torch.equal(expected["blocks.0.attn.proj.input"], codes["blocks.0.attn.proj.input"])
+
+
+# --- single operations against NumPy in wide integers ------------------------------------------------------------------
+
+
+def _layer(rng: np.random.Generator, m: int, k: int, bits: int, scale_x: Any, scale_w: Any) -> ops.Linear:
+    tokens = 5
+    shapes = {PerTensor: (1,), PerToken: (tokens, 1), PerGroup: (k // 64,)}
+    shapes_w = {PerTensor: (1,), PerChannel: (m, 1), PerGroup: (m, k // 64)}
+    source = ops.Quantizer(
+        QuantSpec(bits, scale=scale_x), rng.uniform(0.5, 2, shapes[type(scale_x)]).astype(np.float32), offset=None
+    )
+    spec = QuantSpec(bits, signed=True, scale=scale_w, operand=Operand.WEIGHT)
+    codes = rng.integers(spec.qn, spec.qp + 1, (m, k))
+    weight = ops.Weight(spec, (m, k), pack(codes, bits), rng.uniform(0.5, 2, shapes_w[type(scale_w)]).astype(np.float32))
+    return ops.Linear("layer", source, weight, rng.normal(size=m).astype(np.float32))
+
+
+def _engine_for(layer: ops.Linear) -> ReferenceEngine:
+    """An engine around a single layer."""
+
+    class OneLayer:
+        def linears(self) -> list[ops.Linear]:
+            return [layer]
+
+    return ReferenceEngine(OneLayer())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scale_x", [PerTensor(), PerToken(), PerGroup(64)])
+@pytest.mark.parametrize("scale_w", [PerTensor(), PerChannel(), PerGroup(64)])
+def test_linear_against_numpy(bits: int, scale_x: Any, scale_w: Any) -> None:
+    rng = np.random.default_rng(bits)
+    m, k = 7, 128
+    layer = _layer(rng, m, k, bits, scale_x, scale_w)
+    codes = rng.integers(0, layer.input.spec.qp + 1, (2, 5, k))
+    y = _engine_for(layer).linear(torch.from_numpy(codes).to(torch.int16), layer).numpy()
+
+    x = codes * _wide(layer.input.scale, scale_x, 64)
+    w = layer.weight.codes().astype(np.int64) * _wide(layer.weight.scale, scale_w, 64)
+    assert layer.bias is not None
+    np.testing.assert_allclose(y, x @ w.T + layer.bias, rtol=1e-5, atol=1e-4 * float(np.abs(x @ w.T).max()))
+
+
+def _wide(scale: np.ndarray, granularity: Any, size: int) -> np.ndarray:
+    scale = scale.astype(np.float64)
+    return np.repeat(scale, size, axis=-1) if isinstance(granularity, PerGroup) else scale
+
+
+def test_sums_are_exact_integers_where_float32_is_not() -> None:
+    # 3,001 products of 8-bit codes at their ends: the sums need more than the 24 bits of a float32.
+    rng = np.random.default_rng(0)
+    layer = _layer(rng, 3, 3001, 8, PerTensor(), PerTensor())
+    one = np.ones(1, np.float32)
+    source = ops.Quantizer(layer.input.spec, one, None)
+    worst = np.full((3, 3001), -128)
+    worst[1] = rng.integers(-128, 128, 3001)
+    worst[2, ::2] = 127
+    layer = ops.Linear("layer", source, ops.Weight(layer.weight.spec, (3, 3001), pack(worst, 8), one), None)
+    codes = np.full((1, 5, 3001), 255)
+    codes[0, 1:] = rng.integers(200, 256, (4, 3001))
+    exact = codes.astype(np.int64) @ worst.T.astype(np.int64)
+    assert np.abs(exact).max() > 1 << 24
+    y = _engine_for(layer).linear(torch.from_numpy(codes).to(torch.int16), layer)
+    # The epilogue is float32: the exact sum, rounded once.
+    assert (y.numpy() == exact.astype(np.float32)).all()
+
+
+def test_codes_are_rounded_half_to_even_and_clamped() -> None:
+    spec = QuantSpec(3, signed=True, operand=Operand.INPUT)
+    quantizer = ops.Quantizer(spec, np.asarray([0.5], np.float32), None)
+    engine = _engine_for(_layer(np.random.default_rng(0), 1, 64, 2, PerTensor(), PerTensor()))
+    x = torch.tensor([-9.0, -2.0, -1.25, -0.75, -0.25, 0.0, 0.25, 0.75, 1.25, 1.5, 9.0])
+    assert engine.quantize(x, quantizer).tolist() == [-4, -4, -2, -2, 0, 0, 0, 2, 2, 3, 3]
+    assert engine.quantize(x, quantizer).dtype == torch.int16
+
+
+# --- real images -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_real_teacher_on_real_images(bits: int, data_dir: Path, set_plausible_scales: Factory) -> None:
+    """The contract on the trained ViT-S/14 (its first two blocks, which take seconds) and real images."""
+    from qvit.analyze.agreement import agreement
+    from qvit.training.data import evaluation_loader
+    from qvit.training.sources import open_source
+
+    weights, images = data_dir / "vit_small_patch14_224_imagenette.safetensors", data_dir / "imagenette224-val.tar"
+    if not (weights.exists() and images.exists()):
+        pytest.skip(f"{weights.name} or {images.name} is not in {data_dir}")
+    teacher = timm.create_model("vit_small_patch16_224", patch_size=14, num_classes=10, depth=2)
+    state = {name: t.float() for name, t in safetensors.torch.load_file(weights).items()}
+    teacher.load_state_dict({name: t for name, t in state.items() if name in teacher.state_dict()})
+    preprocessing = Preprocessing((3, 224, 224))
+    student: Any = qvit.quantize(teacher.eval(), spec=ModelSpec.of_bits(bits), preprocessing=preprocessing)
+    source = open_source(images, "val")
+    loader = evaluation_loader(source, preprocessing, 3, indices=range(0, len(source), len(source) // 3))
+    set_plausible_scales(student, next(iter(loader))[0])
+    measured = agreement(student, ReferenceEngine(qvit.freeze(student)), loader)
+    assert measured.images >= 3
+    assert measured.holds, measured

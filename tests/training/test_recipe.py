@@ -1,0 +1,127 @@
+"""Recipes: shipped ones are valid, the method decides what it says, mistakes are answered in one sentence."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from qvit.errors import QvitError, RecipeError
+from qvit.training.recipe import Recipe, recipe_names
+
+
+def test_every_shipped_recipe_is_valid_and_opens_with_its_launch_command() -> None:
+    names = recipe_names()
+    assert {"digits", "digits_float", "imagenette", "paper_imagenet"} <= set(names)
+    for name in names:
+        recipe = Recipe.load(name)
+        text = (resources.files("qvit") / "recipes" / f"{name}.yaml").read_text()
+        head = [line for line in text.splitlines() if line.startswith("#")]
+        assert text.startswith("#")
+        assert any(f"qvit train {name}" in line or "torchrun" in line for line in head)
+        assert any("Expect" in line for line in head)
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+        if recipe.quantized:
+            recipe.model_spec()
+
+
+@pytest.mark.parametrize(
+    ("method", "rectify", "dgd"),
+    [("baseline", False, 0), ("irm", True, 0), ("dgd", False, 1), ("qvit", True, 1)],
+)
+def test_the_method_is_one_line(method: str, rectify: bool, dgd: float) -> None:
+    recipe = Recipe.from_dict({"method": method})
+    assert recipe.model_spec().rectify is rectify
+    assert recipe.dgd_weight == dgd
+
+
+def test_an_explicit_key_wins_over_the_method() -> None:
+    recipe = Recipe.from_dict({"method": "qvit", "quant": {"rectify": False}, "distill": {"dgd": 0.25}})
+    assert recipe.model_spec().rectify is False
+    assert recipe.dgd_weight == 0.25
+
+
+def test_bits_stand_for_weights_and_activations() -> None:
+    spec = Recipe.from_dict({"quant": {"bits": 3, "act_bits": 4, "overrides": {"*.mlp.fc2": 8}}}).model_spec()
+    assert (spec.weight_bits, spec.act_bits, spec.edge_bits) == (3, 4, 8)
+    assert spec.overrides == {"*.mlp.fc2": 8}
+
+
+def test_overrides_are_dotted_and_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("method: baseline\noptim: {lr: 1e-3}\n")
+    recipe = Recipe.load(path, ["quant.bits=2", "data.augment.scale=[0.5, 1]", "model.name=deit_tiny_patch16_224", "seed=7"])
+    assert recipe.quant.bits == 2
+    assert recipe.data.augment.scale == (0.5, 1.0)
+    assert recipe.model is not None
+    assert recipe.model.name == "deit_tiny_patch16_224"
+    assert (recipe.seed, recipe.optim.lr) == (7, 1e-3)
+    assert recipe.override("quant.bits=3").quant.bits == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"optim": {"zebra": 1}}, ["'optim.zebra'", "keys here are name, lr"]),
+        ({"optim": {"wieght_decay": 1}}, ["'optim.wieght_decay'", "did you mean 'optim.weight_decay'"]),
+        ({"batchsize": 1}, ["'batchsize'", "did you mean 'batch_size'"]),
+        ({"data": {"augment": {"hflop": 1}}}, ["did you mean 'data.augment.hflip'"]),
+        ({"quant": {"bits": 9}}, ["quant.bits=9", "at least 2 and at most 8"]),
+        ({"quant": {"act_bits": 1}}, ["quant.act_bits=1", "at least 2 and at most 8"]),
+        ({"data": {"augment": {"scale": [0, 1]}}}, ["data.augment.scale.0=0", "more than 0 and at most 1"]),
+        ({"data": {"label_smoothing": 1}}, ["at least 0 and less than 1"]),
+        ({"optim": {"lr": 0}}, ["optim.lr=0", "more than 0"]),
+        ({"optim": {"lr": float("nan")}}, ["optim.lr=nan"]),
+        ({"schedule": {"epochs": 0}}, ["schedule.epochs=0", "at least 1"]),
+        ({"schedule": {"epochs": 1, "warmup_epochs": 2}}, ["warmup_epochs", "more than schedule.epochs (1)"]),
+        ({"schedule": {"min_lr": 1.0}}, ["min_lr", "more than optim.lr"]),
+        ({"data": {"augment": {"scale": [0.9, 0.5]}}}, ["data.augment.scale", "smaller number first"]),
+        ({"data": {"interpolation": "best"}}, ["data.interpolation='best'", "bicubic"]),
+        ({"data": {"val": 3}}, ["data.val=3"]),
+        ({"method": "magic"}, ["method='magic'", "baseline"]),
+        ({"model": {}}, ["lacks the key 'model.name'"]),
+        ({"batch_size": 3, "data": {"mixup": 0.8}}, ["batch_size is 3", "even"]),
+        ({"quant": {"overrides": {"*.fc1": "four"}}}, ["quant.overrides.*.fc1='four'"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(values: dict, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict(values)
+    message = str(caught.value)
+    for word in words:
+        assert word in message
+    assert "\n" not in message
+    assert message[-1] in ".?"
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "words"),
+    [
+        ("no_such_recipe", [], "digits"),
+        ("no/such/file.yaml", [], "No such file"),
+        ("digits", ["quant.bits"], "key=value"),
+        ("digits", ["=2"], "key=value"),
+        ("digits", ["batch_size.x=2"], "has no keys"),
+        ("digits", ["quant.bits=[2"], "no valid YAML"),
+        ("digits", ["quant.bits=1"], "at least 2"),
+    ],
+)
+def test_loading_mistakes(source: str, overrides: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        Recipe.load(source, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "\x00"])
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"bad\.yaml"):
+        Recipe.load(path)
+
+
+def test_an_override_with_an_unknown_field_is_refused() -> None:
+    recipe = Recipe.from_dict({"quant": {"overrides": {"*.input": {"scael": "per_tensor"}}}})
+    with pytest.raises(QvitError, match="scael"):
+        recipe.model_spec()
