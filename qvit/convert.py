@@ -93,7 +93,8 @@ def quantize(
 
     Raises:
         UnsupportedModelError: a module that qvit cannot quantize; the message names it.
-        SpecError: neither or both of bits and spec, or a spec that cannot be executed on this model.
+        SpecError: neither or both of bits and spec, a spec that cannot be executed on this model, or a preprocessing for another
+            input size.
     """
     if (bits is None) == (spec is None):
         raise SpecError("Give quantize either bits (2 to 8) or a ModelSpec.")
@@ -104,11 +105,14 @@ def quantize(
     family.check(model)
     architecture = family.describe(model)
     preprocessing = preprocessing or preprocessing_of(model)
+    takes = (architecture.in_chans, *architecture.img_size)
+    if preprocessing.input_size != takes:
+        raise SpecError(f"The preprocessing gives an input_size of {preprocessing.input_size}, but the model takes {takes}.")
     student = copy.deepcopy(model)
     family.swap(student, architecture, spec, preprocessing)
     spec.check_overrides(list(quantization_points(student)))
     student.qvit = StudentInfo(architecture, spec, preprocessing)
-    return student.to(next(model.parameters()).device)
+    return student.to(next(model.parameters()).device).train(model.training)
 
 
 def rebuild(info: StudentInfo) -> nn.Module:

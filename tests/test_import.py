@@ -1,4 +1,4 @@
-"""The base install: without PyTorch and the other packages of the extras, files load, `inspect` works and errors are sentences."""
+"""The base install: without the packages of the extras files load, `inspect` works and errors are sentences."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from qvit.report_file import versions
 if TYPE_CHECKING:
     from qvit.preprocessing import Preprocessing
     from qvit.spec import ModelSpec
+    from qvit.training.checkpoint import Metadata
 
 _BATCH = 16
 
@@ -72,9 +73,9 @@ def command(
 
     target = device_of(device)
     source = open_source(location_of(data), "train")
-    original, preprocessing, trained_classes = _float_model(model, checkpoint, model_arg or [], crop_pct)
+    original, preprocessing, trained = _float_model(model, checkpoint, model_arg or [], crop_pct)
     check_classes(source, original.num_classes, "calibration")
-    names = class_names(classes, trained_classes or source.classes)
+    names = class_names(classes, trained.classes if trained else source.classes)
     student: Any = qvit.quantize(original, spec=spec, preprocessing=preprocessing).to(target)
     drawn = np.random.default_rng(seed).permutation(len(source))[:images].tolist()
     start = time.perf_counter()
@@ -83,7 +84,8 @@ def command(
     seconds = time.perf_counter() - start
 
     facts = {"method": "calibration", "data": name_of(data), "calibration_images": len(drawn), "seed": seed}
-    size = _save(student, output, names, facts)
+    float_top1 = trained.metrics.get("top1") if trained else None
+    size = _save(student, output, names, facts, {} if float_top1 is None else {"float_top1": float_top1})
     parameters = sum(p.numel() for p in original.parameters())
     row = {
         "model": student.qvit.architecture.name,
@@ -93,6 +95,7 @@ def command(
         "act_bits": spec.act_bits,
         "rectify": spec.rectify,
         "seed": seed,
+        "float_top1": float_top1,
         "images": len(drawn),
         "calibration_seconds": seconds,
         "file_bytes": size,
@@ -150,8 +153,8 @@ def _yaml(text: str) -> Any:
 
 def _float_model(
     name: str | None, checkpoint: Path | None, arguments: list[str], crop_pct: float | None
-) -> tuple[Any, Preprocessing, list[str] | None]:
-    """The float model, the preprocessing of its images and, where its checkpoint tells them, its classes."""
+) -> tuple[Any, Preprocessing, Metadata | None]:
+    """The float model, the preprocessing of its images and what its checkpoint says of itself, if it is one of ours."""
     from qvit.training.checkpoint import is_checkpoint, load_model
     from qvit.training.models import adjusted, build_model
     from qvit.training.recipe import Recipe
@@ -167,23 +170,23 @@ def _float_model(
     known = path is not None and is_checkpoint(path)
     if recipe.model is not None:
         model, preprocessing = build_model(recipe.model, recipe.data)
-        return model, preprocessing, load_model(path)[1].classes if known and path else None
+        return model, preprocessing, load_model(path)[1] if known and path else None
     if path is None:
         raise InputError("There is no model to quantize: name a timm model, or a checkpoint with --checkpoint.")
     if not known:
         raise InputError(f"{path} does not say which model it belongs to: name the timm model before it.")
     model, metadata = load_model(path)
-    return model, adjusted(metadata.preprocessing, recipe.data), metadata.classes
+    return model, adjusted(metadata.preprocessing, recipe.data), metadata
 
 
-def _save(student: Any, output: Path, classes: list[str], facts: dict[str, Any]) -> int:
+def _save(student: Any, output: Path, classes: list[str], facts: dict[str, Any], metrics: dict[str, float]) -> int:
     """Writes integers or a checkpoint, by the file's ending; returns its size in bytes."""
     if output.suffix == INTEGER_SUFFIX:
         import qvit
 
-        return qvit.freeze(student, classes, {**facts, "versions": versions()}).save(output)
+        return qvit.freeze(student, classes, {**facts, **metrics, "versions": versions()}).save(output)
     from qvit.training.checkpoint import Metadata, save_checkpoint
 
     recipe = {**facts, "data": {"train": facts["data"]}}
-    save_checkpoint(output, student, Metadata.of(student, student.qvit.preprocessing, classes, recipe))
+    save_checkpoint(output, student, Metadata.of(student, student.qvit.preprocessing, classes, recipe, metrics=metrics))
     return output.stat().st_size

@@ -82,6 +82,8 @@ class TrainingLoop:
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
         self.metrics: dict[str, float] = dict(resumed.metadata.metrics) if resumed else {"train_seconds": 0.0}
+        if setup.float_top1 is not None:
+            self.metrics["float_top1"] = setup.float_top1
         self.window = LossWindow()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

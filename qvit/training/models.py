@@ -46,6 +46,13 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
     return model, adjusted(preprocessing or preprocessing_of(model), data)
 
 
+def top1_of(section: ModelSection) -> float | None:
+    """The top-1, in percent, that the section's weights say they reached; only a checkpoint of this package says so."""
+    if section.checkpoint is None or not is_checkpoint(section.checkpoint):
+        return None
+    return read_checkpoint(section.checkpoint).metadata.metrics.get("top1")
+
+
 def adjusted(preprocessing: Preprocessing, data: DataSection) -> Preprocessing:
     """The preprocessing with what the recipe changes."""
     names = ("mean", "std", "crop_pct", "crop_mode", "interpolation")

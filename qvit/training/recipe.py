@@ -84,8 +84,8 @@ class Recipe(Section):
 
     @property
     def dgd_weight(self) -> float:
-        """The weight of DGD: ``distill.dgd``, or what the method says."""
-        return float(self.method in ("dgd", "qvit")) if self.distill.dgd is None else self.distill.dgd
+        """The weight of DGD: ``distill.dgd`` where the method has it, else 0."""
+        return self.distill.dgd if self.method in ("dgd", "qvit") else 0.0
 
     def model_spec(self) -> ModelSpec:
         """How the model is quantized.

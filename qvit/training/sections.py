@@ -115,14 +115,14 @@ class DistillSection(Section):
         label: cross-entropy with the labels.
         hard: cross-entropy with the teacher's most likely class.
         soft: divergence from the teacher's probabilities at ``temperature``.
-        dgd: distances of the similarity matrices of q and k; decided by the method where it is left out.
+        dgd: distances of the similarity matrices of q and k, where the method is ``dgd`` or ``qvit``.
     """
 
     label: Weight = 0.5
     hard: Weight = 0.5
     soft: Weight = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    dgd: Weight | None = None
+    dgd: Weight = 1.0
 
 
 class OptimSection(Section):

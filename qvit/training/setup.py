@@ -21,7 +21,7 @@ from qvit.preprocessing import Preprocessing
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.data import check_classes, evaluation_loader, open_split
-from qvit.training.models import adjusted, build_model
+from qvit.training.models import adjusted, build_model, top1_of
 from qvit.training.recipe import Recipe
 from qvit.training.seeding import derive_seed, seed_everything
 from qvit.training.sources import ImageSource
@@ -39,6 +39,7 @@ class Setup:
         loss: what is minimised.
         preprocessing: of the images.
         train, val: the images.
+        float_top1: what the student's float checkpoint says it reached, in percent; ``None`` where that is not known.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Setup:
     preprocessing: Preprocessing
     train: ImageSource
     val: ImageSource
+    float_top1: float | None
 
 
 def set_up(
@@ -66,6 +68,7 @@ def set_up(
     """
     seed_everything(recipe.seed)
     train, val = open_split(recipe.data, "train"), open_split(recipe.data, "val")
+    float_top1 = top1_of(recipe.model) if recipe.quantized and recipe.model and model is None else None
     model, preprocessing = _start(recipe, model)
     check_classes(train, model.num_classes, "training")
     if train.classes != val.classes:
@@ -90,7 +93,7 @@ def set_up(
             calibrate(model, _calibration_batches(recipe, train, preprocessing), images=recipe.quant.calibration_images)
         if accelerator.num_processes > 1:
             share_state(model)
-    return Setup(model, teacher, loss, preprocessing, train, val)
+    return Setup(model, teacher, loss, preprocessing, train, val, float_top1)
 
 
 def loss_of(recipe: Recipe) -> DistillationLoss:

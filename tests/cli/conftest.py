@@ -64,14 +64,19 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, small_vit: Callable[..., Any], perturb: Callable[..., Any]) -> Path:
-    """A folder with ``float.safetensors``, ``quantized.safetensors`` (4 bits, calibrated on digits) and ``state.safetensors``."""
+    """A folder with ``float.safetensors``, ``quantized.safetensors`` (4 bits, calibrated) and ``state.safetensors``."""
     folder = tmp_path_factory.mktemp("checkpoints")
     source = DigitsSource("train")
     vit = small_vit(MODEL, **ARGUMENTS)
     preprocessing = preprocessing_of(vit)
-    recipe = {"method": "qvit", "data": {"train": "/somewhere/digits", "val": None}, "model": {"checkpoint": "/somewhere/vit.pth"}}
+    recipe = {
+        "method": "qvit",
+        "data": {"train": "/somewhere/digits", "val": None},
+        "model": {"checkpoint": "/somewhere/vit.pth"},
+    }
     metrics = {"top1": 12.5, "images": 360}
-    save_checkpoint(folder / "float.safetensors", vit, Metadata.of(vit, preprocessing, source.classes, {"method": "float"}))
+    float_metadata = Metadata.of(vit, preprocessing, source.classes, {"method": "float"}, metrics={"top1": 9.75})
+    save_checkpoint(folder / "float.safetensors", vit, float_metadata)
     safetensors.torch.save_file(vit.state_dict(), folder / "state.safetensors")
     student = qvit.quantize(vit, bits=4, preprocessing=preprocessing)
     qvit.calibrate(student, evaluation_loader(source, preprocessing, 8), images=8)
@@ -94,5 +99,3 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
-
-

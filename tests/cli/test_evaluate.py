@@ -31,7 +31,7 @@ def _top1(predict: Callable[[np.ndarray], Any], model: Any, indices: list[int]) 
 @pytest.fixture
 def qvit_file(checkpoints: Path, tmp_path: Path) -> Path:
     student, metadata = load_student(checkpoints / "quantized.safetensors")
-    path = tmp_path / "model.qvit"
+    path = tmp_path / "student.qvit"
     qvit.freeze(student, metadata.classes).save(path)
     return path
 

@@ -34,7 +34,13 @@ def test_provenance_comes_from_the_checkpoint_without_folders(cli: Cli, checkpoi
     assert cli("freeze", checkpoints / "quantized.safetensors", "-o", output).status == 0
     model = qvit.IntegerModel.load(output)
     found = dict(model.provenance)
-    assert (found["fake_top1"], found["images"], found["data"], found["epochs"], found["method"]) == (12.5, 360, "digits", 3, "qvit")
+    assert (found["fake_top1"], found["images"], found["data"], found["epochs"], found["method"]) == (
+        12.5,
+        360,
+        "digits",
+        3,
+        "qvit",
+    )
     assert found["recipe"]["model"]["checkpoint"] == "vit.pth"
     assert set(found["versions"]) >= {"torch", "timm"}
     assert "somewhere" not in json.dumps(found)

@@ -45,7 +45,9 @@ def test_json_holds_every_byte_of_the_tensors(cli: Cli, frozen: IntegerModel, fr
     assert total["bytes"] == sum(array.nbytes for array in frozen.tensors.values())
     # What no product accounts for: norms, IRM, tokens and positions.
     others = sum(
-        array.nbytes for name, array in frozen.tensors.items() if any(part in name for part in ("norm", "rectify", "token", "pos_"))
+        array.nbytes
+        for name, array in frozen.tensors.items()
+        if any(part in name for part in ("norm", "rectify", "token", "pos_"))
     )
     assert sum(row["bytes"] for row in rows) == total["bytes"] - others
     assert total["multiplies"] == sum(row["multiplies"] for row in rows)

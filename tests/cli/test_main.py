@@ -67,9 +67,7 @@ def test_a_missing_package_of_an_extra(cli: Cli, frozen_file: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("a defect"), ModuleNotFoundError("No module named 'x'", name="x")])
-def test_defects_keep_their_traceback(
-    cli: Cli, frozen_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_defects_keep_their_traceback(cli: Cli, frozen_file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     _make_it_raise(monkeypatch, error)
     with pytest.raises(type(error)):
         cli("inspect", frozen_file)

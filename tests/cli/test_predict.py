@@ -53,14 +53,22 @@ def test_more_classes_than_there_are(cli: Cli, frozen_file: Path, images: list[P
     assert done.out.count("digit") == 10
 
 
-def test_bad_images_are_named_before_anything_is_printed(cli: Cli, frozen_file: Path, images: list[Path], tmp_path: Path) -> None:
+def test_bad_images_are_named_before_anything_is_printed(
+    cli: Cli, frozen_file: Path, images: list[Path], tmp_path: Path
+) -> None:
     text = tmp_path / "text.jpg"
     text.write_text("no image")
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(images[1].read_bytes()[:300])
     empty = tmp_path / "empty.png"
     empty.touch()
-    for bad, part in ((tmp_path / "none.jpg", "There is no file"), (tmp_path, "is a folder"), (text, ""), (cut, ""), (empty, "")):
+    for bad, part in (
+        (tmp_path / "none.jpg", "There is no file"),
+        (tmp_path, "is a folder"),
+        (text, ""),
+        (cut, ""),
+        (empty, ""),
+    ):
         done = cli("predict", frozen_file, *images, bad)
         done.refused(str(bad), part)
         assert done.out == ""

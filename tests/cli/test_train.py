@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import qvit
 import qvit.training.engine
 from qvit.training.interrupt import TrainingInterrupted
 
@@ -46,7 +47,7 @@ def fitted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
     run, report = tmp_path / "run", tmp_path / "report.json"
-    weights = ("--checkpoint", checkpoints / "state.safetensors", "--teacher", checkpoints / "float.safetensors")
+    weights = ("--checkpoint", checkpoints / "float.safetensors", "--teacher", checkpoints / "state.safetensors")
     done = cli("train", recipe, *weights, "--set", "quant.bits=3", "-o", run, "--json", report)
     assert done.status == 0, done.err
     (row,) = json.loads(report.read_text())["rows"]
@@ -55,6 +56,10 @@ def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
     assert f"{row['fake_top1']:.2f} % of 360 images" in done.out
     cli("train", recipe, "-o", run).refused("holds a run already")
     assert cli("freeze", run, "-o", tmp_path / "m.qvit", "--data", "digits", "--limit", 16).status == 0
+    # The file says how good its float parent and its student were.
+    provenance = qvit.IntegerModel.load(tmp_path / "m.qvit").provenance
+    assert provenance["float_top1"] == 9.75
+    assert provenance["fake_top1"] == pytest.approx(row["best_top1"])
     done = cli("eval", tmp_path / "m.qvit", "--data", "digits", "--limit", 16, "--against", run)
     assert done.status == 0
     assert "kept" in done.out

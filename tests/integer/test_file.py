@@ -23,7 +23,8 @@ from qvit.integer.model import IntegerModel
 
 def _same(a: IntegerModel, b: IntegerModel) -> bool:
     equal = set(a.tensors) == set(b.tensors) and all(
-        a.tensors[name].dtype == b.tensors[name].dtype and np.array_equal(a.tensors[name], b.tensors[name]) for name in a.tensors
+        a.tensors[name].dtype == b.tensors[name].dtype and np.array_equal(a.tensors[name], b.tensors[name])
+        for name in a.tensors
     )
     return equal and json.loads(json.dumps(a.header)) == json.loads(json.dumps(b.header))
 
@@ -61,7 +62,19 @@ def _refused(path: Path) -> str:
 def test_truncated_anywhere(frozen_file: Path, tmp_path: Path) -> None:
     data = frozen_file.read_bytes()
     header = 8 + struct.unpack("<Q", data[:8])[0]
-    cuts = {0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) // 2, len(data) - 1, *range(10, len(data), len(data) // 40)}
+    cuts = {
+        0,
+        1,
+        7,
+        8,
+        9,
+        header - 1,
+        header,
+        header + 1,
+        len(data) // 2,
+        len(data) - 1,
+        *range(10, len(data), len(data) // 40),
+    }
     for cut in sorted(cuts):
         path = tmp_path / f"cut{cut}.qvit"
         path.write_bytes(data[:cut])

@@ -47,6 +47,9 @@ def _drop(name: str) -> Change:
     return lambda _header, tensors: tensors.pop(name)  # type: ignore[return-value]
 
 
+_SPEC = {"bits": 4, "signed": True, "scale": "per_head", "offset": "none", "operand": "q"}
+
+
 def test_unchanged(frozen: IntegerModel) -> None:
     assert _changed(frozen, lambda header, tensors: None).name == "vit_tiny_patch16_224"
     assert frozen.block_bits() == (4, 4)
@@ -89,8 +92,7 @@ def test_float16_vectors_arrive_as_float32(frozen: IntegerModel) -> None:
         (_header("specs", "blocks.0.attn.q", "bits", value=None), "bits=None"),
         (_header("specs", "blocks.0.attn.q", value=3), "header is damaged"),
         (_header("specs", value={}), "is missing or of another operand"),
-        (_header("specs", "blocks.9.attn.q", value={"bits": 4, "signed": True, "scale": "per_head", "offset": "none", "operand": "q"}),
-         "The spec of blocks.9.attn.q belongs to nothing"),
+        (_header("specs", "blocks.9.attn.q", value=_SPEC), "The spec of blocks.9.attn.q belongs to nothing"),
         (_header("specs", "patch_embed.proj.input", "signed", value=True), "not that of pixels"),
         (_header("architecture", "depth", value=3), "blocks.2"),
         (_header("architecture", "depth", value=1), "belongs to nothing"),
@@ -129,7 +131,7 @@ def test_a_huge_patch_is_refused_before_memory_is_taken(frozen: IntegerModel) ->
         header["architecture"] |= {"img_size": [65536, 65536], "patch_size": [65536, 65536]}
         header["preprocessing"]["input_size"] = [1, 65536, 65536]
 
-    with pytest.raises(FileFormatError, match="patch_embed.proj.weight"):
+    with pytest.raises(FileFormatError, match=r"patch_embed\.proj\.weight"):
         _changed(frozen, change)
 
 

@@ -36,10 +36,15 @@ def test_the_method_is_one_line(method: str, rectify: bool, dgd: float) -> None:
     assert recipe.dgd_weight == dgd
 
 
-def test_an_explicit_key_wins_over_the_method() -> None:
-    recipe = Recipe.from_dict({"method": "qvit", "quant": {"rectify": False}, "distill": {"dgd": 0.25}})
+def test_an_explicit_rectify_wins_over_the_method() -> None:
+    recipe = Recipe.from_dict({"method": "qvit", "quant": {"rectify": False}})
     assert recipe.model_spec().rectify is False
-    assert recipe.dgd_weight == 0.25
+    assert recipe.dgd_weight == 1
+
+
+@pytest.mark.parametrize(("method", "weight"), [("baseline", 0), ("irm", 0), ("dgd", 0.25), ("qvit", 0.25)])
+def test_the_weight_of_dgd_counts_where_the_method_has_it(method: str, weight: float) -> None:
+    assert Recipe.from_dict({"method": method, "distill": {"dgd": 0.25}}).dgd_weight == weight
 
 
 def test_bits_stand_for_weights_and_activations() -> None:
