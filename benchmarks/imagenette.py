@@ -5,8 +5,8 @@
         --json benchmarks/results/imagenette-h100.json
 
 Steps (all by default, in this order): `rectify`, IRM inserted and initialised, nothing quantized; `w8a8`, calibration alone,
-without IRM; `w4a4` and `w2a2`, the recipe `imagenette` with the settings of `SETTINGS`. Every row is evaluated on all validation
-images, twice where quantized: the fake-quantized graph in float32 and the frozen integers on the reference engine.
+without IRM; `w4a4` and `w2a2`, the recipe `imagenette` with the settings of `SETTINGS`. Every row is evaluated on all
+validation images, twice where quantized: the fake-quantized graph in float32 and the frozen integers on the reference engine.
 """
 
 from __future__ import annotations
@@ -66,7 +66,14 @@ def main() -> None:
             student = qvit.quantize(teacher, bits=4, preprocessing=preprocessing)
             qvit.calibrate(student, few, images=64)
             with float_mode(student):
-                report({"method": "float with IRM", "weight_bits": 32, "act_bits": 32, "fake_top1": evaluate(student.eval(), images, device).top1})
+                report(
+                    {
+                        "method": "float with IRM",
+                        "weight_bits": 32,
+                        "act_bits": 32,
+                        "fake_top1": evaluate(student.eval(), images, device).top1,
+                    }
+                )
         elif step == "w8a8":
             student = qvit.quantize(teacher, spec=ModelSpec.of_bits(8, rectify=False), preprocessing=preprocessing)
             qvit.calibrate(student, few, images=64)
@@ -113,7 +120,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--val", required=True, help="tar file or folder of validation images")
     parser.add_argument("--workers", type=int, default=12, help="loader processes")
     parser.add_argument("--runs", type=Path, default=Path("runs/imagenette"), help="folder of the runs")
-    parser.add_argument("--steps", nargs="+", default=["rectify", "w8a8", "w4a4", "w2a2"], choices=["rectify", "w8a8", *SETTINGS])
+    parser.add_argument(
+        "--steps", nargs="+", default=["rectify", "w8a8", "w4a4", "w2a2"], choices=["rectify", "w8a8", *SETTINGS]
+    )
     parser.add_argument("--json", type=Path, help="result file to write")
     return parser.parse_args()
 

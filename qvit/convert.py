@@ -18,7 +18,7 @@ from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
 
 # Model class -> the family that knows it.
-_FAMILIES: dict[type, Any] = {model_class: vit for model_class in vit.MODEL_CLASSES}
+_FAMILIES: dict[type, Any] = dict.fromkeys(vit.MODEL_CLASSES, vit)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def family_of(model: nn.Module) -> Any:
     return _FAMILIES[type(model)]
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
+def preprocessing_of(model: Any) -> Preprocessing:
     """The preprocessing that timm declares for the model, at the model's own input size."""
     config = timm.data.resolve_model_data_config(model)
     size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
@@ -93,8 +93,8 @@ def quantize(
 
     Raises:
         UnsupportedModelError: a module that qvit cannot quantize; the message names it.
-        SpecError: neither or both of bits and spec, a spec that cannot be executed on this model, or a preprocessing for another
-            input size.
+        SpecError: neither or both of bits and spec, a spec that cannot be executed on this model, or a preprocessing for
+            another input size.
     """
     if (bits is None) == (spec is None):
         raise SpecError("Give quantize either bits (2 to 8) or a ModelSpec.")
@@ -108,7 +108,7 @@ def quantize(
     takes = (architecture.in_chans, *architecture.img_size)
     if preprocessing.input_size != takes:
         raise SpecError(f"The preprocessing gives an input_size of {preprocessing.input_size}, but the model takes {takes}.")
-    student = copy.deepcopy(model)
+    student: Any = copy.deepcopy(model)
     family.swap(student, architecture, spec, preprocessing)
     spec.check_overrides(list(quantization_points(student)))
     student.qvit = StudentInfo(architecture, spec, preprocessing)

@@ -28,7 +28,7 @@ class Preprocessing:
     Attributes:
         input_size: (channels, height, width).
         crop_pct: share of the resized image that the crop keeps, in (0, 1].
-        crop_mode: ``center`` (resized in proportion to cover ``size / crop_pct``, then cropped) or ``squash`` (both sides resized).
+        crop_mode: ``center`` (resized in proportion to cover ``size / crop_pct``, then cropped) or ``squash`` (each side).
         interpolation: Pillow's filter by timm's name.
         mean, std: normalisation, one a channel, of pixels in [0, 1].
     """
@@ -49,11 +49,13 @@ class Preprocessing:
             raise InputError(f"input_size {self.input_size} must be (channels, height, width), whole numbers above 0.")
         channels = self.input_size[0]
         if len(self.mean) != channels or len(self.std) != channels or not all(s > 0 for s in self.std):
-            raise InputError(f"mean {self.mean} and std {self.std} must have one positive std per channel of {self.input_size}.")
+            raise InputError(
+                f"mean {self.mean} and std {self.std} must have one positive std per channel of {self.input_size}."
+            )
         if self.interpolation not in _FILTERS or self.crop_mode not in ("center", "squash") or not 0 < self.crop_pct <= 1:
             raise InputError(
-                f"The preprocessing (crop_mode={self.crop_mode}, crop_pct={self.crop_pct}, interpolation={self.interpolation}) is "
-                f"not supported: use center or squash, a crop_pct in (0, 1] and one of {', '.join(_FILTERS)}."
+                f"The preprocessing (crop_mode={self.crop_mode}, crop_pct={self.crop_pct}, interpolation={self.interpolation}) "
+                f"is not supported: use center or squash, a crop_pct in (0, 1] and one of {', '.join(_FILTERS)}."
             )
 
     @classmethod

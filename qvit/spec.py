@@ -21,9 +21,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from qvit.errors import SpecError
 
@@ -108,7 +108,7 @@ def granularity_from_name(name: str) -> Any:
     return _BY_NAME[name]
 
 
-class Operand(str, Enum):
+class Operand(StrEnum):
     """What a quantized tensor is in its matrix product."""
 
     WEIGHT = "weight"  #: [M, K], the weight of a linear layer
@@ -151,7 +151,10 @@ _WHY_NOT: dict[tuple[Operand, type], str] = {
         "which the affine parameters of IRM learn to do"
     ),
     (Operand.VALUE, PerToken): "a scale per token of v varies along the tokens that attention sums over; use one per channel",
-    (Operand.MAP, PerChannel): "a scale per key of the softmax map varies along the keys that attention sums over; use one a row",
+    (
+        Operand.MAP,
+        PerChannel,
+    ): "a scale per key of the softmax map varies along the keys that attention sums over; use one a row",
 }
 
 
@@ -196,8 +199,8 @@ class QuantSpec:
             raise SpecError(self._refusal("offset", None, _OFFSETS[operand]))
         if operand is Operand.KEY and isinstance(self.scale, PerToken) and isinstance(self.offset, HalfStep):
             raise SpecError(
-                "A half-step offset of k with a scale per token is refused: half of a key's own step would add a term to each score "
-                "that softmax does not cancel; use offset=PerHead(), PerChannel() or None with it."
+                "A half-step offset of k with a scale per token is refused: half of a key's own step would add a term to "
+                "each score that softmax does not cancel; use offset=PerHead(), PerChannel() or None with it."
             )
 
     def _refusal(self, what: str, why: str | None, allowed: tuple[type, ...]) -> str:
@@ -296,7 +299,9 @@ def _shape(granularity: Granularity | PerChannel, operand: Operand, dims: Dims) 
 
 def _known(extent: int | None, granularity: object) -> int:
     if extent is None:
-        raise SpecError(f"{granularity} needs an extent that this tensor lacks (a head's input has no tokens); use PerTensor().")
+        raise SpecError(
+            f"{granularity} needs an extent that this tensor lacks (a head's input has no tokens); use PerTensor()."
+        )
     return extent
 
 
@@ -329,7 +334,7 @@ class ModelSpec:
     equalise: bool = True
     overrides: Mapping[str, int | Override] = field(default_factory=dict)
 
-    _DEFAULTS = {
+    _DEFAULTS: ClassVar[dict[Operand, tuple[bool, Granularity, OffsetGranularity]]] = {
         # operand: (signed, scale, offset). Unsigned inputs suit vpdpbusd and bit planes; see docs/decisions.md.
         Operand.WEIGHT: (True, PerChannel(), None),
         Operand.INPUT: (False, PerTensor(), PerChannel()),
@@ -353,7 +358,8 @@ class ModelSpec:
             unknown = set(change) - {"bits", "signed", "scale", "offset"} if isinstance(change, Mapping) else set()
             if unknown or isinstance(change, bool) or not isinstance(change, (int, Mapping)):
                 raise SpecError(
-                    f"The override {pattern!r}: {change!r} is neither a number of bits nor a mapping of bits, signed, scale, offset."
+                    f"The override {pattern!r}: {change!r} is neither a number of bits nor a mapping of bits, signed, scale, "
+                    "offset."
                 )
 
     @classmethod
@@ -386,7 +392,9 @@ class ModelSpec:
         """Raises `SpecError` if an override's pattern matches none of the quantization points ``names``."""
         for pattern in self.overrides:
             if not any(matches(pattern, name) for name in names):
-                raise SpecError(f"The override {pattern!r} matches no layer; the first of the {len(names)} points is {names[0]!r}.")
+                raise SpecError(
+                    f"The override {pattern!r} matches no layer; the first of the {len(names)} points is {names[0]!r}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object that `from_dict` reads back."""
@@ -394,7 +402,9 @@ class ModelSpec:
         data["overrides"] = {
             pattern: change
             if isinstance(change, int)
-            else {k: granularity_name(v) if k in ("scale", "offset") and not isinstance(v, str) else v for k, v in change.items()}
+            else {
+                k: granularity_name(v) if k in ("scale", "offset") and not isinstance(v, str) else v for k, v in change.items()
+            }
             for pattern, change in self.overrides.items()
         }
         return data

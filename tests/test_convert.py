@@ -1,4 +1,4 @@
-"""`quantize` and `rebuild`: what a student is, that its float function is the model's, and that it can be saved and restored."""
+"""`quantize` and `rebuild`: what a student is, that its float function is the model's, that it can be restored."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_the_float_function_is_unchanged_and_so_is_the_original(model) -> None:
     # nothing is shared: training the student leaves the teacher alone
     theirs = {p.data_ptr() for p in model.parameters()}
     assert not any(p.data_ptr() in theirs for p in student.parameters())
-    assert not hasattr(model, "qvit") and type(student) is type(model)
+    assert not hasattr(model, "qvit")
+    assert type(student) is type(model)
 
 
 def test_every_matrix_product_is_quantized(model) -> None:
@@ -76,11 +77,13 @@ def test_every_matrix_product_is_quantized(model) -> None:
     for name, module in student.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             raise AssertionError(f"{name} stays in floating point")
-    assert isinstance(student.patch_embed.proj, QuantPatchProjection) and isinstance(student.head, QuantLinear)
+    assert isinstance(student.patch_embed.proj, QuantPatchProjection)
+    assert isinstance(student.head, QuantLinear)
     for block in student.blocks:
         assert isinstance(block.attn, QuantAttention)
         assert all(isinstance(m, QuantLinear) for m in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
-        assert isinstance(block.attn.rectify_q, Rectify) and isinstance(block.attn.rectify_k, Rectify)
+        assert isinstance(block.attn.rectify_q, Rectify)
+        assert isinstance(block.attn.rectify_k, Rectify)
 
 
 def test_runs_once_calibrated_and_trains(model, set_plausible_scales) -> None:
@@ -89,7 +92,8 @@ def test_runs_once_calibrated_and_trains(model, set_plausible_scales) -> None:
     with pytest.raises(NotCalibratedError):
         student(x)
     set_plausible_scales(student, x)
-    assert student(x).shape == (2, 7) and torch.isfinite(student(x)).all()
+    assert student(x).shape == (2, 7)
+    assert torch.isfinite(student(x)).all()
     student.train()
     student(x).square().sum().backward()
     missing = [name for name, p in student.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
@@ -129,7 +133,8 @@ def test_copies_are_independent(make_student) -> None:
     x = torch.randn(2, 3, 48, 48)
     other = copy.deepcopy(student)
     want = student(x)
-    assert torch.equal(other(x), want) and other.qvit == student.qvit
+    assert torch.equal(other(x), want)
+    assert other.qvit == student.qvit
     with torch.no_grad():
         other.head.weight.zero_()
     assert torch.equal(student(x), want)
@@ -142,12 +147,16 @@ def test_default_bits_and_granularities(small_vit, bits: int) -> None:
         edge = name.startswith(("patch_embed", "head"))
         assert quantizer.spec.bits == (8 if edge else bits), name
     attention = student.blocks[0].attn
-    assert attention.qkv.weight_quantizer.spec.scale == PerChannel() and attention.qkv.weight_quantizer.spec.signed
+    assert attention.qkv.weight_quantizer.spec.scale == PerChannel()
+    assert attention.qkv.weight_quantizer.spec.signed
     assert attention.qkv.input_quantizer.spec.offset == PerChannel()
     assert (attention.q_quantizer.spec.scale, attention.q_quantizer.spec.offset) == (PerHead(), HalfStep())
-    assert attention.v_quantizer.scale.shape == (3, 1, 16) and attention.v_quantizer.offset.shape == (3, 1, 16)
-    assert attention.map_quantizer.scale.shape == (3, 1, 1) and attention.map_quantizer.offset is None
-    assert student.head.input_quantizer.scale.shape == (1,) and student.head.input_quantizer.offset.shape == (48,)
+    assert attention.v_quantizer.scale.shape == (3, 1, 16)
+    assert attention.v_quantizer.offset.shape == (3, 1, 16)
+    assert attention.map_quantizer.scale.shape == (3, 1, 1)
+    assert attention.map_quantizer.offset is None
+    assert student.head.input_quantizer.scale.shape == (1,)
+    assert student.head.input_quantizer.offset.shape == (48,)
     assert student.blocks[0].mlp.fc2.weight_quantizer.scale.shape == (48, 1)
 
 
@@ -174,9 +183,12 @@ def test_overrides_apply_to_what_they_name_and_nothing_else(small_vit, set_plaus
         "patch_embed.proj.weight",
     }
     assert all(q.spec.bits == 8 for name, q in points.items() if name.startswith("blocks.0"))
-    assert points["blocks.0.mlp.fc2.input"].spec.scale == PerToken() and points["blocks.0.mlp.fc2.input"].scale.shape == (10, 1)
-    assert points["blocks.1.mlp.fc2.weight"].scale.shape == (48, 3) and points["blocks.1.mlp.fc2.input"].scale.shape == (3,)
-    assert points["blocks.1.attn.q"].offset.shape == (3, 1, 16) and points["blocks.1.attn.q"].scale.shape == (1,)
+    assert points["blocks.0.mlp.fc2.input"].spec.scale == PerToken()
+    assert points["blocks.0.mlp.fc2.input"].scale.shape == (10, 1)
+    assert points["blocks.1.mlp.fc2.weight"].scale.shape == (48, 3)
+    assert points["blocks.1.mlp.fc2.input"].scale.shape == (3,)
+    assert points["blocks.1.attn.q"].offset.shape == (3, 1, 16)
+    assert points["blocks.1.attn.q"].scale.shape == (1,)
     assert points["patch_embed.proj.input"].spec.bits == 6
     x = torch.randn(2, 3, 48, 48)
     assert set_plausible_scales(student.eval(), x)(x).shape == (2, 7)
@@ -193,7 +205,10 @@ def test_overrides_apply_to_what_they_name_and_nothing_else(small_vit, set_plaus
         ({"*.attn.q": {"offset": "per_token"}}, r"blocks\.0\.attn\.q"),
         ({"*.weight": {"signed": False}}, "signed"),
         ({"*.v": {"offset": "per_pixel"}}, "per_pixel"),
-        ({"blocks.1.mlp.fc2.weight": {"scale": PerGroup(64)}, "blocks.1.mlp.fc2.input": {"scale": "per_group_128"}}, "one size|groups of 128"),
+        (
+            {"blocks.1.mlp.fc2.weight": {"scale": PerGroup(64)}, "blocks.1.mlp.fc2.input": {"scale": "per_group_128"}},
+            "one size|groups of 128",
+        ),
         ({"patch_embed.proj.input": {"offset": None}}, r"patch_embed\.proj\.input"),
         ({"patch_embed.proj.input": {"signed": True}}, r"patch_embed\.proj\.input"),
         ({"patch_embed.proj.input": {"scale": "per_token"}}, r"patch_embed\.proj\.input"),
@@ -205,7 +220,9 @@ def test_overrides_that_do_not_fit_are_refused(small_vit, overrides: dict, named
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"bits": 4, "spec": ModelSpec()}, {"bits": 1}, {"bits": 9}, {"bits": "4"}, {"bits": 4.0}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"bits": 4, "spec": ModelSpec()}, {"bits": 1}, {"bits": 9}, {"bits": "4"}, {"bits": 4.0}]
+)
 def test_bits_or_spec(small_vit, arguments: dict) -> None:
     with pytest.raises(SpecError):
         quantize(small_vit(), **arguments)
@@ -224,7 +241,9 @@ def test_training_mode_is_kept(small_vit) -> None:
 def test_preprocessing_is_timms_at_the_models_own_size() -> None:
     model = timm.create_model("vit_base_patch16_clip_224", depth=1, embed_dim=48, num_heads=3, img_size=(48, 64))
     p = quantize(model, bits=4).qvit.preprocessing
-    assert p.input_size == (3, 48, 64) and p.interpolation == "bicubic" and p.crop_mode == "center"
+    assert p.input_size == (3, 48, 64)
+    assert p.interpolation == "bicubic"
+    assert p.crop_mode == "center"
     assert p.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     given = Preprocessing((3, 48, 64), 0.9, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     student = quantize(model, bits=4, preprocessing=given)
@@ -234,7 +253,8 @@ def test_preprocessing_is_timms_at_the_models_own_size() -> None:
 
 def test_preprocessing_of_other_channels(small_vit) -> None:
     p = quantize(small_vit("vit_tiny_patch16_224", in_chans=1), bits=4).qvit.preprocessing
-    assert p.input_size == (1, 48, 48) and len(p.mean) == len(p.std) == 1
+    assert p.input_size == (1, 48, 48)
+    assert len(p.mean) == len(p.std) == 1
 
 
 @pytest.mark.parametrize("size", [(3, 32, 32), (1, 48, 48)])

@@ -49,12 +49,15 @@ def by_timm(image: Image.Image, p: Preprocessing) -> np.ndarray:
 def check(image: Image.Image, p: Preprocessing) -> None:
     """Floats within 1e-6 and, since a step between pixels is 1/255/std, the same pixels everywhere."""
     pixels = p.pixels(image)
-    assert pixels.dtype == np.uint8 and pixels.shape == p.input_size and pixels.flags["C_CONTIGUOUS"]
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == p.input_size
+    assert pixels.flags["C_CONTIGUOUS"]
     want = by_timm(image, p)
     std, mean = np.array(p.std)[:, None, None], np.array(p.mean)[:, None, None]
     assert np.array_equal(pixels, np.round((want * std + mean) * 255).astype(np.int64))
     got = p.normalise(pixels)
-    assert got.dtype == np.float32 and got.shape == p.input_size
+    assert got.dtype == np.float32
+    assert got.shape == p.input_size
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
@@ -128,7 +131,8 @@ def test_missing_files_folders_and_what_is_no_image(tmp_path: Path) -> None:
         path = tmp_path / name
         with pytest.raises(InputError) as error:
             open_image(path)
-        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value), name
+        assert str(tmp_path) in str(error.value), name
+        assert "\n" not in str(error.value), name
         open_image(str(whole))
 
 

@@ -77,15 +77,18 @@ def test_executable_combinations_construct_and_all_others_are_refused(operand: O
         else:
             with pytest.raises(SpecError) as error:
                 QuantSpec(3, signed, scale, offset, operand)
-            assert "\n" not in str(error.value) and str(error.value).endswith(".")
+            assert "\n" not in str(error.value)
+            assert str(error.value).endswith(".")
 
 
 def test_a_scale_per_input_channel_says_why_and_what_to_do_instead() -> None:
     with pytest.raises(SpecError) as error:
         QuantSpec(4, scale=PerChannel(), operand=Operand.INPUT)
     message = str(error.value)
-    assert "sums over" in message and "cannot run on integers" in message
-    assert "equalis" in message and "per-channel offset" in message
+    assert "sums over" in message
+    assert "cannot run on integers" in message
+    assert "equalis" in message
+    assert "per-channel offset" in message
 
 
 @pytest.mark.parametrize(
@@ -165,7 +168,7 @@ def test_shapes_that_the_tensor_does_not_have() -> None:
         QuantSpec(4, scale=PerToken()).scale_shape(Dims(192))
 
 
-granularities = st.sampled_from([s for s in OFFSETS])
+granularities = st.sampled_from(list(OFFSETS))
 
 
 @given(granularities)
@@ -303,7 +306,12 @@ def test_model_spec_json_round_trip() -> None:
         edge_bits=6,
         rectify=False,
         equalise=False,
-        overrides={"blocks.0": 8, "*.fc2": {"bits": 3, "scale": PerGroup(128)}, "*.v": {"offset": None}, "*.q": {"offset": HalfStep()}},
+        overrides={
+            "blocks.0": 8,
+            "*.fc2": {"bits": 3, "scale": PerGroup(128)},
+            "*.v": {"offset": None},
+            "*.q": {"offset": HalfStep()},
+        },
     )
     back = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert (back.weight_bits, back.act_bits, back.edge_bits, back.rectify, back.equalise) == (2, 3, 6, False, False)

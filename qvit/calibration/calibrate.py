@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from qvit.calibration.equalise import equalise_norm, equalise_values, factors_of
 from qvit.calibration.rectify_init import initialise_rectify
 from qvit.convert import family_of
 from qvit.errors import InputError, UnsupportedModelError
+from qvit.layers.linear import QuantLinear
 from qvit.layers.points import float_mode, quantization_points
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.mse_search import mse_optimal
@@ -22,7 +24,7 @@ _BATCH = 16  # images that go through a block at once; bounds the memory that so
 
 
 def calibrate(
-    student: nn.Module, batches: Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]], images: int = 64
+    student: Any, batches: Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]], images: int = 64
 ) -> None:
     """Prepares a quantized model, in place, from a few images; call it once, before the optimizer and before DDP.
 
@@ -30,7 +32,7 @@ def calibrate(
     that the float function is kept, then sets the scale and offset of every quantizer to those of least squared error.
 
     Args:
-        student: what `qvit.quantize` returned.
+        student: what `qvit.quantize` returned (a `torch.nn.Module`).
         batches: image batches [B, C, H, W], normalised as the model's preprocessing says, or tuples that begin with one
             (a data loader).
         images: how many images to use.
@@ -79,7 +81,7 @@ def _gather(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tens
     return torch.cat(taken)
 
 
-def _check_pixels(student: nn.Module, x: torch.Tensor) -> None:
+def _check_pixels(student: Any, x: torch.Tensor) -> None:
     """Images that were normalised otherwise than declared would be clipped at the pixel grid, silently."""
     preprocessing = student.qvit.preprocessing
     std = torch.tensor(preprocessing.std, device=x.device)[:, None, None]
@@ -88,12 +90,12 @@ def _check_pixels(student: nn.Module, x: torch.Tensor) -> None:
     outside = ((pixels < -0.02) | (pixels > 1.02)).float().mean().item()
     if outside > 0.01:
         raise InputError(
-            f"{outside:.0%} of the calibration pixels lie outside [0, 1] once mean {preprocessing.mean} and std {preprocessing.std} "
-            "are undone: pass qvit.quantize the preprocessing that the images have really gone through."
+            f"{outside:.0%} of the calibration pixels lie outside [0, 1] once mean {preprocessing.mean} and std "
+            f"{preprocessing.std} are undone: pass qvit.quantize the preprocessing that the images have really gone through."
         )
 
 
-def _calibrate_block(block: nn.Module, tokens: torch.Tensor, equalise: bool) -> torch.Tensor:
+def _calibrate_block(block: Any, tokens: torch.Tensor, equalise: bool) -> torch.Tensor:
     """Calibrates one block in float mode on its inputs [S, N, C]; returns its outputs."""
     attention, mlp = block.attn, block.mlp
     if equalise:
@@ -114,7 +116,7 @@ def _calibrate_block(block: nn.Module, tokens: torch.Tensor, equalise: bool) -> 
     return out
 
 
-def _after_attention(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The residual stream [S, N, C] between attention and MLP."""
     return tokens + block.ls1(block.attn(block.norm1(tokens)))
 
@@ -141,9 +143,8 @@ def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]]) 
             x = _thin(torch.cat(seen), quantizer)
             quantizer.set_parameters(*mse_optimal(x, quantizer.spec, quantizer.scale.shape, _offset_shape(quantizer)))
     for layer in module.modules():
-        weight_quantizer = getattr(layer, "weight_quantizer", None)
-        if weight_quantizer is not None:
-            _fit_weight(weight_quantizer, layer.weight)
+        if isinstance(layer, QuantLinear):
+            _fit_weight(layer.weight_quantizer, layer.weight)
 
 
 def _fit_weight(quantizer: LSQQuantizer, weight: torch.Tensor) -> None:

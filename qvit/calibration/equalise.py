@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qvit.layers.linear import QuantLinear
+
 # A dead channel must not blow up the weight that reads it.
 _LARGEST_FACTOR = 32.0
 
@@ -24,7 +26,7 @@ def factors_of(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def equalise_norm(norm: nn.LayerNorm, linear: nn.Module, r: torch.Tensor) -> None:
+def equalise_norm(norm: nn.LayerNorm, linear: QuantLinear, r: torch.Tensor) -> None:
     """Divides a LayerNorm's output channels by r [K] and multiplies the columns of the weight [M, K] behind it."""
     norm.weight.div_(r)
     norm.bias.div_(r)
@@ -32,7 +34,7 @@ def equalise_norm(norm: nn.LayerNorm, linear: nn.Module, r: torch.Tensor) -> Non
 
 
 @torch.no_grad()
-def equalise_values(qkv: nn.Module, proj: nn.Module, r: torch.Tensor) -> None:
+def equalise_values(qkv: QuantLinear, proj: QuantLinear, r: torch.Tensor) -> None:
     """Divides the rows of W_v (the last third of qkv's weight [3 C, C]) by r [C], multiplies the columns of W_proj [C, C].
 
     Attention mixes tokens and not channels, so the factor passes through it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -51,9 +50,8 @@ def build() -> typer.Typer:
     )
     app.callback()(_options)
     for name, module in _COMMANDS.items():
-        if importlib.util.find_spec(f"qvit.cli.{module}"):
-            function = importlib.import_module(f"qvit.cli.{module}").command
-            app.command(name)(_one_sentence(function, name))
+        function = importlib.import_module(f"qvit.cli.{module}").command
+        app.command(name)(_one_sentence(function, name))
     return app
 
 

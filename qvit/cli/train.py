@@ -50,11 +50,13 @@ def command(
 
     Example:
 
-        qvit train digits --set quant.bits=2 -o runs/digits_w2a2
+        qvit train digits_float -o runs/digits_float
+
+        qvit train digits --checkpoint runs/digits_float --set quant.bits=2 -o runs/digits_w2a2
 
     On several GPUs:
 
-        torchrun --nproc-per-node 8 -m qvit.cli.main train fast --data /data/imagenet -o runs/fast
+        torchrun --nproc-per-node 8 -m qvit.cli.main train paper_imagenet --data /data/imagenet -o runs/w4a4
     """
     from qvit.training.engine import fit
     from qvit.training.recipe import Recipe

@@ -30,10 +30,11 @@ def similarity_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
 
     so time and memory grow with N D^2 and D^2 instead of N^2 D and N^2.
 
-    Rounding leaves an error of about 1e-7 in that difference. Where it falls below ``e = 1e-6`` (distance 1e-3), ``d = sqrt(d2)``
-    becomes its chord ``d2 / sqrt(e)``, and what falls below zero is zero: so the gradient is finite everywhere, and zero between
-    equal similarities, where the true distance has none. G does not depend on the scale of x, so x is first divided by its root
-    mean square (a constant to the gradient, exactly for that reason), and no power of it over- or underflows.
+    Rounding leaves an error of about 1e-7 in that difference. Where it falls below ``e = 1e-6`` (distance 1e-3),
+    ``d = sqrt(d2)`` becomes its chord ``d2 / sqrt(e)``, and what falls below zero is zero: so the gradient is finite
+    everywhere, and zero between equal similarities, where the true distance has none. G does not depend on the scale of x, so
+    x is first divided by its root mean square (a constant to the gradient, exactly for that reason), and no power of it over-
+    or underflows.
 
     Args:
         student, teacher: [B, H, N, D]; the two head widths may differ, the rest is equal.
@@ -87,7 +88,8 @@ def dgd_loss(student_taps: Taps, teacher_taps: Taps) -> torch.Tensor:
             for what, dim in (("images", 0), ("heads", 1), ("tokens", 2)):
                 if s.shape[dim] != t.shape[dim]:
                     raise TrainingError(
-                        f"DGD compares {s.shape[dim]} {what} of the student with {t.shape[dim]} of the teacher in block {block}: "
+                        f"DGD compares {s.shape[dim]} {what} of the student with {t.shape[dim]} of the teacher "
+                        f"in block {block}: "
                         "use a teacher of the student's shape, or set the weight of dgd to 0."
                     )
             total = total + similarity_distance(s, t).sum(1).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -11,9 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from qvit.errors import TrainingError
 from qvit.layers.attention import QuantAttention
-
-if TYPE_CHECKING:
-    from typing import Self
 
 
 class QueryKeyTaps:

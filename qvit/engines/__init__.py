@@ -42,7 +42,7 @@ class Runner:
             InputError: another shape or type, or values that are not finite.
         """
         is_array = isinstance(images, np.ndarray)
-        array = images if is_array else images.detach().cpu().numpy()  # type: ignore[union-attr]
+        array = images if isinstance(images, np.ndarray) else images.detach().cpu().numpy()
         logits = self.engine.run(self._checked(array))
         if is_array:
             return logits

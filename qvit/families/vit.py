@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, activations
@@ -45,7 +46,7 @@ def activation_name(module: nn.Module, name: str) -> str:
     return _ACTIVATIONS[type(module)]
 
 
-def check(model: nn.Module) -> None:
+def check(model: Any) -> None:
     """Raises `UnsupportedModelError`, naming the first module or option that qvit does not quantize."""
     for name, module in model.named_modules():
         known = type(module) in (*MODEL_CLASSES, *_PLAIN, *_NORMS, *_LAYER_SCALES, *_ACTIVATIONS)
@@ -79,8 +80,8 @@ def check(model: nn.Module) -> None:
     _check_uniform(model)
 
 
-def _check_uniform(model: nn.Module) -> None:
-    """Raises `UnsupportedModelError` where a layer is not what `describe` reads off the first block, as timm's models never are."""
+def _check_uniform(model: Any) -> None:
+    """Raises `UnsupportedModelError` where a layer is not what `describe` reads off the first block."""
     first = _settings(model.blocks[0])
     for index, block in enumerate(model.blocks):
         here = _settings(block)
@@ -92,17 +93,23 @@ def _check_uniform(model: nn.Module) -> None:
                 )
     attention, mlp, projection = model.blocks[0].attn, model.blocks[0].mlp, model.patch_embed.proj
     if attention.qkv.out_features != 3 * model.embed_dim:
-        raise UnsupportedModelError(f"blocks.0.attn.qkv is not {model.embed_dim} wide for q, k and v each, which is not supported.")
+        raise UnsupportedModelError(
+            f"blocks.0.attn.qkv is not {model.embed_dim} wide for q, k and v each, which is not supported."
+        )
     if len({layer.bias is None for layer in (attention.proj, mlp.fc1, mlp.fc2)}) > 1:
         raise UnsupportedModelError("blocks.0: either all of attn.proj, mlp.fc1 and mlp.fc2 have a bias or none.")
     for name, module in model.named_modules():
         if type(module) in _NORMS and module.eps != model.blocks[0].norm1.eps:
-            raise UnsupportedModelError(f"{name} has another eps ({module.eps}) than the blocks' norms, which is not supported.")
+            raise UnsupportedModelError(
+                f"{name} has another eps ({module.eps}) than the blocks' norms, which is not supported."
+            )
     if projection.stride != projection.kernel_size or any(projection.padding) or projection.groups != 1:
-        raise UnsupportedModelError("patch_embed.proj is not a plain projection of patches (kernel = stride), which is not supported.")
+        raise UnsupportedModelError(
+            "patch_embed.proj is not a plain projection of patches (kernel = stride), which is not supported."
+        )
 
 
-def _settings(block: nn.Module) -> dict[str, str]:
+def _settings(block: Any) -> dict[str, str]:
     """Name -> type and options of the modules of a block, dropout apart (its rate may rise with depth)."""
     return {
         name: f"{type(module).__name__}({module.extra_repr()})"
@@ -116,7 +123,7 @@ def mlp_ratio(embed_dim: int, hidden: int) -> float:
     return (hidden + 0.5) / embed_dim
 
 
-def describe(model: nn.Module) -> VitArchitecture:
+def describe(model: Any) -> VitArchitecture:
     """The architecture of a checked float model."""
     block = model.blocks[0]
     config = getattr(model, "pretrained_cfg", None) or {}
@@ -151,31 +158,31 @@ def describe(model: nn.Module) -> VitArchitecture:
 
 def build(a: VitArchitecture) -> nn.Module:
     """A float timm model of the architecture, with random weights."""
-    arguments = dict(
-        img_size=a.img_size,
-        patch_size=a.patch_size,
-        in_chans=a.in_chans,
-        num_classes=a.num_classes,
-        global_pool=a.global_pool,
-        embed_dim=a.embed_dim,
-        depth=a.depth,
-        num_heads=a.num_heads,
-        mlp_ratio=mlp_ratio(a.embed_dim, a.mlp_hidden),
-        qkv_bias=a.qkv_bias,
-        proj_bias=a.proj_bias,
-        init_values=1e-5 if a.layer_scale else None,
-        class_token=a.class_token,
-        pos_embed="learn" if a.pos_embed else "none",
-        no_embed_class=a.no_embed_class,
-        reg_tokens=a.reg_tokens,
-        pre_norm=a.pre_norm,
-        final_norm=a.final_norm or a.fc_norm,
-        fc_norm=a.fc_norm,
-        pool_include_prefix=a.pool_include_prefix,
-        norm_layer=partial(LayerNorm, eps=a.norm_eps),
-        act_layer=_ACTIVATION_LAYERS[a.activation],
-    )
-    model = (VisionTransformerDistilled if a.dist_token else VisionTransformer)(**arguments)
+    arguments: dict[str, Any] = {
+        "img_size": a.img_size,
+        "patch_size": a.patch_size,
+        "in_chans": a.in_chans,
+        "num_classes": a.num_classes,
+        "global_pool": a.global_pool,
+        "embed_dim": a.embed_dim,
+        "depth": a.depth,
+        "num_heads": a.num_heads,
+        "mlp_ratio": mlp_ratio(a.embed_dim, a.mlp_hidden),
+        "qkv_bias": a.qkv_bias,
+        "proj_bias": a.proj_bias,
+        "init_values": 1e-5 if a.layer_scale else None,
+        "class_token": a.class_token,
+        "pos_embed": "learn" if a.pos_embed else "none",
+        "no_embed_class": a.no_embed_class,
+        "reg_tokens": a.reg_tokens,
+        "pre_norm": a.pre_norm,
+        "final_norm": a.final_norm or a.fc_norm,
+        "fc_norm": a.fc_norm,
+        "pool_include_prefix": a.pool_include_prefix,
+        "norm_layer": partial(LayerNorm, eps=a.norm_eps),
+        "act_layer": _ACTIVATION_LAYERS[a.activation],
+    }
+    model: Any = (VisionTransformerDistilled if a.dist_token else VisionTransformer)(**arguments)
     if a.patch_bias != (model.patch_embed.proj.bias is not None):
         old = model.patch_embed.proj
         model.patch_embed.proj = nn.Conv2d(
@@ -185,17 +192,17 @@ def build(a: VitArchitecture) -> nn.Module:
     return model
 
 
-def stem(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def stem(model: Any, images: torch.Tensor) -> torch.Tensor:
     """images [B, C, H, W] -> what enters the first block, [B, N, C]."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
-def tail(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def tail(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """What leaves the last block, [B, N, C] -> logits [B, classes]."""
     return model.forward_head(model.norm(tokens))
 
 
-def swap(model: nn.Module, a: VitArchitecture, spec: ModelSpec, preprocessing: Preprocessing) -> None:
+def swap(model: Any, a: VitArchitecture, spec: ModelSpec, preprocessing: Preprocessing) -> None:
     """Replaces, in place, the modules of a checked float model with quantized ones that take over their parameters."""
 
     def layer(linear: nn.Linear, name: str, tokens: int | None, edge: bool = False) -> QuantLinear:

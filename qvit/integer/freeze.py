@@ -44,7 +44,8 @@ def freeze(
     """
     if not hasattr(student, "qvit"):
         raise UnsupportedModelError("The model is not quantized: call qvit.quantize, calibrate and train it before freezing.")
-    architecture = student.qvit.architecture
+    info: Any = student.qvit
+    architecture = info.architecture
     names = [str(i) for i in range(architecture.num_classes)] if classes is None else [str(name) for name in classes]
     if len(names) != architecture.num_classes:
         raise InputError(f"{len(names)} class names were given for a model with {architecture.num_classes} classes.")
@@ -67,7 +68,7 @@ def freeze(
         "architecture": architecture.to_dict(),
         "specs": {name: quantizer.spec.to_dict() for name, quantizer in points.items()},
         "rectify_eps": next((m.eps for m in student.modules() if isinstance(m, Rectify)), None),
-        "preprocessing": student.qvit.preprocessing.to_dict(),
+        "preprocessing": info.preprocessing.to_dict(),
         "classes": names,
         "provenance": dict(provenance or {}),
     }
@@ -105,14 +106,13 @@ def _stored(x: torch.Tensor) -> np.ndarray:
 def _tensors_of(module: nn.Module) -> dict[str, np.ndarray]:
     """What a module itself, without its children, adds to the file."""
     if isinstance(module, (QuantLinear, QuantPatchProjection)):
-        is_patch = isinstance(module, QuantPatchProjection)
-        weight = module.effective_weight() if is_patch else module.weight
+        weight = module.effective_weight() if isinstance(module, QuantPatchProjection) else module.weight
         codes = module.weight_quantizer(weight).codes.to(torch.int16).cpu().numpy()
         spec = module.weight_quantizer.spec
         out = {"weight": pack(codes, spec.bits), "weight_scale": _stored(module.weight_quantizer.effective_scale())}
         if module.bias is not None:
             out["bias"] = _stored(module.bias)
-        return out if is_patch else {**out, **_point(module.input_quantizer, "input")}
+        return {**out, **_point(module.input_quantizer, "input")} if isinstance(module, QuantLinear) else out
     if isinstance(module, QuantAttention):
         out = {}
         for name in ("q", "k", "v", "map"):
@@ -124,7 +124,7 @@ def _tensors_of(module: nn.Module) -> dict[str, np.ndarray]:
     return {"gamma": _stored(gamma)} if isinstance(gamma, nn.Parameter) else {}
 
 
-def _point(quantizer: LSQQuantizer, name: str) -> dict[str, np.ndarray]:
+def _point(quantizer: Any, name: str) -> dict[str, np.ndarray]:
     out = {f"{name}_scale": _stored(quantizer.effective_scale())}
     if quantizer.offset is not None:
         out[f"{name}_offset"] = _stored(quantizer.offset)

@@ -3,15 +3,15 @@
 Engines implement these operations; `qvit.engines.reference` is the readable implementation that every other is tested
 against. Sums are exact integers, so engines agree bit for bit up to the float steps, which are float32.
 
-    operation        in -> out                                                          formula
-    quantize         float [.., C] -> codes [.., C]                                     clamp(round_half_even((x - offset) / scale), qn, qp)
-    norm + quantize  float [.., C] -> codes [.., C]                                     quantize(LayerNorm(x))
-    linear           codes [.., K] x weight codes [M, K] -> int32 sums [.., M]          sum_k code_x[k] * code_w[m, k]
-    epilogue float   sums -> float [.., M]                                              sums * (scale_x * scale_w[m]) + folded_bias[m] (+ residual)
-    epilogue codes   sums -> codes [.., M]                                              quantize(epilogue float)
-    epilogue gelu    sums -> codes [.., M]                                              quantize(GELU(epilogue float))
-    epilogue rectify sums -> codes [B, H, N, D]                                         quantize(weight * standardise(epilogue float) + bias)
-    attention        codes of q, k, v -> float [B, N, C], quantized for proj            see `Attention`
+    operation         in -> out                                           formula
+    quantize          float [.., C] -> codes [.., C]                      clamp(round_half_even((x - offset) / scale), qn, qp)
+    norm + quantize   float [.., C] -> codes [.., C]                      quantize(LayerNorm(x))
+    linear            codes [.., K] x codes [M, K] -> int32 sums [.., M]  sum_k code_x[k] * code_w[m, k]
+    epilogue float    sums (+ residual) -> float [.., M]                  sums * (scale_x * scale_w[m]) + folded_bias[m]
+    epilogue codes    sums -> codes [.., M]                               quantize(epilogue float)
+    epilogue gelu     sums -> codes [.., M]                               quantize(GELU(epilogue float))
+    epilogue rectify  sums -> codes [B, H, N, D]                          quantize(weight * standardise(epilogue float) + bias)
+    attention         codes of q, k, v -> float [B, N, C]                 see `Attention`; proj's input is quantized next
 
 Codes are round-half-to-even: that is what PyTorch's and NumPy's ``round``, C's ``nearbyint`` and CUDA's ``rintf`` do.
 All arrays here are NumPy; float vectors are float32, whatever they were stored as.

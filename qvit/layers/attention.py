@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +26,7 @@ class QuantAttention(nn.Module):
         rectify: insert IRM on q and k.
     """
 
-    def __init__(
-        self, attention: nn.Module, resolve: Callable[[str, Operand], QuantSpec], tokens: int, rectify: bool
-    ) -> None:
+    def __init__(self, attention: Any, resolve: Callable[[str, Operand], QuantSpec], tokens: int, rectify: bool) -> None:
         super().__init__()
         self.num_heads, self.head_dim = attention.num_heads, attention.qkv.out_features // 3 // attention.num_heads
         self.scale = attention.scale

@@ -170,4 +170,3 @@ def code_values(p: Quantized, v: Quantized) -> torch.Tensor:
         [B, H, N, D], float32, or the autocast type if autocast is on.
     """
     return _CodeValues.apply(p.value, v.value, p, v)
-

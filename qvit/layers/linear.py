@@ -25,9 +25,9 @@ class QuantLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, weight_spec: QuantSpec, input_spec: QuantSpec, tokens: int | None) -> None:
         super().__init__()
-        if isinstance(weight_spec.scale, PerGroup) and isinstance(input_spec.scale, PerGroup):
-            if weight_spec.scale != input_spec.scale:
-                raise SpecError("The groups of a weight and of its input must have one size: use the same PerGroup for both.")
+        both_grouped = isinstance(weight_spec.scale, PerGroup) and isinstance(input_spec.scale, PerGroup)
+        if both_grouped and weight_spec.scale != input_spec.scale:
+            raise SpecError("The groups of a weight and of its input must have one size: use the same PerGroup for both.")
         self.out_features, self.in_features = linear.weight.shape
         self.weight = linear.weight
         self.bias = linear.bias

@@ -43,7 +43,9 @@ class QuantPatchProjection(nn.Module):
     ) -> None:
         super().__init__()
         if input_spec.signed or not isinstance(input_spec.scale, PerTensor) or not isinstance(input_spec.offset, PerChannel):
-            raise SpecError("patch_embed.proj.input is quantized as pixels are: override its bits, not its sign, scale or offset.")
+            raise SpecError(
+                "patch_embed.proj.input is quantized as pixels are: override its bits, not its sign, scale or offset."
+            )
         self.patch = (conv.kernel_size[0], conv.kernel_size[1])
         self.in_channels, self.out_features = conv.in_channels, conv.out_channels
         self.weight = conv.weight

@@ -23,7 +23,7 @@ _enabled = False
 
 @contextmanager
 def fused(enabled: bool = True) -> Iterator[None]:
-    """Within it, `fusible` functions run compiled. Global rather than thread-local: autograd calls backward from its own thread."""
+    """Within it, `fusible` functions run compiled; global, not thread-local, since autograd's backward has its own thread."""
     global _enabled
     before, _enabled = _enabled, enabled
     try:

@@ -141,6 +141,8 @@ class LSQQuantizer(nn.Module):
         NotCalibratedError: run before calibration.
     """
 
+    calibrated: torch.Tensor
+
     def __init__(self, spec: QuantSpec, dims: Dims) -> None:
         super().__init__()
         self.spec = spec
@@ -182,7 +184,9 @@ class LSQQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> Quantized:
         """x [.., rows, channels] -> the same shape, quantized."""
         if not self._calibrated:
-            raise NotCalibratedError("The quantized model is not calibrated: run qvit.calibrate(model, loader) before using it.")
+            raise NotCalibratedError(
+                "The quantized model is not calibrated: run qvit.calibrate(model, loader) before using it."
+            )
         return lsq_quantize(x, self.effective_scale(), self.offset, self.spec, self.grad_factor)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]

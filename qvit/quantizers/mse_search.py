@@ -169,8 +169,8 @@ class _Problem:
             if bool((consider(widest * ratio**power) > _HOPELESS * best_error).all()):
                 break
         centre = best_scale
-        for power in _BETWEEN:
-            consider(centre * ratio**power)
+        for part in _BETWEEN:
+            consider(centre * ratio**part)
         return best_scale, best_offset
 
     def refine(self, scale: torch.Tensor, offset: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

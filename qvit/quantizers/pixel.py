@@ -23,6 +23,10 @@ class PixelQuantizer(nn.Module):
         pixels_per_channel: values of one colour channel in a patch (patch height x width).
     """
 
+    scale: torch.Tensor
+    offset: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, spec: QuantSpec, mean: tuple[float, ...], std: tuple[float, ...], pixels_per_channel: int) -> None:
         super().__init__()
         self.spec = spec

@@ -78,16 +78,21 @@ def test_dgd_has_its_weight_and_leaves_the_teacher_alone() -> None:
     assert total.item() == pytest.approx((parts["label"] + 3 * parts["dgd"]).item(), rel=1e-6)
     assert not parts["dgd"].requires_grad
     total.backward()
-    assert logits.grad is not None and student[0][0].grad is not None and teacher[0][0].grad is None
+    assert logits.grad is not None
+    assert student[0][0].grad is not None
+    assert teacher[0][0].grad is None
 
 
 def test_terms_of_weight_zero_are_not_computed() -> None:
     nan = torch.full_like(TEACHER, math.nan)
     total, parts = DistillationLoss(label=1, hard=0, soft=0, dgd=0)(STUDENT, LABELS, nan)
-    assert set(parts) == {"label"} and torch.isfinite(total)
+    assert set(parts) == {"label"}
+    assert torch.isfinite(total)
     assert DistillationLoss(label=1, hard=0).needs_teacher is False
-    assert DistillationLoss(label=1, hard=0, dgd=1).needs_teacher and DistillationLoss(label=1, hard=0, dgd=1).needs_taps
-    assert DistillationLoss(label=0, soft=1).needs_teacher and not DistillationLoss(label=0, soft=1).needs_taps
+    assert DistillationLoss(label=1, hard=0, dgd=1).needs_teacher
+    assert DistillationLoss(label=1, hard=0, dgd=1).needs_taps
+    assert DistillationLoss(label=0, soft=1).needs_teacher
+    assert not DistillationLoss(label=0, soft=1).needs_taps
 
 
 def test_half_precision_logits_are_lifted_to_float32() -> None:
@@ -98,15 +103,15 @@ def test_half_precision_logits_are_lifted_to_float32() -> None:
 @pytest.mark.parametrize(
     "weights",
     [
-        dict(label=-1.0),
-        dict(dgd=-0.1),
-        dict(temperature=0.0),
-        dict(temperature=-1.0),
-        dict(label=0, hard=0, soft=0, dgd=0),
-        dict(soft=math.nan),
-        dict(soft=math.inf),
-        dict(hard="half"),
-        dict(hard=True),
+        {"label": -1.0},
+        {"dgd": -0.1},
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"label": 0, "hard": 0, "soft": 0, "dgd": 0},
+        {"soft": math.nan},
+        {"soft": math.inf},
+        {"hard": "half"},
+        {"hard": True},
     ],
 )
 def test_bad_weights_are_refused_in_one_sentence(weights: dict) -> None:
@@ -118,11 +123,11 @@ def test_bad_weights_are_refused_in_one_sentence(weights: dict) -> None:
 @pytest.mark.parametrize(
     ("loss", "arguments"),
     [
-        (dict(hard=1), (STUDENT, LABELS, None)),
-        (dict(label=0, hard=0, soft=1), (STUDENT, None, None)),
-        (dict(hard=0, dgd=1), (STUDENT, LABELS, TEACHER)),
-        (dict(label=1), (STUDENT, None, TEACHER)),
-        (dict(hard=1), (STUDENT, LABELS, TEACHER[:, :2])),
+        ({"hard": 1}, (STUDENT, LABELS, None)),
+        ({"label": 0, "hard": 0, "soft": 1}, (STUDENT, None, None)),
+        ({"hard": 0, "dgd": 1}, (STUDENT, LABELS, TEACHER)),
+        ({"label": 1}, (STUDENT, None, TEACHER)),
+        ({"hard": 1}, (STUDENT, LABELS, TEACHER[:, :2])),
     ],
 )
 def test_missing_ingredients_are_named(loss: dict, arguments: tuple) -> None:

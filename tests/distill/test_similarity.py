@@ -26,7 +26,8 @@ def direct(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def test_equals_the_formula_with_token_by_token_matrices(n: int, d_student: int, d_teacher: int) -> None:
     student, teacher = torch.randn(2, 3, n, d_student), torch.randn(2, 3, n, d_teacher)
     got = similarity_distance(student, teacher)
-    assert got.shape == (2, 3) and got.dtype == torch.float32
+    assert got.shape == (2, 3)
+    assert got.dtype == torch.float32
     # One token has G = 1 in both models: there, rounding is all there is, and the chord keeps it below 1e-3.
     torch.testing.assert_close(got.double(), direct(student, teacher), rtol=1e-5, atol=1e-5 if n > 1 else 1e-3)
 
@@ -42,7 +43,8 @@ def test_small_distances_keep_three_digits() -> None:
     teacher = torch.randn(4, 2, 60, 16, dtype=torch.float64)
     student = teacher + 0.02 * torch.randn_like(teacher)
     want = direct(student, teacher)
-    assert 0.005 < want.min() and want.max() < 0.05
+    assert want.min() > 0.005
+    assert want.max() < 0.05
     torch.testing.assert_close(similarity_distance(student.float(), teacher.float()).double(), want, rtol=1e-3, atol=0)
 
 
@@ -65,7 +67,8 @@ def test_scale_does_not_count_and_equal_similarities_have_distance_and_gradient_
     teacher = torch.randn(2, 30, 40, 16)
     student = (teacher * scale).requires_grad_()
     distance = similarity_distance(student, teacher)
-    assert distance.min() >= 0 and distance.max() < 1e-3
+    assert distance.min() >= 0
+    assert distance.max() < 1e-3
     distance.sum().backward()
     assert torch.isfinite(student.grad).all()
     assert (student.grad * scale).abs().max() < 1e-2
@@ -80,7 +83,8 @@ def test_identical_tensors_give_a_finite_small_gradient() -> None:
     teacher = torch.randn(2, 3, 197, 64)
     student = teacher.clone().requires_grad_()
     similarity_distance(student, teacher).sum().backward()
-    assert torch.isfinite(student.grad).all() and student.grad.abs().max() < 1e-3
+    assert torch.isfinite(student.grad).all()
+    assert student.grad.abs().max() < 1e-3
 
 
 def test_orthogonal_similarities_and_zeros_are_sqrt_two_apart() -> None:
@@ -119,10 +123,10 @@ def test_loss_sums_blocks_heads_q_and_k_and_averages_the_batch() -> None:
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (dict(blocks=3), "3 blocks|teacher's 3"),
-        (dict(heads=3), "heads"),
-        (dict(tokens=10), "tokens"),
-        (dict(batch=1), "images"),
+        ({"blocks": 3}, "3 blocks|teacher's 3"),
+        ({"heads": 3}, "heads"),
+        ({"tokens": 10}, "tokens"),
+        ({"batch": 1}, "images"),
     ],
 )
 def test_models_that_do_not_compare_are_refused(other: dict[str, int], named: str) -> None:

@@ -62,7 +62,8 @@ def test_student_taps_enter_the_quantizers(make_student, rectify: bool) -> None:
     student(torch.randn(2, 3, 48, 48))
     for block, (q, k) in enumerate(taps.collect()):
         assert q.shape == k.shape == (2, 3, 10, 16)
-        assert torch.equal(q, entered[f"{block}q"]) and torch.equal(k, entered[f"{block}k"])
+        assert torch.equal(q, entered[f"{block}q"])
+        assert torch.equal(k, entered[f"{block}k"])
         assert not torch.equal(q, k)
     with float_mode(student):
         student(torch.randn(2, 3, 48, 48))
@@ -81,7 +82,8 @@ def test_gradients_flow_from_the_loss_into_the_student_alone(small_vit, make_stu
     dgd_loss(student_taps.collect(), teacher_taps.collect()).backward()
     attention = student.blocks[1].attn
     for parameter in (attention.qkv.weight, attention.rectify_q.weight, attention.rectify_k.bias, student.pos_embed):
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 

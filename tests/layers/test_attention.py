@@ -49,7 +49,8 @@ def test_float_mode_without_irm_is_timms_attention(fused: bool) -> None:
     x = torch.randn(B, N, C)
     with float_mode(layer):
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
-    assert layer.qkv.weight is plain.qkv.weight and layer.proj.bias is plain.proj.bias
+    assert layer.qkv.weight is plain.qkv.weight
+    assert layer.proj.bias is plain.proj.bias
 
 
 def test_float_mode_with_irm_rectifies_q_and_k_and_nothing_else() -> None:
@@ -60,7 +61,8 @@ def test_float_mode_with_irm_rectifies_q_and_k_and_nothing_else() -> None:
             irm.bias.normal_()
     x = torch.randn(B, N, C)
     q, k, v = plain.qkv(x).reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
-    assert isinstance(layer.rectify_q, Rectify) and layer.rectify_q is not layer.rectify_k
+    assert isinstance(layer.rectify_q, Rectify)
+    assert layer.rectify_q is not layer.rectify_k
     probabilities = (layer.rectify_q(q) @ layer.rectify_k(k).transpose(-2, -1) * D**-0.5).softmax(-1)
     want = plain.proj((probabilities @ v).transpose(1, 2).reshape(B, N, C))
     with float_mode(layer):
@@ -112,7 +114,8 @@ def test_every_parameter_gets_a_gradient() -> None:
     layer.train()
     layer(x).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
     assert x.grad.abs().max() > 0
 
@@ -175,4 +178,6 @@ def test_other_granularities_run_and_train(overrides: dict) -> None:
     calibrate(layer, x)
     out = layer(x)
     out.sum().backward()
-    assert out.shape == (B, N, C) and isinstance(layer, nn.Module) and layer.q_quantizer.scale.grad is not None
+    assert out.shape == (B, N, C)
+    assert isinstance(layer, nn.Module)
+    assert layer.q_quantizer.scale.grad is not None

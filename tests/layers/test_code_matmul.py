@@ -28,7 +28,9 @@ def exact_value(q: Quantized) -> torch.Tensor:
     """What codes, scale and offset stand for, in float64."""
     scale = q.scale.double()
     if isinstance(q.spec.scale, PerGroup):
-        scale = torch.cat([scale[..., g : g + 1].expand(*scale.shape[:-1], q.spec.scale.size) for g in range(scale.shape[-1])], -1)
+        scale = torch.cat(
+            [scale[..., g : g + 1].expand(*scale.shape[:-1], q.spec.scale.size) for g in range(scale.shape[-1])], -1
+        )
     offset = scale / 2 if isinstance(q.spec.offset, HalfStep) else 0.0 if q.offset is None else q.offset.double()
     return q.codes.double() * scale + offset
 
@@ -96,7 +98,8 @@ def test_linear_sums_are_exact_beyond_float32() -> None:
     w_codes[1, 0] = 126.0
     y = code_linear(Quantized(x_codes, x_codes, one, None, spec), Quantized(w_codes, w_codes, one, None, wspec), None)
     sums = (x_codes.double() @ w_codes.double().t()).float()  # one rounding, at the end
-    assert torch.equal(y, sums) and y[0, 0, 0] != y[0, 0, 1]
+    assert torch.equal(y, sums)
+    assert y[0, 0, 0] != y[0, 0, 1]
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -109,7 +112,8 @@ def test_folded_bias(weight, offset) -> None:
         bias[m].item() + sum(exact_value(w)[m, k].item() * x.offset.expand(128)[k].item() for k in range(128)) for m in range(7)
     ]
     torch.testing.assert_close(folded_bias(w, x.offset, bias), torch.tensor(want), rtol=1e-6, atol=1e-6)
-    assert folded_bias(w, None, bias) is bias and folded_bias(w, None, None) is None
+    assert folded_bias(w, None, bias) is bias
+    assert folded_bias(w, None, None) is None
 
 
 def row_free(scores: torch.Tensor) -> torch.Tensor:
@@ -166,8 +170,9 @@ def test_attention_of_odd_shapes(shape: tuple[int, ...]) -> None:
 
 
 def test_bfloat16_autocast_rounds_only_sums_and_results() -> None:
-    quantizers = LSQQuantizer(QuantSpec(4, False, PerTensor(), PerChannel()), Dims(96, 9)), LSQQuantizer(
-        QuantSpec(4, True, PerChannel(), None, Operand.WEIGHT), Dims(96, 20)
+    quantizers = (
+        LSQQuantizer(QuantSpec(4, False, PerTensor(), PerChannel()), Dims(96, 9)),
+        LSQQuantizer(QuantSpec(4, True, PerChannel(), None, Operand.WEIGHT), Dims(96, 20)),
     )
     quantizers[0].set_parameters(torch.tensor([0.2]), torch.randn(96) / 5 - 1)
     quantizers[1].set_parameters(torch.rand(20) / 10 + 0.1)
@@ -179,11 +184,14 @@ def test_bfloat16_autocast_rounds_only_sums_and_results() -> None:
     assert cast.dtype == torch.bfloat16
     assert (cast.float() - plain).abs().max() <= 0.01 * plain.abs().max()
     cast.float().square().mean().backward()
-    assert leaf.grad.dtype == torch.float32 and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() > 0
+    assert leaf.grad.dtype == torch.float32
+    assert torch.isfinite(leaf.grad).all()
+    assert leaf.grad.abs().max() > 0
     q = LSQQuantizer(QuantSpec(4, True, PerHead(), HalfStep(), Operand.QUERY), Dims(8, 9, 2))
     q.set_parameters(torch.tensor([0.2, 0.3]))
     x = torch.randn(4, 2, 9, 8)
     exact = code_scores(q(x), q(x), 8**-0.5)
     with torch.autocast("cpu", torch.bfloat16):
         scores = code_scores(q(x), q(x), 8**-0.5)
-    assert scores.dtype == torch.float32 and (scores - exact).abs().max() <= 0.01 * exact.abs().max()
+    assert scores.dtype == torch.float32
+    assert (scores - exact).abs().max() <= 0.01 * exact.abs().max()

@@ -27,7 +27,8 @@ def calibrated(bias: bool = True, shape: tuple[int, int] = (13, 7), tokens: int 
 def test_takes_over_the_parameters_and_equals_the_linear_layer_in_float_mode(bias: bool) -> None:
     linear = nn.Linear(13, 7, bias=bias)
     layer = QuantLinear(linear, WEIGHT, INPUT, 5)
-    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
     x = torch.randn(2, 5, 13)
     with float_mode(layer):
         assert torch.equal(layer(x), linear(x))
@@ -56,7 +57,10 @@ def test_values_and_all_gradients_against_float64_with_straight_through_rounding
 
     y.backward(upstream)
     want_grads = torch.autograd.grad(want, [x64, *double.values()], upstream.double())
-    factor = {"weight_quantizer.scale": layer.weight_quantizer.grad_factor, "input_quantizer.scale": layer.input_quantizer.grad_factor}
+    factor = {
+        "weight_quantizer.scale": layer.weight_quantizer.grad_factor,
+        "input_quantizer.scale": layer.input_quantizer.grad_factor,
+    }
     torch.testing.assert_close(x.grad.double(), want_grads[0], rtol=1e-4, atol=1e-5)
     for name, grad in zip(names, want_grads[1:], strict=True):
         got = dict(layer.named_parameters())[name].grad.double()

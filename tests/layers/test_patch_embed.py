@@ -15,7 +15,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [((16, 16), (48, 48)), ((14, 14), (42, 56)), ((4, 2), (9, 7)), ((3, 3), (11, 10)), ((8, 8), (8, 8))]
 
 
-def projection(patch: tuple[int, int], bits: int = 8, bias: bool = True, channels: int = 3) -> tuple[nn.Conv2d, QuantPatchProjection]:
+def projection(
+    patch: tuple[int, int], bits: int = 8, bias: bool = True, channels: int = 3
+) -> tuple[nn.Conv2d, QuantPatchProjection]:
     conv = nn.Conv2d(channels, 10, kernel_size=patch, stride=patch, bias=bias)
     layer = QuantPatchProjection(
         conv,
@@ -89,7 +91,8 @@ def test_gradients_reach_weight_bias_and_scale() -> None:
     _, layer = projection((4, 4), bits=3)
     layer(images((8, 8))).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_gradient_of_the_weight_is_that_of_the_convolution() -> None:

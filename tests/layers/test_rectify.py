@@ -55,7 +55,8 @@ def test_float32_under_autocast_and_finite_on_constant_tokens() -> None:
     x = torch.zeros(1, 2, 3, 16, requires_grad=True)
     y = irm(x)
     y.sum().backward()
-    assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
+    assert torch.isfinite(y).all()
+    assert torch.isfinite(x.grad).all()
     half = torch.randn(1, 2, 3, 16).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         got = irm(half)
@@ -70,4 +71,6 @@ def test_gradcheck() -> None:
 
     irm = Double(2, 5).double()
     x = torch.randn(1, 2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t, w, b: torch.func.functional_call(irm, {"weight": w, "bias": b}, t), (x, irm.weight, irm.bias))
+    assert torch.autograd.gradcheck(
+        lambda t, w, b: torch.func.functional_call(irm, {"weight": w, "bias": b}, t), (x, irm.weight, irm.bias)
+    )

@@ -30,7 +30,8 @@ def test_equals_int64(bits_a: int, bits_b: int, length: int, signed: bool, extre
     for dtype in (torch.float32, torch.int16, torch.bfloat16):
         got = exact_matmul(a.to(dtype), b.to(dtype), max_a, max_b)
         assert got.dtype == exact_dtype(length, max_a, max_b)
-        assert torch.equal(got.long(), a @ b) and torch.equal(got, got.round())
+        assert torch.equal(got.long(), a @ b)
+        assert torch.equal(got, got.round())
 
 
 def test_the_boundary_between_float32_and_float64() -> None:
@@ -60,4 +61,5 @@ def test_autocast_and_reduced_precision_do_not_reach_inside() -> None:
     a, b = torch.randint(0, 256, (7, 301)).float(), torch.randint(-128, 128, (301, 9)).float()
     with torch.autocast("cpu", torch.bfloat16):
         got = exact_matmul(a, b, 255, 128)
-    assert got.dtype == torch.float32 and torch.equal(got.long(), a.long() @ b.long())
+    assert got.dtype == torch.float32
+    assert torch.equal(got.long(), a.long() @ b.long())

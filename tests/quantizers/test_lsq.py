@@ -141,7 +141,8 @@ def check(spec: QuantSpec, exact: bool, seed: int) -> None:
     got = quantizer(leaf)
     got.value.backward(torch.from_numpy(upstream))
 
-    assert got.codes.dtype == torch.float32 and not got.codes.requires_grad
+    assert got.codes.dtype == torch.float32
+    assert not got.codes.requires_grad
     assert np.array_equal(got.codes.numpy(), want["codes"])
     np.testing.assert_allclose(got.value.detach().numpy(), want["value"], rtol=1e-6, atol=1e-5)
     np.testing.assert_array_equal(leaf.grad.numpy(), want["x"].astype(np.float32))
@@ -156,7 +157,8 @@ def check(spec: QuantSpec, exact: bool, seed: int) -> None:
     else:
         assert quantizer.offset is None
     # the scale and offset handed on to the integer products
-    assert np.array_equal(got.scale.numpy().ravel(), scale) and not got.scale.requires_grad
+    assert np.array_equal(got.scale.numpy().ravel(), scale)
+    assert not got.scale.requires_grad
     if isinstance(spec.offset, HalfStep):
         assert torch.equal(got.offset, got.scale / 2)
     elif offset is None:
@@ -228,7 +230,8 @@ def test_bfloat16_autocast_keeps_codes_exact(bits: int, offset) -> None:
     leaf = x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         quantizer(leaf).value.sum().backward()
-    assert leaf.grad.dtype == torch.float32 and quantizer.scale.grad.dtype == torch.float32
+    assert leaf.grad.dtype == torch.float32
+    assert quantizer.scale.grad.dtype == torch.float32
 
 
 def test_bfloat16_inputs_are_quantized_in_float32() -> None:
@@ -252,7 +255,8 @@ def test_quantizing_twice_changes_nothing() -> None:
     quantizer.set_parameters(torch.rand(3, 1, 1) + 0.1)
     once = quantizer(torch.randn(2, 3, 5, 7))
     again = quantizer(once.value)
-    assert torch.equal(once.codes, again.codes) and torch.equal(once.value, again.value)
+    assert torch.equal(once.codes, again.codes)
+    assert torch.equal(once.value, again.value)
 
 
 @pytest.mark.parametrize("rows", [5, None])
@@ -269,7 +273,8 @@ def test_a_scale_that_an_optimizer_ruined_stays_positive(value: float) -> None:
     quantizer.set_parameters(torch.tensor([value]))
     assert (quantizer.effective_scale() > 0).all()
     got = quantizer(torch.randn(1, 3, 8))
-    assert torch.isfinite(got.value).all() and got.codes.abs().max() <= 8
+    assert torch.isfinite(got.value).all()
+    assert got.codes.abs().max() <= 8
 
 
 def test_uncalibrated_refuses_to_run() -> None:
@@ -286,7 +291,8 @@ def test_state_dict_keeps_parameters_and_the_calibrated_flag() -> None:
     one.set_parameters(torch.tensor([0.25]), torch.randn(8))
     x = torch.randn(1, 3, 8)
     state = {name: tensor.clone() for name, tensor in one.state_dict().items()}
-    assert set(state) == {"scale", "offset", "calibrated"} and state["calibrated"].item() is True
+    assert set(state) == {"scale", "offset", "calibrated"}
+    assert state["calibrated"].item() is True
     two.load_state_dict(state)
     assert torch.equal(two(x).value, one(x).value)
     assert torch.equal(copy.deepcopy(one)(x).value, one(x).value)
@@ -299,7 +305,8 @@ def test_state_dict_keeps_parameters_and_the_calibrated_flag() -> None:
 def test_set_parameters_takes_any_layout_of_the_right_size_and_no_other() -> None:
     quantizer = LSQQuantizer(QuantSpec(4, True, PerHead(), HalfStep(), Operand.QUERY), Dims(7, 5, 3))
     quantizer.set_parameters(torch.tensor([1.0, 2.0, 3.0]))
-    assert quantizer.scale.shape == (3, 1, 1) and quantizer.scale.flatten().tolist() == [1, 2, 3]
+    assert quantizer.scale.shape == (3, 1, 1)
+    assert quantizer.scale.flatten().tolist() == [1, 2, 3]
     assert quantizer.scale.requires_grad
     with pytest.raises(RuntimeError):
         quantizer.set_parameters(torch.ones(4))

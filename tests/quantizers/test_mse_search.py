@@ -13,12 +13,15 @@ from qvit.spec import Dims, HalfStep, Operand, PerChannel, PerGroup, PerHead, Pe
 def search(x: torch.Tensor, spec: QuantSpec, dims: Dims) -> tuple[torch.Tensor, torch.Tensor | None]:
     shape, offset_shape = spec.scale_shape(dims), spec.offset_shape(dims)
     scale, offset = mse_optimal(x, spec, shape, offset_shape)
-    assert scale.shape == shape and scale.dtype == torch.float32
-    assert torch.isfinite(scale).all() and (scale > 0).all()
+    assert scale.shape == shape
+    assert scale.dtype == torch.float32
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
     if offset_shape is None:
         assert offset is None
     else:
-        assert offset.shape == offset_shape and torch.isfinite(offset).all()
+        assert offset.shape == offset_shape
+        assert torch.isfinite(offset).all()
     return scale, offset
 
 
@@ -197,7 +200,12 @@ def test_other_pairs_of_granularities_beat_the_range_of_the_values(operand: Oper
     x = values("outliers", *shape) + 0.5 * torch.randn(shape[-1])
     got = error(x, spec, *search(x, spec, dims)).sum().item()
     spans = (x.amax() - x.amin()) / (spec.qp - spec.qn)
-    naive = error(x, spec, torch.full(spec.scale_shape(dims), spans.item()), torch.full(spec.offset_shape(dims), (x.amin() - spans * spec.qn).item()))
+    naive = error(
+        x,
+        spec,
+        torch.full(spec.scale_shape(dims), spans.item()),
+        torch.full(spec.offset_shape(dims), (x.amin() - spans * spec.qn).item()),
+    )
     assert got <= naive.sum().item()
 
 
@@ -260,4 +268,6 @@ def test_leaves_the_sample_and_the_graph_alone() -> None:
     x = torch.randn(20, 8, requires_grad=True)
     before = x.detach().clone()
     scale, offset = search(x, QuantSpec(3, False, PerTensor(), PerChannel()), Dims(8))
-    assert not scale.requires_grad and not offset.requires_grad and torch.equal(x, before)
+    assert not scale.requires_grad
+    assert not offset.requires_grad
+    assert torch.equal(x, before)
