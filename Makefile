@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.train
+	rm -rf demo
 	$(BIN)/qvit demo --json demo_report.json
 
 test: $(VENV)/.dev lint
