@@ -86,13 +86,20 @@ class _LSQ(torch.autograd.Function):
         return *_backward(grad_value, *ctx.saved_tensors, *ctx.range), None, None, None
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a factor (the value must stay the same bit for bit)."""
+_SMALLEST_SCALE = 1e-8
+
+
+class _LearnedScale(torch.autograd.Function):
+    """A scale, at least `_SMALLEST_SCALE`, whose gradient is multiplied by a factor.
+
+    The gradient passes where the scale was raised, too, so that one which an optimizer made negative comes back. A positive
+    scale stays the same bit for bit.
+    """
 
     @staticmethod
-    def forward(ctx, x, factor):  # type: ignore[override]
+    def forward(ctx, scale, factor):  # type: ignore[override]
         ctx.factor = factor
-        return x.view_as(x)
+        return scale.clamp_min(_SMALLEST_SCALE)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -106,21 +113,21 @@ def lsq_quantize(
 
     Args:
         x: any shape, floating point.
-        scale: positive, of shape ``spec.scale_shape(dims)``.
+        scale: of shape ``spec.scale_shape(dims)``; what is not positive counts as the smallest scale.
         offset: of shape ``spec.offset_shape(dims)``; ``None`` where the spec learns none (a `HalfStep` is derived here).
         spec: code range and granularity.
         grad_factor: multiplies the gradient of ``scale`` (LSQ's ``g = 1 / sqrt(values per scale * qp)``).
 
     Source: Esser et al. 2020, equations 1 to 3; Bhalgat et al. 2020; Q-ViT, section 3.1.
     """
-    own_scale = _ScaleGradient.apply(scale, grad_factor)
+    own_scale = _LearnedScale.apply(scale, grad_factor)
     if isinstance(spec.offset, HalfStep):
         offset = own_scale * 0.5
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scale.dtype
     with torch.autocast(device, enabled=False):
         value, codes = _LSQ.apply(x, repeat_groups(own_scale, spec), offset, spec.qn, spec.qp, out_dtype)
-    return Quantized(value, codes, scale.detach(), None if offset is None else offset.detach(), spec)
+    return Quantized(value, codes, own_scale.detach(), None if offset is None else offset.detach(), spec)
 
 
 class LSQQuantizer(nn.Module):
@@ -179,7 +186,7 @@ class LSQQuantizer(nn.Module):
 
     def effective_scale(self) -> torch.Tensor:
         """The scale that the forward uses: never zero or negative, whatever an optimizer did. Shape of `scale`."""
-        return self.scale.clamp_min(1e-8)
+        return self.scale.clamp_min(_SMALLEST_SCALE)
 
     def forward(self, x: torch.Tensor) -> Quantized:
         """x [.., rows, channels] -> the same shape, quantized."""
@@ -187,7 +194,7 @@ class LSQQuantizer(nn.Module):
             raise NotCalibratedError(
                 "The quantized model is not calibrated: run qvit.calibrate(model, loader) before using it."
             )
-        return lsq_quantize(x, self.effective_scale(), self.offset, self.spec, self.grad_factor)
+        return lsq_quantize(x, self.scale, self.offset, self.spec, self.grad_factor)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]
         super()._load_from_state_dict(state_dict, prefix, *args)

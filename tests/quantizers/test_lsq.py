@@ -316,3 +316,21 @@ def test_empty_batch() -> None:
     quantizer = LSQQuantizer(QuantSpec(4), Dims(8, 3))
     quantizer.set_parameters(torch.tensor([0.5]))
     assert quantizer(torch.randn(0, 3, 8)).codes.shape == (0, 3, 8)
+
+
+def test_a_scale_that_became_negative_comes_back():
+    spec = QuantSpec(4, False, PerTensor(), None, Operand.INPUT)
+    quantizer = LSQQuantizer(spec, Dims(channels=8, rows=5))
+    quantizer.set_parameters(torch.tensor([-0.1]))
+    x = torch.rand(3, 5, 8)
+    before = (quantizer(x).value - x).square().sum()
+    before.backward()
+    assert quantizer.scale.grad < 0  # descent makes the scale larger
+    optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
+    for _ in range(30):
+        loss = (quantizer(x).value - x).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert quantizer.scale > 0
+    assert loss < 0.05 * before
