@@ -48,6 +48,13 @@ def command(
     images: Annotated[int, typer.Option("--images", help="Calibration images, drawn at random.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
     crop_pct: Annotated[float | None, typer.Option("--crop-pct", help="Share of the resized image that is kept.")] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option("--mean", help="Of the images, one number a channel (0.485,0.456,0.406), where not the model's."),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", help="Of the images, one number a channel, where not the model's.")
+    ] = None,
     classes: Annotated[
         Path | None, typer.Option("--classes", help="Text file with the names of the classes, one a line.")
     ] = None,
@@ -73,7 +80,8 @@ def command(
 
     target = device_of(device)
     source = open_source(location_of(data), "train")
-    original, preprocessing, trained = _float_model(model, checkpoint, model_arg or [], crop_pct)
+    images_as = {"crop_pct": crop_pct, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    original, preprocessing, trained = _float_model(model, checkpoint, model_arg or [], images_as)
     check_classes(source, original.num_classes, "calibration")
     names = class_names(classes, trained.classes if trained else source.classes)
     student: Any = qvit.quantize(original, spec=spec, preprocessing=preprocessing).to(target)
@@ -142,6 +150,14 @@ def _pair(text: str, option: str, example: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    """``0.485,0.456,0.406`` -> the numbers."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is no list of numbers: write one a channel, as 0.485,0.456,0.406.") from None
+
+
 def _yaml(text: str) -> Any:
     import yaml
 
@@ -152,7 +168,7 @@ def _yaml(text: str) -> Any:
 
 
 def _float_model(
-    name: str | None, checkpoint: Path | None, arguments: list[str], crop_pct: float | None
+    name: str | None, checkpoint: Path | None, arguments: list[str], images_as: dict[str, Any]
 ) -> tuple[Any, Preprocessing, Metadata | None]:
     """The float model, the preprocessing of its images and what its checkpoint says of itself, if it is one of ours."""
     from qvit.training.checkpoint import is_checkpoint, load_model
@@ -161,7 +177,7 @@ def _float_model(
 
     path = None if checkpoint is None else checkpoint_in(checkpoint)
     # Through the recipe, whose error messages say what is wrong with a value.
-    described: dict[str, Any] = {"data": {"crop_pct": crop_pct}}
+    described: dict[str, Any] = {"data": images_as}
     if name is not None:
         pairs = [_pair(text, "--model-arg", "patch_size=14") for text in arguments]
         args = {key: _yaml(value) for key, value in pairs}

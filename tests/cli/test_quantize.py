@@ -32,7 +32,23 @@ def test_from_a_state_dict_to_integers(cli: Cli, checkpoints: Path, tmp_path: Pa
     options = ("--weight-bits", 3, "--act-bits", 5, "--no-rectify", "--override", "*.mlp.fc2=8", "--override")
     change = "*.q={scale: per_token, offset: per_head}"
     done = cli(
-        "quantize", *_MODEL, *_ARGUMENTS, *weights, *_DATA, *options, change, "--crop-pct", 0.8, "-o", output, "--json", report
+        "quantize",
+        *_MODEL,
+        *_ARGUMENTS,
+        *weights,
+        *_DATA,
+        *options,
+        change,
+        "--crop-pct",
+        0.8,
+        "--mean",
+        "0.25",
+        "--std",
+        "0.3",
+        "-o",
+        output,
+        "--json",
+        report,
     )
     assert (done.status, done.err) == (0, "")
     model = qvit.IntegerModel.load(output)
@@ -42,6 +58,7 @@ def test_from_a_state_dict_to_integers(cli: Cli, checkpoints: Path, tmp_path: Pa
     assert block.attention.q.scale.shape == (3, 5, 1)
     assert block.attention.rectify_q is None
     assert model.preprocessing.crop_pct == 0.8
+    assert (model.preprocessing.mean, model.preprocessing.std) == ((0.25,), (0.3,))
     assert model.classes == tuple("0123456789")
     assert model.provenance["data"] == "digits"
     assert model.provenance["calibration_images"] == 8
@@ -93,6 +110,9 @@ def test_the_draw_is_the_seeds(cli: Cli, checkpoints: Path, tmp_path: Path) -> N
         (("--override", "patch_embed.proj.input={signed: true}"), "quantized as pixels are"),
         (("--images", 0), "--images 0 is out of range"),
         (("--crop-pct", 1.5), "crop_pct"),
+        (("--mean", "0.5;0.5"), "no list of numbers"),
+        (("--mean", "0.5,0.5"), "one positive std per channel"),
+        (("--std", "-1"), "one positive std per channel"),
         (("--classes", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("--device", "tpu9"), "no device 'tpu9'"),
     ],
