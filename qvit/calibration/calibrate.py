@@ -17,6 +17,7 @@ from qvit.layers.linear import QuantLinear
 from qvit.layers.points import float_mode, quantization_points
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.mse_search import mse_optimal
+from qvit.quantizers.statsq import StatsQuantizer
 from qvit.spec import PerToken
 
 _VALUES_PER_POINT = 1 << 19  # of one quantization point that the search looks at
@@ -147,7 +148,9 @@ def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]]) 
             _fit_weight(layer.weight_quantizer, layer.weight)
 
 
-def _fit_weight(quantizer: LSQQuantizer, weight: torch.Tensor) -> None:
+def _fit_weight(quantizer: LSQQuantizer | StatsQuantizer, weight: torch.Tensor) -> None:
+    if isinstance(quantizer, StatsQuantizer):
+        return
     quantizer.set_parameters(*mse_optimal(weight, quantizer.spec, quantizer.scale.shape, None))
 
 

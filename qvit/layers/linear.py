@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from qvit.layers.code_matmul import code_linear
 from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.statsq import StatsQuantizer
 from qvit.spec import Dims, PerGroup, QuantSpec, SpecError
 
 
@@ -18,12 +19,20 @@ class QuantLinear(nn.Module):
         linear: the float layer, weight [M, K].
         weight_spec, input_spec: how to quantize its operands.
         tokens: N, the number of tokens of its input; ``None`` where the input is [B, K].
+        statistical: the weight's step follows from the weight (`StatsQuantizer`) instead of being learned.
 
     Raises:
         SpecError: weight and input both have group scales, of different sizes.
     """
 
-    def __init__(self, linear: nn.Linear, weight_spec: QuantSpec, input_spec: QuantSpec, tokens: int | None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec,
+        tokens: int | None,
+        statistical: bool = False,
+    ) -> None:
         super().__init__()
         both_grouped = isinstance(weight_spec.scale, PerGroup) and isinstance(input_spec.scale, PerGroup)
         if both_grouped and weight_spec.scale != input_spec.scale:
@@ -31,7 +40,8 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.weight = linear.weight
         self.bias = linear.bias
-        self.weight_quantizer = LSQQuantizer(weight_spec, Dims(channels=self.in_features, rows=self.out_features))
+        weight_quantizer = StatsQuantizer if statistical else LSQQuantizer
+        self.weight_quantizer = weight_quantizer(weight_spec, Dims(channels=self.in_features, rows=self.out_features))
         self.input_quantizer = LSQQuantizer(input_spec, Dims(channels=self.in_features, rows=tokens))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

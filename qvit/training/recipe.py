@@ -100,6 +100,7 @@ class Recipe(Section):
             edge_bits=q.edge_bits,
             rectify=self.method in ("irm", "qvit") if q.rectify is None else q.rectify,
             equalise=q.equalise,
+            weight_quantizer=q.weight_quantizer,
             overrides=q.overrides,
         )
 

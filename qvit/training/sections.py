@@ -94,6 +94,7 @@ class QuantSection(Section):
         edge_bits: of the patch embedding and the classification heads.
         rectify: insert IRM; decided by the method where it is left out.
         equalise: balance channels before calibration.
+        weight_quantizer: of the blocks' weights, ``lsq`` (learned steps) or ``statsq`` (their mean magnitude).
         overrides: name pattern -> bits or fields of a `qvit.spec.QuantSpec`.
         calibration_images: training images, not augmented, that calibration sees.
     """
@@ -104,6 +105,7 @@ class QuantSection(Section):
     edge_bits: Bits = 8
     rectify: bool | None = None
     equalise: bool = True
+    weight_quantizer: Literal["lsq", "statsq"] = "lsq"
     overrides: dict[str, int | dict[str, Any]] = {}
     calibration_images: Annotated[int, Field(ge=1)] = 64
 
