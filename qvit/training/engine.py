@@ -86,7 +86,7 @@ def fit(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    loop = TrainingLoop(recipe, accelerator, setup, output, resumed)
+    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
     with RunLog(output, loop.step, loop.total_steps, accelerator.is_main_process, progress) as log:
         return loop.run(log)
 

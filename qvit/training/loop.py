@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
 from qvit.quantizers.fusion import fused
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
-from qvit.training.data import (
-    BatchMixer,
-    EpochSampler,
-    TrainingSet,
-    batches_of,
-    evaluation_loader,
-    loader_options,
-    training_transform,
-)
+from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
 from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
+from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
 from qvit.training.meters import LossWindow, Stopwatch
 from qvit.training.optim import build_optimizer, learning_rate, set_learning_rate
@@ -56,7 +48,13 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, setup: Setup, output: Path, resumed: Checkpoint | None
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        setup: Setup,
+        output: Path,
+        resumed: Checkpoint | None,
+        progress: bool = False,
     ) -> None:
         self.recipe, self.accelerator, self.setup, self.output = recipe, accelerator, setup, output
         self.device = accelerator.device
@@ -67,12 +65,12 @@ class TrainingLoop:
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
         if not self.steps_per_epoch:
             raise InputError(f"A step takes {step_size} training images and there are {len(setup.train)}: lower batch_size.")
-        loader, self.val_loader = self._loaders()
+        self.loader, self.val_loader = build_loaders(recipe, setup, accelerator, self.sampler, progress)
         self.mix = BatchMixer(recipe.data, len(setup.train.classes))
         optimizer = build_optimizer(self.model, recipe.optim)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
-        self.parallel, self.optimizer, self.loader = accelerator.prepare(self.model, optimizer, loader)
+        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
         # A float distilled DeiT answers with the mean of its heads; a student learns labels and teacher on one head each.
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
@@ -89,17 +87,6 @@ class TrainingLoop:
             torch.cuda.reset_peak_memory_stats()
         self.session = Stopwatch()
 
-    def _loaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        recipe, setup, processes = self.recipe, self.setup, self.accelerator.num_processes
-        mode = "L" if setup.preprocessing.input_size[0] == 1 else "RGB"
-        train = TrainingSet(setup.train, training_transform(recipe.data, setup.preprocessing), mode, recipe.seed)
-        options = loader_options(recipe.data.workers, self.device)
-        loader = DataLoader(train, batch_size=recipe.batch_size, sampler=self.sampler, drop_last=True, **options)
-        # Every process evaluates a share of its own, so no image is padded in or counted twice.
-        mine = range(self.accelerator.process_index, len(setup.val), processes)
-        workers = recipe.data.workers
-        return loader, evaluation_loader(setup.val, setup.preprocessing, recipe.batch_size, workers, mine, self.device)
-
     def run(self, log: RunLog) -> TrainingResult:
         """Trains to the end.
 
@@ -110,12 +97,7 @@ class TrainingLoop:
         self.log = log
         with ExitStack() as stack:
             self.guard = stack.enter_context(InterruptGuard(self.accelerator.num_processes))
-            if self.setup.loss.needs_taps:
-                assert self.setup.teacher is not None
-                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
-                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
-            # Accelerate marks the models that it prepared; this one may be trained again, in another run.
-            stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
+            stack.enter_context(self.stepping())
             try:
                 while self.epochs < self.recipe.schedule.epochs:
                     self._run_epoch()
@@ -126,15 +108,30 @@ class TrainingLoop:
                 ) from None
         return self._result()
 
-    def _run_epoch(self) -> None:
-        watch = Stopwatch()
-        self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it the model is in training mode, and `train_step` finds the q and k that the loss reads."""
+        with ExitStack() as stack:
+            if self.setup.loss.needs_taps:
+                assert self.setup.teacher is not None
+                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
+                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
+            # Accelerate marks the models that it prepared; this one may be trained again, in another run.
+            stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
+            self._train_mode()
+            yield
+
+    def _train_mode(self) -> None:
         self.parallel.train()
         if self.two_heads:
             self.model.set_distilled_training(True)
+
+    def _run_epoch(self) -> None:
+        watch = Stopwatch()
+        self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
+        self._train_mode()
         for images, labels in watch.watch(batches_of(self.loader)):
-            with fused(self.fuse):
-                self._train_step(images, labels)
+            self.train_step(images, labels)
             epoch_done = self.step % self.steps_per_epoch == 0
             log_due = epoch_done or self.step % self.recipe.log_every == 0
             if log_due:
@@ -145,8 +142,12 @@ class TrainingLoop:
             self._stop_if_asked(agreed=log_due)
         self._finish_epoch(watch)
 
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """One optimizer step on images [B, C, H, W] and labels [B] on the device; within `stepping`."""
+        with fused(self.fuse):
+            self._train_step(images, labels)
+
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One optimizer step on images [B, C, H, W] and labels [B]."""
         recipe, setup = self.recipe, self.setup
         seed_everything(recipe.seed, self.step, self.accelerator.process_index)
         images, targets = self.mix(images, labels)

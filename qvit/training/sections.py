@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -63,6 +63,10 @@ class DataSection(Section):
         train, val: a folder of class folders, a tar file of class folders or a list of such, or ``digits`` (scikit-learn's).
             ``val`` is ``train`` where it is left out; a folder or tar may hold ``train`` and ``val`` folders.
         workers: loader processes, each of every training process; 0 loads in the training process.
+        cache: ``device`` decodes all images once, before training, keeps their pixels on the training device and crops and
+            flips them there; it knows no other augmentation. Left out, loader processes read images as they are needed.
+        cache_size: side of the square that ``cache`` resizes and crops training images to first; needed where they differ in
+            size.
         augment: of training images.
         mixup, cutmix: alpha of the Beta distribution, 0 for none.
         label_smoothing: share of a label spread over all classes.
@@ -74,6 +78,8 @@ class DataSection(Section):
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 4
+    cache: Literal["device"] | None = None
+    cache_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     augment: AugmentSection = AugmentSection()
     mixup: Weight = 0.0
     cutmix: Weight = 0.0
@@ -84,6 +90,20 @@ class DataSection(Section):
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
     crop_mode: Literal["center", "squash"] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> DataSection:
+        if self.cache is None and self.cache_size is not None:
+            raise ValueError("data.cache_size is read where data.cache is device: set that, or remove data.cache_size")
+        a = self.augment
+        unknown = {"auto_augment": a.auto_augment, "color_jitter": a.color_jitter, "erase": a.erase}
+        unknown["interpolation"] = a.interpolation if a.interpolation == "random" else None
+        if self.cache is not None and (name := next((name for name, value in unknown.items() if value), None)):
+            raise ValueError(
+                f"data.augment.{name}={unknown[name]!r} does not go with data.cache=device, which crops and flips alone: "
+                "remove one of them"
+            )
+        return self
 
 
 class QuantSection(Section):
