@@ -15,6 +15,7 @@ from qvit.convert import family_of
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.layers.linear import QuantLinear
 from qvit.layers.points import float_mode, quantization_points
+from qvit.layers.weights import quantized_weights
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.mse_search import mse_optimal
 from qvit.quantizers.statsq import StatsQuantizer
@@ -63,6 +64,13 @@ def calibrate(
             _fit_weight(student.patch_embed.proj.weight_quantizer, student.patch_embed.proj.effective_weight())
     finally:
         student.train(training)
+
+
+@torch.no_grad()
+def calibrate_weights(student: nn.Module) -> None:
+    """Sets the learned scales of all weights, and nothing else, to those of least squared error on the weights as they are."""
+    for weight in quantized_weights(student):
+        _fit_weight(weight.layer.weight_quantizer, weight.effective())
 
 
 def _gather(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tensor:

@@ -48,6 +48,8 @@ class QuantLinear(nn.Module):
         """x [.., K] -> [.., M]."""
         if not self.input_quantizer.enabled:
             return F.linear(self.input_quantizer.observe(x), self.weight, self.bias)
+        if not self.weight_quantizer.enabled:
+            return F.linear(self.input_quantizer(x).value, self.weight, self.bias)
         return code_linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
     def extra_repr(self) -> str:

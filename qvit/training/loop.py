@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from qvit.distill.features import FeatureTap
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
 from qvit.quantizers.fusion import fused
+from qvit.training.annealing import Annealing
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
 from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
@@ -22,11 +24,13 @@ from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
 from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
 from qvit.training.meters import LossWindow, Stopwatch
-from qvit.training.optim import build_optimizer, learning_rate, set_learning_rate
+from qvit.training.optim import anneal_start, build_optimizer, learning_rate, set_learning_rate
+from qvit.training.oscillation import OscillationPenalty, penalty_weight
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.seeding import seed_everything
 from qvit.training.setup import Setup
+from qvit.training.stages import Stages
 
 
 class _Stop(Exception):
@@ -67,6 +71,10 @@ class TrainingLoop:
             raise InputError(f"A step takes {step_size} training images and there are {len(setup.train)}: lower batch_size.")
         self.loader, self.val_loader = build_loaders(recipe, setup, accelerator, self.sampler, progress)
         self.mix = BatchMixer(recipe.data, len(setup.train.classes))
+        self.stages = Stages(recipe, self.model, setup.loss, self.steps_per_epoch)
+        self.penalty = OscillationPenalty(self.model) if recipe.quantized and recipe.oscillation.weight else None
+        self.annealing = Annealing(self.model, recipe.anneal.width) if recipe.quantized and recipe.anneal.share else None
+        self.anneal_from = anneal_start(self.steps_per_epoch, recipe.schedule, recipe.anneal)
         optimizer = build_optimizer(self.model, recipe.optim)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
@@ -110,18 +118,23 @@ class TrainingLoop:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """Within it the model is in training mode, and `train_step` finds the q and k that the loss reads."""
+        """Within it the model is in training mode, and `train_step` finds what the loss reads of student and teacher."""
         with ExitStack() as stack:
             if self.setup.loss.needs_taps:
                 assert self.setup.teacher is not None
                 self.student_taps = stack.enter_context(tap_queries_keys(self.model))
                 self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
+            if self.stages.needs_features:
+                assert self.setup.teacher is not None
+                self.student_features = stack.enter_context(FeatureTap(self.model))
+                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher))
             # Accelerate marks the models that it prepared; this one may be trained again, in another run.
             stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
             self._train_mode()
             yield
 
     def _train_mode(self) -> None:
+        self.loss = self.stages.enter(self.epochs, self.step, self.accelerator)
         self.parallel.train()
         if self.two_heads:
             self.model.set_distilled_training(True)
@@ -151,24 +164,39 @@ class TrainingLoop:
         recipe, setup = self.recipe, self.setup
         seed_everything(recipe.seed, self.step, self.accelerator.process_index)
         images, targets = self.mix(images, labels)
-        teacher_logits = teacher_taps = student_taps = None
+        teacher_logits = teacher_taps = student_taps = teacher_features = student_features = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if setup.teacher is not None:
                 with torch.no_grad():
                     teacher_logits = setup.teacher(images)
             logits = self.parallel(images)
-            if setup.loss.needs_taps:
+            if self.loss.needs_taps:
                 teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
-            total, terms = setup.loss(logits, targets, teacher_logits, student_taps, teacher_taps)
+            if self.stages.needs_features:
+                teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
+            total, terms = self.loss(
+                logits, targets, teacher_logits, student_taps, teacher_taps, student_features, teacher_features
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(total)
+        if self.penalty is not None:
+            terms["oscillation"] = self._add_penalty(self.penalty)
         if recipe.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
-        self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule)
+        self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule, recipe.anneal)
         set_learning_rate(self.optimizer, self.lr)
-        self.optimizer.step()
+        with self.annealing.holding() if self.annealing and self.step >= self.anneal_from else nullcontext():
+            self.optimizer.step()
         self.window.add(total, terms)
         self.step += 1
+
+    def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
+        """Adds the gradients of the oscillation penalty; returns what it adds to the loss, a scalar."""
+        section = self.recipe.oscillation
+        factor = penalty_weight(self.step, self.total_steps, section.weight, section.start)
+        if not factor or self.stages.activations_only(self.epochs):
+            return torch.zeros((), device=self.device)
+        return factor * penalty.add_gradients(factor)
 
     def _flush(self) -> None:
         """Logs the mean loss of the steps since the last time; raises `TrainingError` where it is not a number."""
@@ -207,8 +235,8 @@ class TrainingLoop:
         line = f"epoch {epoch}/{self.recipe.schedule.epochs}: {rate:.0f} images/s, {watch.idle:.0%} waiting for images"
         improved = False
         if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.schedule.epochs:
-            improved = self._evaluate(epoch)
-            line += f", top-1 {self.metrics['top1']:.2f}"
+            top1, improved = self._evaluate(epoch)
+            line += f", top-1 {top1:.2f}"
         self.epochs = epoch
         self._check_weights()
         if improved:
@@ -217,21 +245,29 @@ class TrainingLoop:
         self._save(LAST, self.optimizer)
         self.log.print(line)
 
-    def _evaluate(self, epoch: int) -> bool:
-        """Top-1 over all validation images, in float32, each counted once; returns whether it is the best so far."""
+    def _evaluate(self, epoch: int) -> tuple[float, bool]:
+        """Top-1 over all validation images, in float32, each counted once, and whether it is the best so far.
+
+        With weights in floating point it is only logged: the model is not yet what the run is to give.
+        """
         self.model.eval()
         mine = count_correct(self.model, self._stoppable(self.val_loader), self.device)
         if self.setup.loss.needs_taps:
             self.student_taps.clear()
+        if self.stages.needs_features:
+            self.student_features.clear()
         counts = torch.tensor([mine.correct, mine.images], device=self.device)
         correct, images = self.accelerator.reduce(counts, "sum").tolist()
         top1 = 100 * correct / images
+        if self.stages.activations_only(epoch - 1):
+            self.log.write("eval_activations", self.step, epoch, {"top1": top1, "images": images})
+            return top1, False
         self.metrics |= {"top1": top1, "images": images}
         self.log.write("eval", self.step, epoch, {"top1": top1, "images": images})
-        if top1 <= self.metrics.get("best_top1", -1):
-            return False
-        self.metrics |= {"best_top1": top1, "best_epoch": epoch}
-        return True
+        improved = top1 > self.metrics.get("best_top1", -1)
+        if improved:
+            self.metrics |= {"best_top1": top1, "best_epoch": epoch}
+        return top1, improved
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:

@@ -138,6 +138,7 @@ class DistillSection(Section):
         hard: cross-entropy with the teacher's most likely class.
         soft: divergence from the teacher's probabilities at ``temperature``.
         dgd: distances of the similarity matrices of q and k, where the method is ``dgd`` or ``qvit``.
+        feature: relative distance of the features behind the last block.
     """
 
     label: Weight = 0.5
@@ -145,6 +146,7 @@ class DistillSection(Section):
     soft: Weight = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     dgd: Weight = 1.0
+    feature: Weight = 0.0
 
 
 class OptimSection(Section):
@@ -181,3 +183,41 @@ class ScheduleSection(Section):
     epochs: Annotated[int, Field(ge=1)] = 10
     warmup_epochs: Weight = 0.0
     min_lr: Weight = 0.0
+
+
+class ActivationsFirstSection(Section):
+    """A first stage that quantizes activations alone (`qvit.training.stages`); not read where the method is ``float``.
+
+    Attributes:
+        epochs: of the stage, the first ones of ``schedule.epochs``; 0 for none.
+        feature: weight of feature matching in it, in place of ``distill.feature``.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    feature: Weight = 1.0
+
+
+class OscillationSection(Section):
+    """Oscillation regularisation (`qvit.training.oscillation`); not read where the method is ``float``.
+
+    Attributes:
+        weight: of the penalty at the end of training (the source's is 0.01); 0 for none.
+        start: share of training that is done when the weight begins to rise from 0, by half a cosine.
+    """
+
+    weight: Weight = 0.0
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.25
+
+
+class AnnealSection(Section):
+    """Confidence-guided annealing (`qvit.training.annealing`); not read where the method is ``float``.
+
+    Attributes:
+        share: of all steps, the last ones, in which settled weights are held; 0 for none (the source's is about 0.1). The
+            learning rate of these steps is constant: ``schedule.min_lr`` or, where that is 0, a hundredth of ``optim.lr``, and
+            the cosine ends there.
+        width: distance to a rounding threshold, in steps, within which a weight may still move.
+    """
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    width: Annotated[float, Field(gt=0, le=0.5)] = 0.005
