@@ -103,7 +103,7 @@ class DeviceLoader:
         flips = np.empty(len(images), dtype=bool)
         height, width = self.store.pixels.shape[2:]
         for repeat in range(self.sampler.repeats):
-            crops = draw_crops(self.seed, self.sampler.epoch, repeat, len(self.store), (height, width), self.augment)
+            crops = draw_crops(self.seed, self.sampler.crop_epoch, repeat, len(self.store), (height, width), self.augment)
             here = repeats == repeat
             boxes[here], flips[here] = crops.boxes[images[here]], crops.flips[images[here]]
         return boxes, flips

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from qvit.training.result import TrainingResult
 from qvit.training.seeding import seed_everything
 from qvit.training.setup import Setup
 from qvit.training.stages import Stages
+from qvit.training.targets import CachedTargets
 
 
 class _Stop(Exception):
@@ -64,13 +66,15 @@ class TrainingLoop:
         self.device = accelerator.device
         self.model: Any = setup.model
         step_size = recipe.batch_size * accelerator.num_processes
-        self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation)
+        crops = recipe.distill.cached_crops if recipe.quantized else 0
+        self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation, crops)
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
         if not self.steps_per_epoch:
             raise InputError(f"A step takes {step_size} training images and there are {len(setup.train)}: lower batch_size.")
         self.loader, self.val_loader = build_loaders(recipe, setup, accelerator, self.sampler, progress)
         self.mix = BatchMixer(recipe.data, len(setup.train.classes))
+        self.targets = self._cached_targets(resumed) if crops else None
         self.stages = Stages(recipe, self.model, setup.loss, self.steps_per_epoch)
         self.penalty = OscillationPenalty(self.model) if recipe.quantized and recipe.oscillation.weight else None
         self.annealing = Annealing(self.model, recipe.anneal.width) if recipe.quantized and recipe.anneal.share else None
@@ -94,6 +98,20 @@ class TrainingLoop:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.session = Stopwatch()
+
+    def _cached_targets(self, resumed: Checkpoint | None) -> CachedTargets:
+        targets = CachedTargets(
+            self.sampler,
+            len(self.setup.train),
+            len(self.setup.train.classes),
+            self.recipe.batch_size,
+            self.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if resumed is not None:
+            targets.load(resumed.tensors)
+        return targets
 
     def run(self, log: RunLog) -> TrainingResult:
         """Trains to the end.
@@ -142,6 +160,8 @@ class TrainingLoop:
     def _run_epoch(self) -> None:
         watch = Stopwatch()
         self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
+        if self.targets is not None:
+            self.targets.start()
         self._train_mode()
         for images, labels in watch.watch(batches_of(self.loader)):
             self.train_step(images, labels)
@@ -168,7 +188,8 @@ class TrainingLoop:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if setup.teacher is not None:
                 with torch.no_grad():
-                    teacher_logits = setup.teacher(images)
+                    ask = setup.teacher if self.targets is None else partial(self.targets.next, teacher=setup.teacher)
+                    teacher_logits = ask(images)
             logits = self.parallel(images)
             if self.loss.needs_taps:
                 teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
@@ -238,6 +259,8 @@ class TrainingLoop:
             top1, improved = self._evaluate(epoch)
             line += f", top-1 {top1:.2f}"
         self.epochs = epoch
+        if self.targets is not None:
+            self.targets.share()
         self._check_weights()
         if improved:
             self._save(BEST)
@@ -276,6 +299,8 @@ class TrainingLoop:
 
     def _save_last(self) -> None:
         self._flush()
+        if self.targets is not None:
+            self.targets.share()
         self._check_weights()
         self._save(LAST, self.optimizer)
 
@@ -295,7 +320,8 @@ class TrainingLoop:
                 processes=self.accelerator.num_processes,
                 metrics=self.metrics,
             )
-            save_checkpoint(self.output / name, self.model, metadata, optimizer)
+            targets = self.targets.state() if self.targets is not None and optimizer is not None else None
+            save_checkpoint(self.output / name, self.model, metadata, optimizer, targets)
 
     def _result(self) -> TrainingResult:
         if self.two_heads:

@@ -74,6 +74,8 @@ class Recipe(Section):
             raise ValueError(f"batch_size is {self.batch_size}, but mixup and cutmix pair up images: use an even number")
         if self.schedule.warmup_epochs > self.schedule.epochs:
             raise ValueError(f"schedule.warmup_epochs is more than schedule.epochs ({self.schedule.epochs})")
+        if self.quantized and self.distill.cached_crops:
+            self._check_cached_crops()
         first = self.activations_first.epochs
         if first and first >= self.schedule.epochs * (1 - self.anneal.share):
             raise ValueError(
@@ -83,6 +85,19 @@ class Recipe(Section):
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr is more than optim.lr ({self.optim.lr})")
         return self
+
+    def _check_cached_crops(self) -> None:
+        reason = None
+        if self.dgd_weight:
+            reason = "DGD reads the teacher's q and k: set distill.dgd to 0, or choose another method"
+        elif self.needs_features:
+            reason = "feature matching reads the teacher's features: set distill.feature and activations_first.feature to 0"
+        elif self.mixes:
+            reason = "mixed images are new in every step: set data.mixup and data.cutmix to 0"
+        elif not (self.distill.hard or self.distill.soft):
+            reason = "the loss reads no teacher: set distill.soft or distill.hard"
+        if reason is not None:
+            raise ValueError(f"distill.cached_crops keeps the teacher's logits alone, but {reason}")
 
     @property
     def quantized(self) -> bool:

@@ -139,6 +139,8 @@ class DistillSection(Section):
         soft: divergence from the teacher's probabilities at ``temperature``.
         dgd: distances of the similarity matrices of q and k, where the method is ``dgd`` or ``qvit``.
         feature: relative distance of the features behind the last block.
+        cached_crops: fixed crops of each image, for which the teacher's logits are computed once and kept
+            (`qvit.training.targets`); 0 augments anew in every epoch. Only where the loss reads nothing else of the teacher.
     """
 
     label: Weight = 0.5
@@ -147,6 +149,7 @@ class DistillSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     dgd: Weight = 1.0
     feature: Weight = 0.0
+    cached_crops: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 class OptimSection(Section):
