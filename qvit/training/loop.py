@@ -144,8 +144,9 @@ class TrainingLoop:
                 self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
             if self.stages.needs_features:
                 assert self.setup.teacher is not None
-                self.student_features = stack.enter_context(FeatureTap(self.model))
-                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher))
+                every = self.recipe.distill.feature_blocks == "all"
+                self.student_features = stack.enter_context(FeatureTap(self.model, every))
+                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, every))
             # Accelerate marks the models that it prepared; this one may be trained again, in another run.
             stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
             self._train_mode()
