@@ -29,9 +29,14 @@ def statistical_step(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
     The mean is taken in float64, so that a device or the order of a sum does not decide to which float16 value it is rounded.
     """
-    mean = weight.detach().abs().mean(dim=None if isinstance(spec.scale, PerTensor) else 1, keepdim=True, dtype=torch.float64)
-    step = (mean * (2 / -spec.qn)).clamp(_SMALLEST_STEP, _LARGEST_STEP).half().float()
+    step = _step(weight.detach(), 2 / -spec.qn, isinstance(spec.scale, PerTensor))
     return step.reshape(1) if isinstance(spec.scale, PerTensor) else step
+
+
+@fusible
+def _step(weight: torch.Tensor, factor: float, per_tensor: bool) -> torch.Tensor:
+    mean = weight.abs().mean(dim=(0, 1) if per_tensor else 1, keepdim=True, dtype=torch.float64)
+    return (mean * factor).clamp(_SMALLEST_STEP, _LARGEST_STEP).half().float()
 
 
 @fusible
