@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
-from qvit.quantizers.fusion import fused
+from qvit.kernels.switch import fused
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
 from qvit.training.data import (
     BatchMixer,
@@ -77,7 +77,7 @@ class TrainingLoop:
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
 
-        self.fuse = self.bf16 and self.device.type == "cuda"  # compiling pays on a GPU; float32 runs stay exact
+        self.fuse = self.bf16 and self.device.type == "cuda"  # float32 runs stay exact
 
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
