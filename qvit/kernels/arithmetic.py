@@ -14,9 +14,9 @@ def round_half_even(x):
 
 
 @triton.jit
-def quantize(x, scale, offset, qn, qp):
+def quantize(x, inverse_scale, offset, qn, qp):
     """x -> (position ``(x - offset) / scale``, its code, whether it lies in the range)."""
-    v = (x - offset) / scale
+    v = (x - offset) * inverse_scale
     code = round_half_even(tl.minimum(tl.maximum(v, qn), qp))
     return v, code, (v >= qn) & (v <= qp)
 

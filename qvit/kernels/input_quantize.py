@@ -11,12 +11,12 @@ import triton.language as tl
 
 from qvit.kernels.arithmetic import activation, activation_slope, quantize
 
-_ROWS, _COLUMNS = 16, 128  # a tile
-_TILES_A_PROGRAM = 16  # of the backward pass, one below the other, so that sums over rows stay in registers
+_ROWS, _COLUMNS = 8, 128  # a tile
+_TILES_A_PROGRAM = 32  # of the backward pass, one below the other, so that sums over rows stay in registers
 
 
 @triton.jit
-def _forward(
+def _quantize_input(
     x_ptr, scale_ptr, offset_ptr, codes_ptr, rows, columns, qn, qp, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
     r = tl.program_id(0) * R + tl.arange(0, R)
@@ -26,12 +26,12 @@ def _forward(
     mask = (r < rows)[:, None] & (c < columns)[None, :]
     x = activation(tl.load(x_ptr + first + where, mask=mask, other=0.0).to(tl.float32), KIND)
     offset = tl.load(offset_ptr + c, mask=c < columns, other=0.0)
-    _, code, _ = quantize(x, tl.load(scale_ptr), offset[None, :], qn, qp)
+    _, code, _ = quantize(x, 1.0 / tl.load(scale_ptr), offset[None, :], qn, qp)
     tl.store(codes_ptr + first + where, code.to(codes_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _backward(
+def _quantize_input_backward(
     grad_ptr,
     x_ptr,
     scale_ptr,
@@ -49,7 +49,7 @@ def _backward(
     TILES: tl.constexpr,
 ):
     c = tl.program_id(1) * C + tl.arange(0, C)
-    scale = tl.load(scale_ptr)
+    inverse_scale = 1.0 / tl.load(scale_ptr)
     offset = tl.load(offset_ptr + c, mask=c < columns, other=0.0)[None, :]
     scale_sums = tl.zeros((R, C), dtype=tl.float32)
     offset_sums = tl.zeros((R, C), dtype=tl.float32)
@@ -61,7 +61,7 @@ def _backward(
         mask = (r < rows)[:, None] & (c < columns)[None, :]
         raw = tl.load(x_ptr + first + where, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + first + where, mask=mask, other=0.0).to(tl.float32)
-        v, code, inside = quantize(activation(raw, KIND), scale, offset, qn, qp)
+        v, code, inside = quantize(activation(raw, KIND), inverse_scale, offset, qn, qp)
         passed = tl.where(inside, grad, 0.0)
         scale_sums += grad * tl.where(inside, code - v, code)
         offset_sums += grad - passed
@@ -92,7 +92,7 @@ def quantize_input(
     rows = x.numel() // columns
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
-    _forward[grid](x, scale, offset, codes, rows, columns, qn, qp, KIND=kind, R=_ROWS, C=_COLUMNS)
+    _quantize_input[grid](x, scale, offset, codes, rows, columns, qn, qp, KIND=kind, R=_ROWS, C=_COLUMNS)
     return codes
 
 
@@ -105,7 +105,7 @@ def quantize_input_backward(
     programs = triton.cdiv(rows, _ROWS * _TILES_A_PROGRAM)
     grad_x = torch.empty_like(x)
     scale_sums, offset_sums = torch.empty((2, programs, columns), dtype=torch.float32, device=x.device)
-    _backward[(programs, triton.cdiv(columns, _COLUMNS))](
+    _quantize_input_backward[(programs, triton.cdiv(columns, _COLUMNS))](
         grad,
         x,
         scale,

@@ -42,7 +42,7 @@ def _bound(part, of_q, of_k, of_v):
 
 
 @triton.jit
-def _forward(
+def _rectify_quantize(
     qkv_ptr,
     columns_ptr,
     codes_ptr,
@@ -77,9 +77,9 @@ def _forward(
             z, _ = _standardise(y, mask, eps, D)
             weight = tl.load(columns_ptr + 2 * width + column, mask=d < D, other=0.0)
             y = z * weight[None, :] + tl.load(columns_ptr + 3 * width + column, mask=d < D, other=0.0)[None, :]
-    scale = tl.load(columns_ptr + column, mask=d < D, other=1.0)[None, :]
+    inverse_scale = 1.0 / tl.load(columns_ptr + column, mask=d < D, other=1.0)[None, :]
     offset = tl.load(columns_ptr + width + column, mask=d < D, other=0.0)[None, :]
-    _, code, _ = quantize(y, scale, offset, _bound(part, qn_q, qn_k, qn_v), _bound(part, qp_q, qp_k, qp_v))
+    _, code, _ = quantize(y, inverse_scale, offset, _bound(part, qn_q, qn_k, qn_v), _bound(part, qp_q, qp_k, qp_v))
     tl.store(codes_ptr + first + where, code.to(codes_ptr.dtype.element_ty), mask=mask)
     if KEEP:
         if part < 2:
@@ -89,7 +89,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _rectify_quantize_backward(
     grad_ptr,
     grad_q_ptr,
     grad_k_ptr,
@@ -119,7 +119,7 @@ def _backward(
     column = tl.program_id(1) * D + d
     r = tl.arange(0, R)
     where = r[:, None] * width + column[None, :]
-    scale = tl.load(columns_ptr + column, mask=d < D, other=1.0)[None, :]
+    inverse_scale = 1.0 / tl.load(columns_ptr + column, mask=d < D, other=1.0)[None, :]
     offset = tl.load(columns_ptr + width + column, mask=d < D, other=0.0)[None, :]
     weight = tl.load(columns_ptr + 2 * width + column, mask=d < D, other=0.0)[None, :]
     bias = tl.load(columns_ptr + 3 * width + column, mask=d < D, other=0.0)[None, :]
@@ -140,7 +140,7 @@ def _backward(
                 z, inverse = _standardise(x, mask, eps, D)
                 y = z * weight + bias
         grad = tl.load(grad_ptr + first + where, mask=mask, other=0.0).to(tl.float32)
-        v, code, inside = quantize(y, scale, offset, qn, qp)
+        v, code, inside = quantize(y, inverse_scale, offset, qn, qp)
         passed = tl.where(inside, grad, 0.0)
         scale_sums += tl.sum(grad * tl.where(inside, code - v, code), 0)
         offset_sums += tl.sum(grad - passed, 0)
@@ -173,7 +173,7 @@ class _RectifyQuantize(torch.autograd.Function):
         rectified = torch.empty((2, rows, heads * dim) if keep else (2, 1), dtype=qkv.dtype, device=qkv.device)
         shape = {"D": dim, "DP": triton.next_power_of_2(dim), "R": _ROWS, "RECTIFY": eps is not None}
         grid = (triton.cdiv(rows, _ROWS), 3 * heads)
-        _forward[grid](qkv, columns, codes, rectified, rows, heads, eps or 0.0, *ranges, KEEP=keep, **shape)
+        _rectify_quantize[grid](qkv, columns, codes, rectified, rows, heads, eps or 0.0, *ranges, KEEP=keep, **shape)
         ctx.save_for_backward(qkv, columns)
         ctx.arguments = (rows, heads, eps or 0.0, *ranges)
         ctx.shape, ctx.keep = shape, keep
@@ -193,7 +193,7 @@ class _RectifyQuantize(torch.autograd.Function):
         programs = triton.cdiv(rows, _ROWS * _TILES_A_PROGRAM)
         grad_qkv = torch.empty_like(qkv)
         sums = torch.empty((programs, *columns.shape), dtype=torch.float32, device=qkv.device)
-        _backward[(programs, 3 * heads)](
+        _rectify_quantize_backward[(programs, 3 * heads)](
             grad,
             grad_q if kept else grad,
             grad_k if kept else grad,

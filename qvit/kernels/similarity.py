@@ -24,7 +24,7 @@ def _tile(x_ptr, batch, token, channel, image, head, part_of_head, n, tokens, D:
 
 
 @triton.jit
-def _forward(
+def _similarity(
     s_ptr,
     t_ptr,
     norms_ptr,
@@ -63,7 +63,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _similarity_backward(
     s_ptr,
     t_ptr,
     factors_ptr,
@@ -121,7 +121,7 @@ class _Distance(torch.autograd.Function):
             "T": _TOKENS,
             "PRECISION": "ieee" if student.dtype == torch.float32 else "tf32",
         }
-        _forward[(b * h,)](student, teacher, norms, n, h, *strides, **shape)
+        _similarity[(b * h,)](student, teacher, norms, n, h, *strides, **shape)
         own, other, cross = norms.unbind(-1)
         inverse = (own.sqrt() * other.sqrt()).clamp_min(tiny).reciprocal()
         squared = (2 - 2 * cross * inverse).clamp_min(0)
@@ -141,7 +141,7 @@ class _Distance(torch.autograd.Function):
         # preserve_format: dense and in the order of the student's strides, which the kernel is given.
         grad_student = torch.empty_like(student)
         assert grad_student.stride() == student.stride()
-        _backward[(student.shape[0] * student.shape[1],)](student, teacher, factors, grad_student, *ctx.arguments, **ctx.shape)
+        _similarity_backward[(student.shape[0] * student.shape[1],)](student, teacher, factors, grad_student, *ctx.arguments, **ctx.shape)
         return grad_student, None, None, None
 
 
