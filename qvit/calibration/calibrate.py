@@ -15,8 +15,10 @@ from qvit.convert import family_of
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.layers.linear import QuantLinear
 from qvit.layers.points import float_mode, quantization_points
+from qvit.layers.weights import quantized_weights
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.mse_search import mse_optimal
+from qvit.quantizers.statsq import StatsQuantizer
 from qvit.spec import PerToken
 
 _VALUES_PER_POINT = 1 << 19  # of one quantization point that the search looks at
@@ -62,6 +64,13 @@ def calibrate(
             _fit_weight(student.patch_embed.proj.weight_quantizer, student.patch_embed.proj.effective_weight())
     finally:
         student.train(training)
+
+
+@torch.no_grad()
+def calibrate_weights(student: nn.Module) -> None:
+    """Sets the learned scales of all weights, and nothing else, to those of least squared error on the weights as they are."""
+    for weight in quantized_weights(student):
+        _fit_weight(weight.layer.weight_quantizer, weight.effective())
 
 
 def _gather(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tensor:
@@ -147,7 +156,9 @@ def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]]) 
             _fit_weight(layer.weight_quantizer, layer.weight)
 
 
-def _fit_weight(quantizer: LSQQuantizer, weight: torch.Tensor) -> None:
+def _fit_weight(quantizer: LSQQuantizer | StatsQuantizer, weight: torch.Tensor) -> None:
+    if isinstance(quantizer, StatsQuantizer):
+        return
     quantizer.set_parameters(*mse_optimal(weight, quantizer.spec, quantizer.scale.shape, None))
 
 

@@ -77,15 +77,23 @@ class ReferenceEngine:
         specs = layer.input.spec, layer.weight.spec
         grouped = [spec.scale.size for spec in specs if isinstance(spec.scale, PerGroup)]
         if not grouped:
-            y = _sums(codes, weight.t(), *specs).float() * (scale_x * scale_w.flatten())
+            sums = self._weight_sums(codes, weight, layer)
+            y = sums * (scale_x * scale_w.flatten())
         else:
             y = torch.zeros(*codes.shape[:-1], layer.weight.shape[0], device=self.device)
             for g in range(codes.shape[-1] // grouped[0]):
                 part = slice(g * grouped[0], (g + 1) * grouped[0])
                 step_x = scale_x[g] if isinstance(specs[0].scale, PerGroup) else scale_x
                 step_w = scale_w[:, g] if isinstance(specs[1].scale, PerGroup) else scale_w.flatten()
-                y = y + _sums(codes[..., part], weight[:, part].t(), *specs).float() * (step_x * step_w)
+                y = y + self._weight_sums(codes[..., part], weight[:, part], layer) * (step_x * step_w)
         return y if bias is None else y + bias
+
+    def _weight_sums(self, codes: Codes, weight: Codes, layer: ops.Linear) -> torch.Tensor:
+        """codes [.., K], codes of a weight [M, K] -> sums [.., M] in units of both scales, whole or half numbers in float32."""
+        sums = _sums(codes, weight.t(), layer.input.spec, layer.weight.spec)
+        if not layer.weight.half_step:
+            return sums.float()
+        return (2 * sums + codes.to(torch.int32).sum(-1, keepdim=True)).float() * 0.5
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
         """The activation between fc1 and fc2."""

@@ -141,7 +141,9 @@ class _Distance(torch.autograd.Function):
         # preserve_format: dense and in the order of the student's strides, which the kernel is given.
         grad_student = torch.empty_like(student)
         assert grad_student.stride() == student.stride()
-        _similarity_backward[(student.shape[0] * student.shape[1],)](student, teacher, factors, grad_student, *ctx.arguments, **ctx.shape)
+        _similarity_backward[(student.shape[0] * student.shape[1],)](
+            student, teacher, factors, grad_student, *ctx.arguments, **ctx.shape
+        )
         return grad_student, None, None, None
 
 

@@ -25,19 +25,27 @@ class QuantAttention(nn.Module):
             ``proj.weight``, ``proj.input``.
         tokens: N.
         rectify: insert IRM on q and k.
+        statistical: of the weights of both linear layers; see `QuantLinear`.
 
     Attributes:
         tap: while set, called in every forward pass with q and k [B, H, N, D] as they enter their quantizers.
     """
 
-    def __init__(self, attention: Any, resolve: Callable[[str, Operand], QuantSpec], tokens: int, rectify: bool) -> None:
+    def __init__(
+        self,
+        attention: Any,
+        resolve: Callable[[str, Operand], QuantSpec],
+        tokens: int,
+        rectify: bool,
+        statistical: bool = False,
+    ) -> None:
         super().__init__()
         self.tap: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.num_heads, self.head_dim = attention.num_heads, attention.qkv.out_features // 3 // attention.num_heads
         self.scale = attention.scale
         width = Dims(channels=self.head_dim, rows=tokens, heads=self.num_heads)
         self.qkv = QuantLinear(
-            attention.qkv, resolve("qkv.weight", Operand.WEIGHT), resolve("qkv.input", Operand.INPUT), tokens
+            attention.qkv, resolve("qkv.weight", Operand.WEIGHT), resolve("qkv.input", Operand.INPUT), tokens, statistical
         )
         self.rectify_q = Rectify(self.num_heads, self.head_dim) if rectify else nn.Identity()
         self.rectify_k = Rectify(self.num_heads, self.head_dim) if rectify else nn.Identity()
@@ -48,7 +56,7 @@ class QuantAttention(nn.Module):
         self.map_quantizer = LSQQuantizer(resolve("map", Operand.MAP), map_dims)
         self.attn_drop = attention.attn_drop
         self.proj = QuantLinear(
-            attention.proj, resolve("proj.weight", Operand.WEIGHT), resolve("proj.input", Operand.INPUT), tokens
+            attention.proj, resolve("proj.weight", Operand.WEIGHT), resolve("proj.input", Operand.INPUT), tokens, statistical
         )
         self.proj_drop = attention.proj_drop
 

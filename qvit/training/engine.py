@@ -71,11 +71,39 @@ def fit(
         TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
+    loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+    with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
+        return loop.run(log)
+
+
+def open_loop(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    model: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainingLoop:
+    """All of `fit` up to the first step: the model is there and calibrated, the images are open.
+
+    Args: as those of `fit`.
+
+    Raises:
+        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
+    """
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is entered here, so that evaluation runs without it
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # While weights stay floating point, their scales have no gradient.
+                find_unused_parameters=recipe.quantized and recipe.activations_first.epochs > 0,
+            )
+        ],
     )
     output = Path(output)
     resumed = _checkpoint_of(output, resume)
@@ -86,9 +114,7 @@ def fit(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    loop = TrainingLoop(recipe, accelerator, setup, output, resumed)
-    with RunLog(output, loop.step, loop.total_steps, accelerator.is_main_process, progress) as log:
-        return loop.run(log)
+    return TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
 
 
 def _checkpoint_of(output: Path, resume: bool) -> Checkpoint | None:

@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
+from qvit.distill.features import FeatureTap
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
 from qvit.kernels.switch import fused
+from qvit.training.annealing import Annealing
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
-from qvit.training.data import (
-    BatchMixer,
-    EpochSampler,
-    TrainingSet,
-    batches_of,
-    evaluation_loader,
-    loader_options,
-    training_transform,
-)
+from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
 from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
+from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
 from qvit.training.meters import LossWindow, Stopwatch
-from qvit.training.optim import build_optimizer, learning_rate, set_learning_rate
+from qvit.training.optim import anneal_start, build_optimizer, learning_rate, set_learning_rate
+from qvit.training.oscillation import OscillationPenalty, penalty_weight
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.seeding import seed_everything
 from qvit.training.setup import Setup
+from qvit.training.stages import Stages
+from qvit.training.targets import CachedTargets
 
 
 class _Stop(Exception):
@@ -56,23 +54,35 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, setup: Setup, output: Path, resumed: Checkpoint | None
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        setup: Setup,
+        output: Path,
+        resumed: Checkpoint | None,
+        progress: bool = False,
     ) -> None:
         self.recipe, self.accelerator, self.setup, self.output = recipe, accelerator, setup, output
         self.device = accelerator.device
         self.model: Any = setup.model
         step_size = recipe.batch_size * accelerator.num_processes
-        self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation)
+        crops = recipe.distill.cached_crops if recipe.quantized else 0
+        self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation, crops)
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
         if not self.steps_per_epoch:
             raise InputError(f"A step takes {step_size} training images and there are {len(setup.train)}: lower batch_size.")
-        loader, self.val_loader = self._loaders()
+        self.loader, self.val_loader = build_loaders(recipe, setup, accelerator, self.sampler, progress)
         self.mix = BatchMixer(recipe.data, len(setup.train.classes))
+        self.targets = self._cached_targets(resumed) if crops else None
+        self.stages = Stages(recipe, self.model, setup.loss, self.steps_per_epoch)
+        self.penalty = OscillationPenalty(self.model) if recipe.quantized and recipe.oscillation.weight else None
+        self.annealing = Annealing(self.model, recipe.anneal.width) if recipe.quantized and recipe.anneal.share else None
+        self.anneal_from = anneal_start(self.steps_per_epoch, recipe.schedule, recipe.anneal)
         optimizer = build_optimizer(self.model, recipe.optim)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
-        self.parallel, self.optimizer, self.loader = accelerator.prepare(self.model, optimizer, loader)
+        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
         # A float distilled DeiT answers with the mean of its heads; a student learns labels and teacher on one head each.
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
@@ -89,16 +99,19 @@ class TrainingLoop:
             torch.cuda.reset_peak_memory_stats()
         self.session = Stopwatch()
 
-    def _loaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        recipe, setup, processes = self.recipe, self.setup, self.accelerator.num_processes
-        mode = "L" if setup.preprocessing.input_size[0] == 1 else "RGB"
-        train = TrainingSet(setup.train, training_transform(recipe.data, setup.preprocessing), mode, recipe.seed)
-        options = loader_options(recipe.data.workers, self.device)
-        loader = DataLoader(train, batch_size=recipe.batch_size, sampler=self.sampler, drop_last=True, **options)
-        # Every process evaluates a share of its own, so no image is padded in or counted twice.
-        mine = range(self.accelerator.process_index, len(setup.val), processes)
-        workers = recipe.data.workers
-        return loader, evaluation_loader(setup.val, setup.preprocessing, recipe.batch_size, workers, mine, self.device)
+    def _cached_targets(self, resumed: Checkpoint | None) -> CachedTargets:
+        targets = CachedTargets(
+            self.sampler,
+            len(self.setup.train),
+            len(self.setup.train.classes),
+            self.recipe.batch_size,
+            self.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if resumed is not None:
+            targets.load(resumed.tensors)
+        return targets
 
     def run(self, log: RunLog) -> TrainingResult:
         """Trains to the end.
@@ -110,12 +123,7 @@ class TrainingLoop:
         self.log = log
         with ExitStack() as stack:
             self.guard = stack.enter_context(InterruptGuard(self.accelerator.num_processes))
-            if self.setup.loss.needs_taps:
-                assert self.setup.teacher is not None
-                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
-                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
-            # Accelerate marks the models that it prepared; this one may be trained again, in another run.
-            stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
+            stack.enter_context(self.stepping())
             try:
                 while self.epochs < self.recipe.schedule.epochs:
                     self._run_epoch()
@@ -126,15 +134,37 @@ class TrainingLoop:
                 ) from None
         return self._result()
 
-    def _run_epoch(self) -> None:
-        watch = Stopwatch()
-        self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it the model is in training mode, and `train_step` finds what the loss reads of student and teacher."""
+        with ExitStack() as stack:
+            if self.setup.loss.needs_taps:
+                assert self.setup.teacher is not None
+                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
+                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
+            if self.stages.needs_features:
+                assert self.setup.teacher is not None
+                self.student_features = stack.enter_context(FeatureTap(self.model))
+                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher))
+            # Accelerate marks the models that it prepared; this one may be trained again, in another run.
+            stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
+            self._train_mode()
+            yield
+
+    def _train_mode(self) -> None:
+        self.loss = self.stages.enter(self.epochs, self.step, self.accelerator)
         self.parallel.train()
         if self.two_heads:
             self.model.set_distilled_training(True)
+
+    def _run_epoch(self) -> None:
+        watch = Stopwatch()
+        self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
+        if self.targets is not None:
+            self.targets.start()
+        self._train_mode()
         for images, labels in watch.watch(batches_of(self.loader)):
-            with fused(self.fuse):
-                self._train_step(images, labels)
+            self.train_step(images, labels)
             epoch_done = self.step % self.steps_per_epoch == 0
             log_due = epoch_done or self.step % self.recipe.log_every == 0
             if log_due:
@@ -145,29 +175,49 @@ class TrainingLoop:
             self._stop_if_asked(agreed=log_due)
         self._finish_epoch(watch)
 
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """One optimizer step on images [B, C, H, W] and labels [B] on the device; within `stepping`."""
+        with fused(self.fuse):
+            self._train_step(images, labels)
+
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One optimizer step on images [B, C, H, W] and labels [B]."""
         recipe, setup = self.recipe, self.setup
         seed_everything(recipe.seed, self.step, self.accelerator.process_index)
         images, targets = self.mix(images, labels)
-        teacher_logits = teacher_taps = student_taps = None
+        teacher_logits = teacher_taps = student_taps = teacher_features = student_features = None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if setup.teacher is not None:
                 with torch.no_grad():
-                    teacher_logits = setup.teacher(images)
+                    ask = setup.teacher if self.targets is None else partial(self.targets.next, teacher=setup.teacher)
+                    teacher_logits = ask(images)
             logits = self.parallel(images)
-            if setup.loss.needs_taps:
+            if self.loss.needs_taps:
                 teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
-            total, terms = setup.loss(logits, targets, teacher_logits, student_taps, teacher_taps)
+            if self.stages.needs_features:
+                teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
+            total, terms = self.loss(
+                logits, targets, teacher_logits, student_taps, teacher_taps, student_features, teacher_features
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(total)
+        if self.penalty is not None:
+            terms["oscillation"] = self._add_penalty(self.penalty)
         if recipe.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
-        self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule)
+        self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule, recipe.anneal)
         set_learning_rate(self.optimizer, self.lr)
-        self.optimizer.step()
+        with self.annealing.holding() if self.annealing and self.step >= self.anneal_from else nullcontext():
+            self.optimizer.step()
         self.window.add(total, terms)
         self.step += 1
+
+    def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
+        """Adds the gradients of the oscillation penalty; returns what it adds to the loss, a scalar."""
+        section = self.recipe.oscillation
+        factor = penalty_weight(self.step, self.total_steps, section.weight, section.start)
+        if not factor or self.stages.activations_only(self.epochs):
+            return torch.zeros((), device=self.device)
+        return factor * penalty.add_gradients(factor)
 
     def _flush(self) -> None:
         """Logs the mean loss of the steps since the last time; raises `TrainingError` where it is not a number."""
@@ -206,9 +256,11 @@ class TrainingLoop:
         line = f"epoch {epoch}/{self.recipe.schedule.epochs}: {rate:.0f} images/s, {watch.idle:.0%} waiting for images"
         improved = False
         if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.schedule.epochs:
-            improved = self._evaluate(epoch)
-            line += f", top-1 {self.metrics['top1']:.2f}"
+            top1, improved = self._evaluate(epoch)
+            line += f", top-1 {top1:.2f}"
         self.epochs = epoch
+        if self.targets is not None:
+            self.targets.share()
         self._check_weights()
         if improved:
             self._save(BEST)
@@ -216,21 +268,29 @@ class TrainingLoop:
         self._save(LAST, self.optimizer)
         self.log.print(line)
 
-    def _evaluate(self, epoch: int) -> bool:
-        """Top-1 over all validation images, in float32, each counted once; returns whether it is the best so far."""
+    def _evaluate(self, epoch: int) -> tuple[float, bool]:
+        """Top-1 over all validation images, in float32, each counted once, and whether it is the best so far.
+
+        With weights in floating point it is only logged: the model is not yet what the run is to give.
+        """
         self.model.eval()
         mine = count_correct(self.model, self._stoppable(self.val_loader), self.device)
         if self.setup.loss.needs_taps:
             self.student_taps.clear()
+        if self.stages.needs_features:
+            self.student_features.clear()
         counts = torch.tensor([mine.correct, mine.images], device=self.device)
         correct, images = self.accelerator.reduce(counts, "sum").tolist()
         top1 = 100 * correct / images
+        if self.stages.activations_only(epoch - 1):
+            self.log.write("eval_activations", self.step, epoch, {"top1": top1, "images": images})
+            return top1, False
         self.metrics |= {"top1": top1, "images": images}
         self.log.write("eval", self.step, epoch, {"top1": top1, "images": images})
-        if top1 <= self.metrics.get("best_top1", -1):
-            return False
-        self.metrics |= {"best_top1": top1, "best_epoch": epoch}
-        return True
+        improved = top1 > self.metrics.get("best_top1", -1)
+        if improved:
+            self.metrics |= {"best_top1": top1, "best_epoch": epoch}
+        return top1, improved
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -239,6 +299,8 @@ class TrainingLoop:
 
     def _save_last(self) -> None:
         self._flush()
+        if self.targets is not None:
+            self.targets.share()
         self._check_weights()
         self._save(LAST, self.optimizer)
 
@@ -258,7 +320,8 @@ class TrainingLoop:
                 processes=self.accelerator.num_processes,
                 metrics=self.metrics,
             )
-            save_checkpoint(self.output / name, self.model, metadata, optimizer)
+            targets = self.targets.state() if self.targets is not None and optimizer is not None else None
+            save_checkpoint(self.output / name, self.model, metadata, optimizer, targets)
 
     def _result(self) -> TrainingResult:
         if self.two_heads:

@@ -1,0 +1,295 @@
+"""What a training step costs: low-bit training against float fine-tuning of the same network, side by side in one run.
+
+    python benchmarks/train_step.py --json benchmarks/results/train_step-h100.json
+    python benchmarks/train_step.py --methods float,qvit --profile profile.txt
+
+Each method is a `TrainingLoop` as `qvit train` makes it (recipe `imagenette`, ViT-S/14 at 224, 257 tokens, 256 images a step,
+bf16 on a GPU), and each step is the loop's own `train_step`: mixing, the teacher's forward pass, the student's, the loss, the
+backward pass, clipping and the optimizer. Images are random, normalised and on the device; reading them is not part of it,
+but is timed apart (method `images`: crops and flips of images kept on the device).
+
+The methods take turns, round by round, so that a change of clocks meets all of them. Of each, a row has
+
+- `train_images_per_s`, from the median over rounds, and `ms_median`, `ms_p10`, `ms_p90` of a step;
+- `ratio_to_peer`, its images/s over float's;
+- `peak_gb`: 10^9 bytes at the worst moment of a step: the method's own model, optimizer, teacher and activations;
+- `compile_seconds`: what the first steps took beyond later ones; what a method before it compiled is there already, and
+  PyTorch also keeps some on disk.
+
+`baseline`, `irm`, `dgd` and `qvit` have soft teacher logits instead of the paper's hard labels; `ours` is what the recipe says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import METHODS, PAPER_METHODS, TITLES, model_overrides, public, write_random_images
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from qvit.cli.show import show_table
+from qvit.errors import QvitError
+from qvit.report_file import write_report
+from qvit.training.data import EpochSampler
+from qvit.training.device_data import DeviceLoader
+from qvit.training.engine import open_loop
+from qvit.training.loop import TrainingLoop
+from qvit.training.pixels import PixelStore
+from qvit.training.recipe import Recipe
+
+# All with soft teacher logits, which are what is worth training with; which loss it is costs next to nothing.
+SOFT = ["distill.label=0", "distill.hard=0", "distill.soft=1", "distill.dgd=0.1"]
+CASES = {name: [*changes, *SOFT] if name in PAPER_METHODS else changes for name, changes in METHODS.items()}
+NAMES = TITLES | {"images": "images alone"}
+KERNELS = 40  # lines of a profile
+STEPS_PROFILED = 3
+
+
+@dataclass
+class Case:
+    """One method under measurement.
+
+    Attributes:
+        name: of the method.
+        loop: that trains it.
+        images, labels: of every step.
+        resident: bytes that stay between two steps.
+        warm_seconds: of the first steps.
+        peak: bytes at the worst moment of a step.
+        seconds: of a step, one number a round.
+    """
+
+    name: str
+    loop: TrainingLoop
+    images: torch.Tensor
+    labels: torch.Tensor
+    resident: int = 0
+    warm_seconds: float = 0.0
+    peak: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, steps: int) -> float:
+        """Seconds of so many steps."""
+        _wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.loop.train_step(self.images, self.labels)
+        _wait()
+        return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    options = _options(arguments)
+    base = ["data.workers=0", f"batch_size={options.batch}", f"quant.bits={options.bits}", f"precision={options.precision}"]
+    base += [*model_overrides(options.model, options.model_args), "model.checkpoint=null", "log_every=1000000"]
+    cases: list[Case] = []
+    failed: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        source = write_random_images(folder / "images", Recipe.load(options.recipe, base), max(options.batch, 64))
+        base += [f"data.train={source}", f"data.val={source}", "data.cache=device"]
+        for method in options.methods:
+            recipe = Recipe.load(options.recipe, [*base, *CASES[method], *options.set])
+            case = _start(method, recipe, folder / method, options.warmup, stack)
+            if case is None:
+                failed.append({**_facts(method, recipe, options), "error": "out of memory"})
+            else:
+                cases.append(case)
+        images = _images_alone(cases[0].loop, options) if cases else None
+        rows: list[dict[str, Any]] = []
+        for number in range(options.rounds):
+            for case in cases[number % len(cases) :] + cases[: number % len(cases)]:
+                _round(case, options.steps)
+            rows = [_row(case, cases, options) for case in cases] + failed + ([images] if images else [])
+            if options.json:  # after every round, so that a run that is cut short leaves what it measured
+                write_report(options.json, rows, ["python", "benchmarks/train_step.py", *public(options.command)])
+        if options.profile:
+            options.profile.write_text("\n\n".join(_profile(case) for case in cases) + "\n")
+    _show(rows, options)
+    return rows
+
+
+def _start(method: str, recipe: Recipe, folder: Path, warmup: int, stack: ExitStack) -> Case | None:
+    """The method ready for timing; ``None`` where the device's memory does not hold it."""
+    before = _allocated()
+    own = ExitStack()
+    try:
+        loop = open_loop(recipe, folder, progress=False)
+        images, labels = next(iter(loop.loader))
+        loop.loader = loop.val_loader = ()  # their images are no part of a step
+        own.enter_context(loop.stepping())
+        case = Case(method, loop, images, labels)
+        case.warm_seconds = case.run(warmup)
+    except torch.cuda.OutOfMemoryError:
+        own.close()
+        loop = case = images = labels = None  # type: ignore[assignment]
+        gc.collect()
+        torch.cuda.empty_cache()
+        print(f"{NAMES[method]}: out of memory at {recipe.batch_size} images a step", file=sys.stderr)
+        return None
+    stack.push(own)
+    case.resident = _allocated() - before
+    print(f"{NAMES[method]}: {warmup} steps in {case.warm_seconds:.1f} s, compiling included", file=sys.stderr)
+    return case
+
+
+def _round(case: Case, steps: int) -> None:
+    before = _allocated()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    case.seconds.append(case.run(steps) / steps)
+    if torch.cuda.is_available():
+        # The other methods' models lie in memory as well: only this one's count.
+        case.peak = max(case.peak, torch.cuda.max_memory_allocated() - before + case.resident)
+
+
+def _images_alone(loop: TrainingLoop, options: argparse.Namespace) -> dict[str, Any]:
+    """Images a second from the device's own store, without a training step."""
+    preprocessing, batch = loop.setup.preprocessing, options.batch
+    count = 4 * batch
+    pixels = torch.randint(0, 256, (count, *preprocessing.input_size), dtype=torch.uint8, device=loop.device)
+    store = PixelStore(pixels, torch.zeros(count, dtype=torch.int64, device=loop.device))
+    sampler = EpochSampler(count, batch, 0)
+    loader = DeviceLoader(store, sampler, loop.recipe.data, preprocessing, batch, 0)
+    seconds = []
+    for epoch in range(options.rounds + 1):
+        sampler.start(epoch)
+        _wait()
+        start = time.perf_counter()
+        for _ in loader:
+            pass
+        _wait()
+        seconds.append(time.perf_counter() - start)
+    rate = count / statistics.median(seconds[1:])
+    return {**_facts("images", loop.recipe, options), "train_images_per_s": rate}
+
+
+def _facts(method: str, recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
+    quantized = recipe.quantized and method != "images"
+    q = recipe.quant
+    return {
+        "model": recipe.model.name if recipe.model else None,
+        "data": "random images",
+        "method": method,
+        "weight_bits": (q.weight_bits or q.bits) if quantized else 32,
+        "act_bits": (q.act_bits or q.bits) if quantized else 32,
+        "seed": recipe.seed,
+        "batch": recipe.batch_size,
+        "precision": recipe.precision,
+        "recipe": options.recipe,
+        "overrides": " ".join(public([*CASES.get(method, []), *options.set])),
+    }
+
+
+def _row(case: Case, cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
+    ms = 1000 * np.array(case.seconds)
+    row = _facts(case.name, case.loop.recipe, options)
+    rate = 1000 * options.batch / float(np.median(ms))
+    row |= {
+        "ms_median": float(np.median(ms)),
+        "ms_p10": float(np.quantile(ms, 0.1)),
+        "ms_p90": float(np.quantile(ms, 0.9)),
+        "rounds": len(ms),
+        "steps_a_round": options.steps,
+        "train_images_per_s": rate,
+        "compile_seconds": max(case.warm_seconds - options.warmup * float(np.median(ms)) / 1000, 0.0),
+    }
+    if torch.cuda.is_available():
+        row["peak_gb"] = case.peak / 1e9
+    peer = next((other for other in cases if other.name == "float"), None)
+    if peer is not None and case is not peer:
+        row |= {"peer": "float fine-tuning", "ratio_to_peer": statistics.median(peer.seconds) / statistics.median(case.seconds)}
+    return row
+
+
+def _profile(case: Case) -> str:
+    """The kernels of a few steps (on a CPU, the operators) by the time they took."""
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as record:
+        seconds = case.run(STEPS_PROFILED)
+    device = DeviceType.CUDA if gpu else DeviceType.CPU
+    events = [e for e in record.key_averages() if e.device_type == device and not e.is_user_annotation]
+    times = {e.key: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000 / STEPS_PROFILED for e in events}
+    calls = {e.key: e.count / STEPS_PROFILED for e in events}
+    total = sum(times.values())
+    lines = [
+        f"{NAMES[case.name]}, {len(case.images)} images a step: {1000 * seconds / STEPS_PROFILED:.2f} ms a step under the "
+        f"profiler, {total:.2f} ms of them in {'kernels' if gpu else 'operators'}",
+        "  ms a step   share    calls  kernel" if gpu else "  ms a step   share    calls  operator",
+    ]
+    for name in sorted(times, key=times.__getitem__, reverse=True)[:KERNELS]:
+        share = times[name] / total if total else 0.0
+        lines.append(f"{times[name]:11.3f}  {share:6.1%}  {calls[name]:7.1f}  {' '.join(name.split())[:160]}")
+    return "\n".join(lines)
+
+
+def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    def number(row: dict[str, Any], key: str, form: str) -> str:
+        return format(row[key], form) if row.get(key) is not None else row.get("error", "")
+
+    lines = [
+        (
+            NAMES[row["method"]],
+            number(row, "train_images_per_s", ",.0f"),
+            number(row, "ms_median", ".2f") if "rounds" in row else "",
+            number(row, "ratio_to_peer", ".3f"),
+            number(row, "peak_gb", ".1f"),
+            number(row, "compile_seconds", ".0f"),
+        )
+        for row in rows
+    ]
+    title = f"Training steps at {options.bits} bits, {options.batch} images each"
+    show_table(title, ("method", "images/s", "ms a step", "of float's", "peak GB", "compiling, s"), lines)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="imagenette", help="name or path of the recipe that all methods start from")
+    parser.add_argument("--model", help="timm's name of another model than the recipe's")
+    parser.add_argument("--model-args", help="its arguments, as YAML: '{patch_size: 14, num_classes: 10}'")
+    parser.add_argument("--batch", type=int, default=256, help="images a step")
+    parser.add_argument("--bits", type=int, default=2, help="of weights and activations")
+    parser.add_argument("--methods", default="float,baseline,irm,dgd,qvit,ours", help=f"some of {', '.join(CASES)}")
+    parser.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp32"])
+    parser.add_argument("--set", action="append", default=[], help="key=value that changes every method's recipe")
+    parser.add_argument("--rounds", type=int, default=7, help="turns that each method takes")
+    parser.add_argument("--steps", type=int, default=10, help="steps a turn")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn")
+    parser.add_argument("--profile", type=Path, help="write the kernels of each method's step to this file")
+    parser.add_argument("--json", type=Path, help="result file to write")
+    options = parser.parse_args(arguments)
+    options.command = sys.argv[1:] if arguments is None else arguments
+    options.methods = options.methods.split(",")
+    if unknown := [name for name in options.methods if name not in CASES]:
+        parser.error(f"there is no method {unknown[0]!r}: name some of {', '.join(CASES)}")
+    for name in ("batch", "rounds", "steps", "warmup"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return options
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QvitError as error:
+        sys.exit(f"error: {error}")
