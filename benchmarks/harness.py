@@ -13,8 +13,19 @@ from PIL import Image
 from qvit.training.models import build_model
 from qvit.training.recipe import Recipe
 
-# What the paper trains with, in its own weights: the rows of its ablation differ in ``method`` alone.
-_PAPER = ["distill.label=0.5", "distill.hard=0.5", "distill.soft=0", "distill.dgd=1.0"]
+# A recipe may hold what is beyond the paper: the methods of its ablation are without.
+_PLAIN = [
+    "quant.weight_quantizer=lsq",
+    "quant.equalise=true",
+    "quant.overrides={}",
+    "activations_first.epochs=0",
+    "oscillation.weight=0",
+    "anneal.share=0",
+]
+# The loss of the paper, in its own weights.
+_PAPER = [*_PLAIN, "distill.label=0.5", "distill.hard=0.5", "distill.soft=0", "distill.feature=0", "distill.dgd=1.0"]
+SOFT = ["distill.label=0", "distill.hard=0", "distill.soft=1", "distill.feature=0", "distill.dgd=0.1"]
+PAPER_METHODS = ("baseline", "irm", "dgd", "qvit")
 METHODS: dict[str, list[str]] = {
     "float": ["method=float"],
     "baseline": ["method=baseline", *_PAPER],
@@ -24,7 +35,30 @@ METHODS: dict[str, list[str]] = {
     # What the recipe says, which holds the best that was measured.
     "ours": [],
 }
-PAPER_METHODS = ("baseline", "irm", "dgd", "qvit")
+_SOFT = ["method=qvit", *_PLAIN, *SOFT]
+_EACH_INPUT, _EACH_WEIGHT = '"blocks.*.input"', '"blocks.*.weight"'
+# One thing each, on top of Q-ViT with soft teacher logits.
+VARIANTS: dict[str, list[str]] = METHODS | {
+    "soft": _SOFT,
+    "soft-no-irm": ["method=dgd", *_PLAIN, *SOFT],
+    "soft-no-dgd": ["method=irm", *_PLAIN, *SOFT],
+    "statsq": [*_SOFT, "quant.weight_quantizer=statsq"],
+    "anneal": [*_SOFT, "anneal.share=0.1"],
+    "oscillation": [*_SOFT, "oscillation.weight=0.01"],
+    "features": [*_SOFT, "distill.feature=1"],
+    "activations-first": [*_SOFT, "activations_first.epochs=2"],
+    "no-equalise": [*_SOFT, "quant.equalise=false"],
+    "per-token": [*_SOFT, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
+    "v-per-head": [*_SOFT, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
+    "groups-64": [
+        *_SOFT,
+        f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_64}}, {_EACH_WEIGHT}: {{scale: per_group_64}}}}",
+    ],
+    "groups-128": [
+        *_SOFT,
+        f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_128}}, {_EACH_WEIGHT}: {{scale: per_group_128}}}}",
+    ],
+}
 TITLES = {
     "float": "float",
     "baseline": "baseline (LSQ)",
@@ -32,6 +66,19 @@ TITLES = {
     "dgd": "+DGD",
     "qvit": "Q-ViT (both)",
     "ours": "ours",
+    "soft": "Q-ViT, soft logits",
+    "soft-no-irm": "soft logits, DGD alone",
+    "soft-no-dgd": "soft logits, IRM alone",
+    "statsq": "soft + StatsQ weights",
+    "anneal": "soft + annealing",
+    "oscillation": "soft + oscillation regularisation",
+    "features": "soft + feature matching",
+    "activations-first": "soft + activations first",
+    "no-equalise": "soft, not equalised",
+    "per-token": "soft, inputs scaled per token",
+    "v-per-head": "soft, v scaled per head",
+    "groups-64": "soft, groups of 64 channels",
+    "groups-128": "soft, groups of 128 channels",
 }
 
 

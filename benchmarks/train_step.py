@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import METHODS, PAPER_METHODS, TITLES, model_overrides, public, write_random_images
+from harness import METHODS, PAPER_METHODS, SOFT, TITLES, model_overrides, public, write_random_images
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -49,7 +49,6 @@ from qvit.training.pixels import PixelStore
 from qvit.training.recipe import Recipe
 
 # All with soft teacher logits, which are what is worth training with; which loss it is costs next to nothing.
-SOFT = ["distill.label=0", "distill.hard=0", "distill.soft=1", "distill.dgd=0.1"]
 CASES = {name: [*changes, *SOFT] if name in PAPER_METHODS else changes for name, changes in METHODS.items()}
 NAMES = TITLES | {"images": "images alone"}
 KERNELS = 40  # lines of a profile

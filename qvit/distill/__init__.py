@@ -3,7 +3,7 @@
 Reads `qvit.layers`; used by `qvit.training`, or by a training loop of your own.
 """
 
-from qvit.distill.features import FeatureTap, feature_loss
+from qvit.distill.features import FeatureTap, feature_distance, feature_loss
 from qvit.distill.losses import DistillationLoss
 from qvit.distill.similarity import dgd_loss, similarity_distance
 from qvit.distill.taps import QueryKeyTaps, tap_queries_keys
@@ -13,6 +13,7 @@ __all__ = [
     "FeatureTap",
     "QueryKeyTaps",
     "dgd_loss",
+    "feature_distance",
     "feature_loss",
     "similarity_distance",
     "tap_queries_keys",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional as F
 
-from qvit.distill.features import feature_loss
+from qvit.distill.features import Features, feature_loss
 from qvit.distill.similarity import Taps, dgd_loss
 from qvit.errors import RecipeError, TrainingError
 
@@ -31,7 +31,7 @@ class DistillationLoss:
         soft: weight of the Kullback-Leibler divergence at temperature T, times T^2 (Hinton et al. 2015).
         temperature: T.
         dgd: weight of the similarity distances of q and k (equation 2.23; the paper's is 1).
-        feature: weight of the relative distance of the features behind the last block (`qvit.distill.features`).
+        feature: weight of the distance of the features behind the last block, or behind all (`qvit.distill.features`).
 
     Raises:
         RecipeError: a weight is negative or all are zero, or the temperature is not positive.
@@ -73,8 +73,8 @@ class DistillationLoss:
         teacher_logits: torch.Tensor | None = None,
         student_taps: Taps | None = None,
         teacher_taps: Taps | None = None,
-        student_features: torch.Tensor | None = None,
-        teacher_features: torch.Tensor | None = None,
+        student_features: Features | None = None,
+        teacher_features: Features | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its terms.
 

@@ -150,6 +150,21 @@ class ReferenceEngine:
             codes: if given, filled with the codes at every activation point by name (int16).
         """
         taps = {} if codes is None else codes
+        pooled = self._pooled(images, taps)
+        logits = [self._linear(feature, head, taps) for feature, head in zip(pooled, self.model.heads, strict=True)]
+        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B, C, H, W] -> what the heads read, float32 [B, C]; the mean where there are two heads.
+
+        The training graph's are timm's ``forward_head(forward_features(images), pre_logits=True)``.
+        """
+        pooled = self._pooled(images, {})
+        return pooled[0] if len(pooled) == 1 else (pooled[0] + pooled[1]) / 2
+
+    def _pooled(self, images: torch.Tensor, taps: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What each head reads, float32 [B, C]."""
         model, a = self.model, self.model.architecture
         x = self._embed(images.to(self.device, torch.float32), taps)
         for index, block in enumerate(model.blocks):
@@ -161,11 +176,7 @@ class ReferenceEngine:
             pooled = [x[:, 0]]
         else:
             pooled = [(x if a.pool_include_prefix else x[:, a.num_prefix_tokens :]).mean(dim=1)]
-        logits = [
-            self._linear(self.norm(feature, model.fc_norm), head, taps)
-            for feature, head in zip(pooled, model.heads, strict=True)
-        ]
-        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
+        return [self.norm(feature, model.fc_norm) for feature in pooled]
 
     def _linear(self, x: torch.Tensor, layer: ops.Linear, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         codes = taps[f"{layer.name}.input"] = self.quantize(x, layer.input)

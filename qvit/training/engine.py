@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from qvit.errors import InputError, TrainingError
+from qvit.errors import InputError, RecipeError, TrainingError
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.logs import RunLog
 from qvit.training.loop import TrainingLoop
@@ -68,12 +70,25 @@ def fit(
 
     Raises:
         QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
-        TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
+        TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
-    loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
-    with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
-        return loop.run(log)
+    with _out_of_memory():
+        loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+        with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
+            return loop.run(log)
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """Outside of steps, which say which batch would fit, a full GPU is at least named."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        detail = str(error).partition(". ")[0]
+        raise TrainingError(
+            f"The GPU's memory is full ({detail}): lower batch_size or, if it is set, leave out data.cache."
+        ) from None
 
 
 def open_loop(
@@ -92,6 +107,11 @@ def open_loop(
     Raises:
         QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
     """
+    if recipe.needs_gpu and not torch.cuda.is_available():
+        raise RecipeError(
+            "The recipe needs a GPU and PyTorch finds none: run it on a machine with one, or set needs_gpu=false to train on "
+            "the CPU all the same."
+        )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is entered here, so that evaluation runs without it

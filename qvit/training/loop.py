@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from qvit.training.evaluate import count_correct
 from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
 from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
+from qvit.training.memory import DeviceMemory, fitting_batch
 from qvit.training.meters import LossWindow, Stopwatch
 from qvit.training.optim import anneal_start, build_optimizer, learning_rate, set_learning_rate
 from qvit.training.oscillation import OscillationPenalty, penalty_weight
@@ -117,7 +117,7 @@ class TrainingLoop:
         """Trains to the end.
 
         Raises:
-            TrainingError: the loss is not a number, or a checkpoint cannot be written.
+            TrainingError: the loss is not a number, a step's memory is full, or a checkpoint cannot be written.
             TrainingInterrupted: Ctrl-C; the state is saved.
         """
         self.log = log
@@ -144,8 +144,9 @@ class TrainingLoop:
                 self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
             if self.stages.needs_features:
                 assert self.setup.teacher is not None
-                self.student_features = stack.enter_context(FeatureTap(self.model))
-                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher))
+                every = self.recipe.distill.feature_blocks == "all"
+                self.student_features = stack.enter_context(FeatureTap(self.model, every))
+                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, every))
             # Accelerate marks the models that it prepared; this one may be trained again, in another run.
             stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
             self._train_mode()
@@ -177,27 +178,31 @@ class TrainingLoop:
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step on images [B, C, H, W] and labels [B] on the device; within `stepping`."""
-        with fused(self.fuse):
+        with suppress(torch.OutOfMemoryError), fused(self.fuse):
             self._train_step(images, labels)
+            return
+        # Only here is the traceback gone, which held what the step had computed.
+        raise TrainingError(self._out_of_memory(images, labels))
+
+    def _out_of_memory(self, images: torch.Tensor, labels: torch.Tensor) -> str:
+        for tap in ("student_taps", "teacher_taps", "student_features", "teacher_features"):
+            if hasattr(self, tap):
+                getattr(self, tap).clear()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        def probe(count: int) -> None:
+            with fused(self.fuse):
+                total, _ = self._losses(images[:count], labels[:count], fresh=True)
+                torch.autograd.grad(total, [p for p in self.model.parameters() if p.requires_grad], allow_unused=True)
+
+        states = 1 if self.optimizer.state_dict()["state"] else 3
+        fits = fitting_batch(len(images), probe, self.model, states, DeviceMemory())
+        advice = f"batch_size={fits} should fit" if fits else "not even one image fits beside the model"
+        return f"The GPU's memory is full at step {self.step} with batch_size={len(images)}: {advice}; {self._kept()}."
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        recipe, setup = self.recipe, self.setup
-        seed_everything(recipe.seed, self.step, self.accelerator.process_index)
-        images, targets = self.mix(images, labels)
-        teacher_logits = teacher_taps = student_taps = teacher_features = student_features = None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            if setup.teacher is not None:
-                with torch.no_grad():
-                    ask = setup.teacher if self.targets is None else partial(self.targets.next, teacher=setup.teacher)
-                    teacher_logits = ask(images)
-            logits = self.parallel(images)
-            if self.loss.needs_taps:
-                teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
-            if self.stages.needs_features:
-                teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
-            total, terms = self.loss(
-                logits, targets, teacher_logits, student_taps, teacher_taps, student_features, teacher_features
-            )
+        recipe = self.recipe
+        total, terms = self._losses(images, labels)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(total)
         if self.penalty is not None:
@@ -210,6 +215,28 @@ class TrainingLoop:
             self.optimizer.step()
         self.window.add(total, terms)
         self.step += 1
+
+    def _losses(
+        self, images: torch.Tensor, labels: torch.Tensor, fresh: bool = False
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch and its terms; ``fresh``: the teacher is asked, whatever is cached."""
+        setup = self.setup
+        seed_everything(self.recipe.seed, self.step, self.accelerator.process_index)
+        images, targets = self.mix(images, labels)
+        teacher_logits = teacher_taps = student_taps = teacher_features = student_features = None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if setup.teacher is not None:
+                with torch.no_grad():
+                    if self.targets is None or fresh:
+                        teacher_logits = setup.teacher(images)
+                    else:
+                        teacher_logits = self.targets.next(images, setup.teacher)
+            logits = self.parallel(images)
+            if self.loss.needs_taps:
+                teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
+            if self.stages.needs_features:
+                teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
+            return self.loss(logits, targets, teacher_logits, student_taps, teacher_taps, student_features, teacher_features)
 
     def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
         """Adds the gradients of the oscillation penalty; returns what it adds to the loss, a scalar."""
@@ -231,9 +258,11 @@ class TrainingLoop:
         self.log.write("train", self.step, self.epochs, {**values, "lr": self.lr})
 
     def _not_a_number(self, what: str) -> str:
+        return f"The {what} is not a finite number at step {self.step}: lower optim.lr or set optim.clip_grad; {self._kept()}."
+
+    def _kept(self) -> str:
         last = self.output / LAST
-        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was due yet"
-        return f"The {what} is not a finite number at step {self.step}: lower optim.lr or set optim.clip_grad; {kept}."
+        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was due yet"
 
     def _stop_if_asked(self, agreed: bool) -> None:
         """Raises `_Stop` after Ctrl-C: in a run of many processes only where all of them ask (``agreed``)."""

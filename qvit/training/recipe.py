@@ -40,6 +40,7 @@ class Recipe(Section):
         teacher: the float model as it was before quantization, where this is left out.
         batch_size: images a step and process.
         seed: of everything that is drawn.
+        needs_gpu: refuse to start where there is no GPU, rather than train for weeks on a CPU.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 on a GPU, fp32 on a CPU.
         log_every: steps between two lines of the log.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
@@ -59,6 +60,7 @@ class Recipe(Section):
     anneal: AnnealSection = AnnealSection()
     batch_size: Annotated[int, Field(ge=1)] = 128
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    needs_gpu: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     log_every: Annotated[int, Field(ge=1)] = 50
     eval_every: Annotated[int, Field(ge=1)] = 1

@@ -138,7 +138,8 @@ class DistillSection(Section):
         hard: cross-entropy with the teacher's most likely class.
         soft: divergence from the teacher's probabilities at ``temperature``.
         dgd: distances of the similarity matrices of q and k, where the method is ``dgd`` or ``qvit``.
-        feature: relative distance of the features behind the last block.
+        feature: distance of the features behind the last block (`qvit.distill.features`).
+        feature_blocks: behind which blocks features are matched: the ``last`` or ``all``.
         cached_crops: fixed crops of each image, for which the teacher's logits are computed once and kept
             (`qvit.training.targets`); 0 augments anew in every epoch. Only where the loss reads nothing else of the teacher.
     """
@@ -149,6 +150,7 @@ class DistillSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     dgd: Weight = 1.0
     feature: Weight = 0.0
+    feature_blocks: Literal["last", "all"] = "last"
     cached_crops: Annotated[int, Field(ge=0, le=1024)] = 0
 
 

@@ -128,7 +128,8 @@ def _teacher(recipe: Recipe, teacher: Any | None, original: Any | None, model: A
     teacher = original if teacher is None else teacher
     if teacher is None:
         raise RecipeError("The loss needs a teacher: pass a float model, or set distill.hard, soft, dgd and feature to 0.")
-    check_teacher(teacher, model, bool(recipe.dgd_weight), recipe.needs_features)
+    features = recipe.distill.feature_blocks if recipe.needs_features else None
+    check_teacher(teacher, model, bool(recipe.dgd_weight), features)
     return teacher
 
 

@@ -9,14 +9,15 @@ from torch import nn
 from qvit.errors import RecipeError
 
 
-def check_teacher(teacher: Any, student: Any, dgd: bool, features: bool) -> None:
+def check_teacher(teacher: Any, student: Any, dgd: bool, features: str | None) -> None:
     """Compares what the loss will compare.
 
     Args:
         teacher: a float model.
         student: a timm vision transformer, quantized or not.
         dgd: q and k of all blocks are compared: their number, heads and tokens must be equal; head widths may differ.
-        features: the features behind the last block are: tokens and embedding width must be equal.
+        features: which are compared, those behind the ``last`` block or behind ``all``; tokens and embedding width must be
+            equal, and for ``all`` the number of blocks; ``None`` for none.
 
     Raises:
         RecipeError: they differ in classes or size of images, or in a shape that is compared; the message says in which.
@@ -43,7 +44,7 @@ def check_teacher(teacher: Any, student: Any, dgd: bool, features: bool) -> None
                     f"The teacher has {theirs[what]} {what}, the student {own[what]}, and DGD compares them: use a teacher of "  # type: ignore[index]
                     "the student's shape, or set distill.dgd to 0."
                 )
-    if features:
+    if features is not None:
         shape, wanted = _features(teacher), _features(student)
         if shape is None:
             raise RecipeError(
@@ -54,6 +55,11 @@ def check_teacher(teacher: Any, student: Any, dgd: bool, features: bool) -> None
             raise RecipeError(
                 f"The teacher's features are {shape[0]} tokens {shape[1]} wide, the student's {wanted[0]} tokens {wanted[1]} "  # type: ignore[index]
                 "wide: use a teacher of the student's shape, or set distill.feature and activations_first.feature to 0."
+            )
+        if features == "all" and len(teacher.blocks) != len(student.blocks):
+            raise RecipeError(
+                f"The teacher has {len(teacher.blocks)} blocks, the student {len(student.blocks)}, and features behind all of "
+                "them are matched: use a teacher of the student's shape, or set distill.feature_blocks=last."
             )
 
 

@@ -296,3 +296,24 @@ def test_real_teacher_on_real_images(bits: int, data_dir: Path, set_plausible_sc
     measured = agreement(student, ReferenceEngine(qvit.freeze(student)), loader)
     assert measured.images >= 3
     assert measured.holds, measured
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}),
+    ],
+)
+def test_features_are_what_timm_gives_before_the_head(
+    small_vit: Factory, make_student: Factory, name: str, options: dict[str, Any]
+) -> None:
+    student = make_student(small_vit(name, **_SMALL, **options))
+    images = _images(student)
+    features = ReferenceEngine(qvit.freeze(student)).features(images)
+    with torch.no_grad():
+        expected = student.forward_head(student.forward_features(images), pre_logits=True)
+    assert features.shape == (3, 24)
+    assert torch.equal(features, expected)

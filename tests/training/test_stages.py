@@ -119,8 +119,10 @@ def test_it_resumes_on_either_side_of_the_switch_and_at_it(
     assert metrics(tmp_path / "a", "eval") == metrics(tmp_path / "b", "eval")
 
 
-def test_features_may_be_matched_throughout(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = tiny_recipe(distill={"label": 0, "hard": 0, "dgd": 0, "feature": 2.0}, schedule={"epochs": 4})
+@pytest.mark.parametrize("blocks", ["last", "all"])
+def test_features_may_be_matched_throughout(blocks: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    weights = {"label": 0, "hard": 0, "dgd": 0, "feature": 2.0, "feature_blocks": blocks}
+    recipe = tiny_recipe(distill=weights, schedule={"epochs": 4})
     fit(recipe, tmp_path, progress=False)
     lines = metrics(tmp_path, "train")
     assert all(line["loss"] == pytest.approx(2 * line["feature"], rel=1e-5) for line in lines)

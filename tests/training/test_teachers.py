@@ -34,17 +34,18 @@ class Classifier(nn.Module):
 @pytest.mark.parametrize(
     ("changes", "dgd", "features", "words"),
     [
-        ({"num_classes": 5}, False, False, "teacher has 5 classes, the student 3"),
-        ({"img_size": 16}, False, False, r"\(3, 16, 16\).* the student \(3, 8, 8\)"),
-        ({"in_chans": 1}, False, False, r"\(1, 8, 8\)"),
-        ({"depth": 3}, True, False, "3 blocks, the student 2.*set distill.dgd to 0"),
-        ({"num_heads": 3}, True, False, "3 heads, the student 2"),
-        ({"patch_size": 2}, True, False, "17 tokens, the student 5"),
-        ({"patch_size": 2}, False, True, "17 tokens 24 wide, the student's 5 tokens 24 wide"),
-        ({"embed_dim": 48}, False, True, "5 tokens 48 wide.*set distill.feature and activations_first.feature to 0"),
+        ({"num_classes": 5}, False, None, "teacher has 5 classes, the student 3"),
+        ({"img_size": 16}, False, None, r"\(3, 16, 16\).* the student \(3, 8, 8\)"),
+        ({"in_chans": 1}, False, None, r"\(1, 8, 8\)"),
+        ({"depth": 3}, True, None, "3 blocks, the student 2.*set distill.dgd to 0"),
+        ({"num_heads": 3}, True, None, "3 heads, the student 2"),
+        ({"patch_size": 2}, True, None, "17 tokens, the student 5"),
+        ({"patch_size": 2}, False, "last", "17 tokens 24 wide, the student's 5 tokens 24 wide"),
+        ({"embed_dim": 48}, False, "last", "5 tokens 48 wide.*set distill.feature and activations_first.feature to 0"),
+        ({"depth": 3}, False, "all", "3 blocks, the student 2, and features .* set distill.feature_blocks=last"),
     ],
 )
-def test_a_difference_that_is_compared_is_refused(changes: dict, dgd: bool, features: bool, words: str) -> None:
+def test_a_difference_that_is_compared_is_refused(changes: dict, dgd: bool, features: str | None, words: str) -> None:
     with pytest.raises(RecipeError, match=words) as caught:
         check_teacher(model(**changes), quantize(model(), bits=4), dgd, features)
     assert "\n" not in str(caught.value)
@@ -52,15 +53,15 @@ def test_a_difference_that_is_compared_is_refused(changes: dict, dgd: bool, feat
 
 def test_what_is_not_compared_may_differ() -> None:
     student = quantize(model(), bits=4)
-    check_teacher(model(depth=3, embed_dim=48, num_heads=3, patch_size=2), student, dgd=False, features=False)
-    check_teacher(model(embed_dim=48), student, dgd=True, features=False)
-    check_teacher(model(depth=3, num_heads=4), student, dgd=False, features=True)
-    check_teacher(model(), student, dgd=True, features=True)
-    check_teacher(Classifier(), student, dgd=False, features=False)
+    check_teacher(model(depth=3, embed_dim=48, num_heads=3, patch_size=2), student, dgd=False, features=None)
+    check_teacher(model(embed_dim=48), student, dgd=True, features=None)
+    check_teacher(model(depth=3, num_heads=4), student, dgd=False, features="last")
+    check_teacher(model(), student, dgd=True, features="all")
+    check_teacher(Classifier(), student, dgd=False, features=None)
 
 
-@pytest.mark.parametrize(("dgd", "features", "words"), [(True, False, "distill.dgd"), (False, True, "distill.feature")])
-def test_a_teacher_that_is_no_transformer(dgd: bool, features: bool, words: str) -> None:
+@pytest.mark.parametrize(("dgd", "features", "words"), [(True, None, "distill.dgd"), (False, "all", "distill.feature")])
+def test_a_teacher_that_is_no_transformer(dgd: bool, features: str | None, words: str) -> None:
     with pytest.raises(RecipeError, match=rf"Classifier.* use a timm ViT, or set {words}"):
         check_teacher(Classifier(), quantize(model(), bits=4), dgd, features)
 
