@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 
 from qvit.quantizers.exact_matmul import exact_matmul
-from qvit.quantizers.fusion import fusible
 from qvit.quantizers.lsq import Quantized, repeat_groups
 from qvit.spec import HalfStep, PerGroup, QuantSpec
 
@@ -50,7 +49,6 @@ def folded_bias(w: Quantized, offset: torch.Tensor | None, bias: torch.Tensor | 
     return (folded if bias is None else folded + bias.double()).float()
 
 
-@fusible
 def _scaled(sums: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The float epilogue: ``sums * scale + shift``."""
     y = sums.float() * scale
@@ -115,7 +113,6 @@ def code_linear(x: Quantized, w: Quantized, bias: torch.Tensor | None) -> torch.
     return _CodeLinear.apply(x.value, w.value, bias, x, w)
 
 
-@fusible
 def _half_step_scores(sums: torch.Tensor, k_sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """sums [B, H, N, N], sums of k's codes [B, H, 1, N] -> scores where q has a half-step offset."""
     return (sums.float() + 0.5 * k_sums) * scale

@@ -9,7 +9,6 @@ from torch import nn
 
 from qvit.layers.linear import QuantLinear
 from qvit.layers.patch_embed import QuantPatchProjection
-from qvit.quantizers.fusion import fusible
 from qvit.quantizers.lsq import LSQQuantizer, Quantized, repeat_groups
 from qvit.spec import HalfStep
 
@@ -67,11 +66,5 @@ def distance_to_threshold(weight: torch.Tensor, quantized: Quantized) -> torch.T
     A weight that is clamped counts its distance to the outermost threshold.
     """
     spec = quantized.spec
-    shift = 0.5 if isinstance(spec.offset, HalfStep) else 0.0
-    return _distance(weight, repeat_groups(quantized.scale, spec), shift, spec.qn, spec.qp)
-
-
-@fusible
-def _distance(weight: torch.Tensor, scale: torch.Tensor, shift: float, qn: int, qp: int) -> torch.Tensor:
-    ratio = weight.float() / scale - shift
-    return (ratio - ratio.floor().clamp(qn, qp - 1) - 0.5).abs()
+    ratio = weight.float() / repeat_groups(quantized.scale, spec) - (0.5 if isinstance(spec.offset, HalfStep) else 0.0)
+    return (ratio - ratio.floor().clamp(spec.qn, spec.qp - 1) - 0.5).abs()

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from qvit.errors import SpecError
-from qvit.quantizers.fusion import fusible
 from qvit.quantizers.lsq import Quantized
 from qvit.spec import Dims, HalfStep, Operand, PerTensor, QuantSpec
 
@@ -29,17 +28,12 @@ def statistical_step(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
     The mean is taken in float64, so that a device or the order of a sum does not decide to which float16 value it is rounded.
     """
-    step = _step(weight.detach(), 2 / -spec.qn, isinstance(spec.scale, PerTensor))
+    dims = (0, 1) if isinstance(spec.scale, PerTensor) else 1
+    mean = weight.detach().abs().mean(dims, keepdim=True, dtype=torch.float64)
+    step = (mean * (2 / -spec.qn)).clamp(_SMALLEST_STEP, _LARGEST_STEP).half().float()
     return step.reshape(1) if isinstance(spec.scale, PerTensor) else step
 
 
-@fusible
-def _step(weight: torch.Tensor, factor: float, per_tensor: bool) -> torch.Tensor:
-    mean = weight.abs().mean(dim=(0, 1) if per_tensor else 1, keepdim=True, dtype=torch.float64)
-    return (mean * factor).clamp(_SMALLEST_STEP, _LARGEST_STEP).half().float()
-
-
-@fusible
 def _forward(
     weight: torch.Tensor, step: torch.Tensor, qn: int, qp: int, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import nn
 from qvit.distill.features import FeatureTap
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
-from qvit.quantizers.fusion import fused
+from qvit.kernels.switch import fused
 from qvit.training.annealing import Annealing
+from qvit.training.averaging import average_gradients
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
 from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
+from qvit.training.graphed import GraphedBackward
 from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
 from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
@@ -82,12 +85,15 @@ class TrainingLoop:
         optimizer = build_optimizer(self.model, recipe.optim)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
-        self.parallel, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
         # A float distilled DeiT answers with the mean of its heads; a student learns labels and teacher on one head each.
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
 
-        self.fuse = self.bf16 and self.device.type == "cuda"  # compiling pays on a GPU; float32 runs stay exact
+        self.fuse = self.bf16 and self.device.type == "cuda"  # float32 runs stay exact
+
+        graphed = recipe.cuda_graph and self.device.type == "cuda"
+        self.backward = GraphedBackward(self._backward, self.model.parameters(), graphed)
 
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
@@ -147,14 +153,12 @@ class TrainingLoop:
                 every = self.recipe.distill.feature_blocks == "all"
                 self.student_features = stack.enter_context(FeatureTap(self.model, every))
                 self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, every))
-            # Accelerate marks the models that it prepared; this one may be trained again, in another run.
-            stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
             self._train_mode()
             yield
 
     def _train_mode(self) -> None:
         self.loss = self.stages.enter(self.epochs, self.step, self.accelerator)
-        self.parallel.train()
+        self.model.train()
         if self.two_heads:
             self.model.set_distilled_training(True)
 
@@ -188,11 +192,11 @@ class TrainingLoop:
         for tap in ("student_taps", "teacher_taps", "student_features", "teacher_features"):
             if hasattr(self, tap):
                 getattr(self, tap).clear()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.backward.clear()
 
         def probe(count: int) -> None:
             with fused(self.fuse):
-                total, _ = self._losses(images[:count], labels[:count], fresh=True)
+                total, _ = self._losses(*self._mixed(images[:count], labels[:count]), None)
                 torch.autograd.grad(total, [p for p in self.model.parameters() if p.requires_grad], allow_unused=True)
 
         states = 1 if self.optimizer.state_dict()["state"] else 3
@@ -202,11 +206,14 @@ class TrainingLoop:
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         recipe = self.recipe
-        total, terms = self._losses(images, labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(total)
+        images, targets = self._mixed(images, labels)
+        answer = None
+        if self.targets is not None and self.setup.teacher is not None:
+            answer = self._ask(partial(self.targets.next, teacher=self.setup.teacher), images)
+        total, terms = self.backward(images, targets, answer, key=self.stages.activations_only(self.epochs))
+        average_gradients(self.model.parameters(), self.accelerator.num_processes)
         if self.penalty is not None:
-            terms["oscillation"] = self._add_penalty(self.penalty)
+            terms = {**terms, "oscillation": self._add_penalty(self.penalty)}
         if recipe.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
         self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule, recipe.anneal)
@@ -216,27 +223,48 @@ class TrainingLoop:
         self.window.add(total, terms)
         self.step += 1
 
-    def _losses(
-        self, images: torch.Tensor, labels: torch.Tensor, fresh: bool = False
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a batch and its terms; ``fresh``: the teacher is asked, whatever is cached."""
-        setup = self.setup
+    def _mixed(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of this step, and the seed of everything that is drawn in it."""
         seed_everything(self.recipe.seed, self.step, self.accelerator.process_index)
-        images, targets = self.mix(images, labels)
-        teacher_logits = teacher_taps = student_taps = teacher_features = student_features = None
+        return self.mix(images, labels)
+
+    @torch.no_grad()
+    def _ask(self, teacher: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [B, classes]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            if setup.teacher is not None:
-                with torch.no_grad():
-                    if self.targets is None or fresh:
-                        teacher_logits = setup.teacher(images)
-                    else:
-                        teacher_logits = self.targets.next(images, setup.teacher)
-            logits = self.parallel(images)
+            return teacher(images)
+
+    def _backward(
+        self, images: torch.Tensor, targets: torch.Tensor, answer: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward and backward pass; adds to the gradients of the parameters.
+
+        Args:
+            images: [B, C, H, W].
+            targets: labels [B], or probabilities [B, classes].
+            answer: the teacher's logits [B, classes]; ``None`` to ask it.
+
+        Returns:
+            The loss and its terms, without gradient.
+        """
+        total, terms = self._losses(images, targets, answer)
+        total.backward()
+        return total.detach(), terms
+
+    def _losses(
+        self, images: torch.Tensor, targets: torch.Tensor, answer: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and its terms; the arguments are those of `_backward`."""
+        teacher_taps = student_taps = teacher_features = student_features = None
+        if answer is None and self.setup.teacher is not None:
+            answer = self._ask(self.setup.teacher, images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(images)
             if self.loss.needs_taps:
                 teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
             if self.stages.needs_features:
                 teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
-            return self.loss(logits, targets, teacher_logits, student_taps, teacher_taps, student_features, teacher_features)
+            return self.loss(logits, targets, answer, student_taps, teacher_taps, student_features, teacher_features)
 
     def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
         """Adds the gradients of the oscillation penalty; returns what it adds to the loss, a scalar."""

@@ -55,6 +55,8 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     if section.betas is not None:
         arguments["betas"] = section.betas
     groups = parameter_groups(model, section.weight_decay, section.scale_lr_ratio)
+    if section.name in ("adam", "adamw") and all(p.is_cuda for group in groups for p in group["params"]):
+        arguments.setdefault("fused", True)  # one kernel for all of a group's parameters
     try:
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=section.weight_decay, **arguments)
     except (TypeError, ValueError, AssertionError) as error:

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from qvit.layers.weights import quantized_weights
-from qvit.quantizers.fusion import fusible
 
 _MOST_BITS = 4
 _TINY = 1e-12
@@ -34,7 +33,6 @@ def penalty_weight(step: int, total_steps: int, weight: float, start: float) -> 
     return weight * 0.5 * (1 - math.cos(math.pi * progress)) if progress > 0 else 0.0
 
 
-@fusible
 def _penalty(
     weight: torch.Tensor, value: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -79,13 +79,13 @@ def test_a_full_gpu_is_one_sentence_and_the_last_checkpoint_stays(
     original = qvit.training.loop.TrainingLoop._losses
     steps: list[int] = []
 
-    def losses(self: Any, images: torch.Tensor, labels: torch.Tensor, fresh: bool = False) -> Any:
-        if fresh:  # the probe: it runs, and is counted
+    def losses(self: Any, images: torch.Tensor, *others: Any) -> Any:
+        if len(images) < 8:  # the probe: it runs, and is counted
             memory.probe(len(images))
         elif len(steps) == 6:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         steps.append(len(images))
-        return original(self, images, labels, fresh)
+        return original(self, images, *others)
 
     monkeypatch.setattr(qvit.training.loop.TrainingLoop, "_losses", losses)
     monkeypatch.setattr(qvit.training.loop, "DeviceMemory", lambda: memory)
