@@ -7,7 +7,8 @@ import torch
 
 from qvit.quantizers.lsq import lsq_quantize
 from qvit.spec import Operand, PerHead, QuantSpec
-from tests.kernels.helpers import close
+
+from .helpers import close
 
 
 def _inputs(b: int, n: int, heads: int, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

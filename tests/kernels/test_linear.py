@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from qvit.quantizers.lsq import lsq_quantize
 from qvit.spec import Operand, PerChannel, PerTensor, QuantSpec
-from tests.kernels.helpers import close, compare
+
+from .helpers import close, compare
 
 ACTIVATIONS: dict[str, Any] = {
     "none": lambda x: x,

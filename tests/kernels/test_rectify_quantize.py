@@ -7,7 +7,8 @@ import torch
 
 from qvit.quantizers.lsq import lsq_quantize
 from qvit.spec import Operand, PerChannel, QuantSpec
-from tests.kernels.helpers import compare
+
+from .helpers import compare
 
 SPECS = [
     QuantSpec(2, True, offset=PerChannel(), operand=Operand.QUERY),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qvit.distill.similarity import similarity_distance
-from tests.kernels.helpers import compare
+
+from .helpers import compare
 
 
 @pytest.mark.parametrize(

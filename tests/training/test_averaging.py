@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from qvit.training.averaging import average_gradients
-from tests.training.helpers import environment
+
+from .test_engine import environment
 
 PROGRAM = """
 import torch, torch.distributed as dist

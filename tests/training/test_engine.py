@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -57,6 +58,11 @@ def same_tensors(a: Path, b: Path) -> bool:
     first, second = safetensors.torch.load_file(a), safetensors.torch.load_file(b)
     assert first.keys() == second.keys()
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_float_model_learns_and_is_saved(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
