@@ -31,7 +31,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiments import DATA_SETS, Bench, Experiment
-from harness import PAPER_METHODS, TITLES, VARIANTS, public
+from harness import PAPER_METHODS, TITLES, VARIANTS, public, settings
 
 from qvit.cli.show import show_table
 from qvit.errors import InputError, QvitError
@@ -246,8 +246,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     lines = []
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["data"], row["weight_bits"], row["variant"]), []).append(row)
-    for (data, bits, variant), group in groups.items():
+        groups.setdefault(settings(row), []).append(row)
+    for (data, bits, variant, _), group in groups.items():
 
         def mean(key: str, form: str = ".2f", group: list[dict[str, Any]] = group) -> str:
             values = [row[key] for row in group if row.get(key) is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,12 @@ def short(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return ", ".join(str(short(item)) for item in value)
     return Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value
+
+
+def settings(row: Mapping[str, Any]) -> tuple[str, int, str, str]:
+    """What runs of an ablation that differ in their seed alone share: data, bits, variant, overrides without the seed."""
+    overrides = " ".join(part for part in row.get("overrides", "").split() if not part.startswith("seed="))
+    return row["data"], row["weight_bits"], row["variant"], overrides
 
 
 def model_overrides(name: str | None, arguments: str | None) -> list[str]:
