@@ -31,7 +31,9 @@ from qvit.training.evaluate import evaluate
 from qvit.training.models import build_model
 from qvit.training.recipe import Recipe
 
-SETTINGS = {"w4a4": ["quant.bits=4"], "w2a2": ["quant.bits=2", "optim.lr=5.0e-4"]}
+# Ten epochs of 128 images a step, as the committed result was measured; the recipe itself has gone on since.
+_SHORT = ["schedule.epochs=10", "schedule.warmup_epochs=0.5", "batch_size=128", "data.cache=null", "eval_every=5"]
+SETTINGS = {"w4a4": [*_SHORT, "quant.bits=4", "optim.lr=2.0e-4"], "w2a2": [*_SHORT, "quant.bits=2", "optim.lr=5.0e-4"]}
 
 
 def main() -> None:
