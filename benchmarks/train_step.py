@@ -12,7 +12,8 @@ The methods take turns, round by round, so that a change of clocks meets all of 
 
 - `train_images_per_s`, from the median over rounds, and `ms_median`, `ms_p10`, `ms_p90` of a step;
 - `ratio_to_peer`, its images/s over float's;
-- `peak_gb`: 10^9 bytes at the worst moment of a step: the method's own model, optimizer, teacher and activations;
+- `peak_gb`: 10^9 bytes at the worst moment of the first steps, in which memory is taken that a recorded step (a CUDA graph)
+  uses again and again: the method's own model, optimizer, teacher and activations; `reserved_gb`: what PyTorch took for that;
 - `compile_seconds`: what the first steps took beyond later ones; what a method before it compiled is there already, and
   PyTorch also keeps some on disk.
 
@@ -63,9 +64,9 @@ class Case:
         name: of the method.
         loop: that trains it.
         images, labels: of every step.
-        resident: bytes that stay between two steps.
         warm_seconds: of the first steps.
-        peak: bytes at the worst moment of a step.
+        peak: bytes at the worst moment of the first steps.
+        reserved: bytes that PyTorch took for them.
         seconds: of a step, one number a round.
     """
 
@@ -73,7 +74,7 @@ class Case:
     loop: TrainingLoop
     images: torch.Tensor
     labels: torch.Tensor
-    resident: int = 0
+    reserved: int = 0
     warm_seconds: float = 0.0
     peak: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -93,8 +94,9 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _allocated() -> int:
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+def _memory() -> tuple[int, int]:
+    """Bytes that tensors take, and that PyTorch has taken from the GPU."""
+    return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if torch.cuda.is_available() else (0, 0)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
@@ -130,7 +132,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
 
 def _start(method: str, recipe: Recipe, folder: Path, warmup: int, stack: ExitStack) -> Case | None:
     """The method ready for timing; ``None`` where the device's memory does not hold it."""
-    before = _allocated()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    before, reserved = _memory()
     own = ExitStack()
     try:
         loop = open_loop(recipe, folder, progress=False)
@@ -138,7 +142,13 @@ def _start(method: str, recipe: Recipe, folder: Path, warmup: int, stack: ExitSt
         loop.loader = loop.val_loader = ()  # their images are no part of a step
         own.enter_context(loop.stepping())
         case = Case(method, loop, images, labels)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         case.warm_seconds = case.run(warmup)
+        if torch.cuda.is_available():
+            # The other methods' models lie in memory as well: only this one's count.
+            case.peak = torch.cuda.max_memory_allocated() - before
+            case.reserved = torch.cuda.max_memory_reserved() - reserved
     except torch.cuda.OutOfMemoryError:
         own.close()
         loop = case = images = labels = None  # type: ignore[assignment]
@@ -147,19 +157,12 @@ def _start(method: str, recipe: Recipe, folder: Path, warmup: int, stack: ExitSt
         print(f"{NAMES[method]}: out of memory at {recipe.batch_size} images a step", file=sys.stderr)
         return None
     stack.push(own)
-    case.resident = _allocated() - before
     print(f"{NAMES[method]}: {warmup} steps in {case.warm_seconds:.1f} s, compiling included", file=sys.stderr)
     return case
 
 
 def _round(case: Case, steps: int) -> None:
-    before = _allocated()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     case.seconds.append(case.run(steps) / steps)
-    if torch.cuda.is_available():
-        # The other methods' models lie in memory as well: only this one's count.
-        case.peak = max(case.peak, torch.cuda.max_memory_allocated() - before + case.resident)
 
 
 def _images_alone(loop: TrainingLoop, options: argparse.Namespace) -> dict[str, Any]:
@@ -214,7 +217,7 @@ def _row(case: Case, cases: list[Case], options: argparse.Namespace) -> dict[str
         "compile_seconds": max(case.warm_seconds - options.warmup * float(np.median(ms)) / 1000, 0.0),
     }
     if torch.cuda.is_available():
-        row["peak_gb"] = case.peak / 1e9
+        row |= {"peak_gb": case.peak / 1e9, "reserved_gb": case.reserved / 1e9}
     peer = next((other for other in cases if other.name == "float"), None)
     if peer is not None and case is not peer:
         row |= {"peer": "float fine-tuning", "ratio_to_peer": statistics.median(peer.seconds) / statistics.median(case.seconds)}
@@ -273,7 +276,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], help="key=value that changes every method's recipe")
     parser.add_argument("--rounds", type=int, default=7, help="turns that each method takes")
     parser.add_argument("--steps", type=int, default=10, help="steps a turn")
-    parser.add_argument("--warmup", type=int, default=4, help="steps before the first turn")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before the first turn; a step is recorded in the fourth")
     parser.add_argument("--profile", type=Path, help="write the kernels of each method's step to this file")
     parser.add_argument("--json", type=Path, help="result file to write")
     options = parser.parse_args(arguments)
