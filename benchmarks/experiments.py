@@ -186,10 +186,13 @@ class Bench:
     def run(self, experiment: Experiment) -> dict[str, Any]:
         """Trains (or goes on with a run that was cut short), freezes and evaluates; the row of the result file."""
         start = time.perf_counter()
-        gc.collect()  # what the run before left
         recipe = self.recipe(experiment)
         folder = self.runs / experiment.name()
         result = fit(recipe, folder, resume=True, progress=False)
+        # The loop is gone but for cycles, which hold the memory of a recorded step.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         row: dict[str, Any] = {
             **experiment.key(),
             "model": recipe.model.name if recipe.model else None,

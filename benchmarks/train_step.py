@@ -8,12 +8,13 @@ bf16 on a GPU), and each step is the loop's own `train_step`: mixing, the teache
 backward pass, clipping and the optimizer. Images are random, normalised and on the device; reading them is not part of it,
 but is timed apart (method `images`: crops and flips of images kept on the device).
 
-The methods take turns, round by round, so that a change of clocks meets all of them. Of each, a row has
+Each method takes turns with float, round by round, so that a change of clocks meets both; then it makes room for the next. Of
+each, a row has
 
 - `train_images_per_s`, from the median over rounds, and `ms_median`, `ms_p10`, `ms_p90` of a step;
-- `ratio_to_peer`, its images/s over float's;
-- `peak_gb`: 10^9 bytes at the worst moment of the first steps, in which memory is taken that a recorded step (a CUDA graph)
-  uses again and again: the method's own model, optimizer, teacher and activations; `reserved_gb`: what PyTorch took for that;
+- `ratio_to_peer`: its images/s over float's in the same rounds;
+- `peak_gb`: 10^9 bytes of tensors at the worst moment, first steps included: its own model, optimizer, teacher, images and
+  activations; `reserved_gb`: what PyTorch took from the GPU for that;
 - `compile_seconds`: what the first steps took beyond later ones; what a method before it compiled is there already, and
   PyTorch also keeps some on disk.
 
@@ -40,7 +41,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from qvit.cli.show import show_table
-from qvit.errors import QvitError
+from qvit.errors import QvitError, TrainingError
 from qvit.report_file import write_report
 from qvit.training.data import EpochSampler
 from qvit.training.device_data import DeviceLoader
@@ -64,20 +65,23 @@ class Case:
         name: of the method.
         loop: that trains it.
         images, labels: of every step.
+        resident: bytes that stay between two steps.
+        peak, reserved: bytes at the worst moment.
         warm_seconds: of the first steps.
-        peak: bytes at the worst moment of the first steps.
-        reserved: bytes that PyTorch took for them.
         seconds: of a step, one number a round.
+        ratios: float's seconds over its own, one number a round.
     """
 
     name: str
     loop: TrainingLoop
     images: torch.Tensor
     labels: torch.Tensor
+    resident: int = 0
+    peak: int = 0
     reserved: int = 0
     warm_seconds: float = 0.0
-    peak: int = 0
     seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
 
     def run(self, steps: int) -> float:
         """Seconds of so many steps."""
@@ -95,7 +99,7 @@ def _wait() -> None:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes that tensors take, and that PyTorch has taken from the GPU."""
+    """Bytes of tensors, and bytes that PyTorch holds."""
     return (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) if torch.cuda.is_available() else (0, 0)
 
 
@@ -103,66 +107,92 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = _options(arguments)
     base = ["data.workers=0", f"batch_size={options.batch}", f"quant.bits={options.bits}", f"precision={options.precision}"]
     base += [*model_overrides(options.model, options.model_args), "model.checkpoint=null", "log_every=1000000"]
-    cases: list[Case] = []
-    failed: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    rows: dict[str, dict[str, Any]] = {}
+    profiles: list[str] = []
+
+    def write() -> None:
+        if options.json:
+            write_report(options.json, list(rows.values()), ["python", "benchmarks/train_step.py", *public(options.command)])
+
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_random_images(folder / "images", Recipe.load(options.recipe, base), max(options.batch, 64))
         base += [f"data.train={source}", f"data.val={source}", "data.cache=device"]
-        for method in options.methods:
+        peer = None
+        for method in sorted(options.methods, key=lambda method: method != "float"):
             recipe = Recipe.load(options.recipe, [*base, *CASES[method], *options.set])
-            case = _start(method, recipe, folder / method, options.warmup, stack)
-            if case is None:
-                failed.append({**_facts(method, recipe, options), "error": "out of memory"})
-            else:
-                cases.append(case)
-        images = _images_alone(cases[0].loop, options) if cases else None
-        rows: list[dict[str, Any]] = []
-        for number in range(options.rounds):
-            for case in cases[number % len(cases) :] + cases[: number % len(cases)]:
-                _round(case, options.steps)
-            rows = [_row(case, cases, options) for case in cases] + failed + ([images] if images else [])
-            if options.json:  # after every round, so that a run that is cut short leaves what it measured
-                write_report(options.json, rows, ["python", "benchmarks/train_step.py", *public(options.command)])
+            with ExitStack() as stack:
+                try:
+                    case = _start(method, recipe, folder / method, options.warmup, stack)
+                    _rounds(case, peer, options)
+                except (torch.OutOfMemoryError, TrainingError) as error:
+                    case, message = None, " ".join(str(error).split())
+                    print(f"{NAMES[method]}: {message}", file=sys.stderr, flush=True)
+                    rows[method] = {**_facts(method, recipe, options), "error": message}
+                if case is not None:
+                    rows[method] = _row(case, options)
+                    if peer is not None:
+                        rows["float"] = _row(peer, options)
+                    if options.profile:
+                        profiles.append(_profile(case))
+                    if "images" not in rows:
+                        rows["images"] = _images_alone(case.loop, options)
+                    if method == "float":
+                        peer = case
+                        peer_stack = stack.pop_all()
+                write()
+                case = None
+            _make_room()
+        if peer is not None:
+            peer_stack.close()
+        if "images" in rows:
+            rows["images"] = rows.pop("images")  # the last row
+        write()
         if options.profile:
-            options.profile.write_text("\n\n".join(_profile(case) for case in cases) + "\n")
-    _show(rows, options)
-    return rows
+            options.profile.write_text("\n\n".join(profiles) + "\n")
+    _show(list(rows.values()), options)
+    return list(rows.values())
 
 
-def _start(method: str, recipe: Recipe, folder: Path, warmup: int, stack: ExitStack) -> Case | None:
-    """The method ready for timing; ``None`` where the device's memory does not hold it."""
+def _make_room() -> None:
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    before, reserved = _memory()
-    own = ExitStack()
-    try:
-        loop = open_loop(recipe, folder, progress=False)
-        images, labels = next(iter(loop.loader))
-        loop.loader = loop.val_loader = ()  # their images are no part of a step
-        own.enter_context(loop.stepping())
-        case = Case(method, loop, images, labels)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        case.warm_seconds = case.run(warmup)
-        if torch.cuda.is_available():
-            # The other methods' models lie in memory as well: only this one's count.
-            case.peak = torch.cuda.max_memory_allocated() - before
-            case.reserved = torch.cuda.max_memory_reserved() - reserved
-    except torch.cuda.OutOfMemoryError:
-        own.close()
-        loop = case = images = labels = None  # type: ignore[assignment]
-        gc.collect()
-        torch.cuda.empty_cache()
-        print(f"{NAMES[method]}: out of memory at {recipe.batch_size} images a step", file=sys.stderr)
-        return None
-    stack.push(own)
-    print(f"{NAMES[method]}: {warmup} steps in {case.warm_seconds:.1f} s, compiling included", file=sys.stderr)
+
+
+def _start(method: str, recipe: Recipe, folder: Path, warmup: int, stack: ExitStack) -> Case:
+    """The method ready for timing, and out of memory again when the stack is closed."""
+    before = _memory()
+    loop = open_loop(recipe, folder, progress=False)
+    stack.callback(loop.backward.clear)
+    images, labels = next(iter(loop.loader))
+    loop.loader = loop.val_loader = ()  # their images are no part of a step
+    stack.enter_context(loop.stepping())
+    case = Case(method, loop, images, labels)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    case.warm_seconds = case.run(warmup)
+    if torch.cuda.is_available():
+        case.peak = torch.cuda.max_memory_allocated() - before[0]
+        case.reserved = torch.cuda.max_memory_reserved() - before[1]
+    case.resident = _memory()[0] - before[0]
+    print(f"{NAMES[method]}: {warmup} steps in {case.warm_seconds:.1f} s, compiling included", file=sys.stderr, flush=True)
     return case
 
 
-def _round(case: Case, steps: int) -> None:
-    case.seconds.append(case.run(steps) / steps)
+def _rounds(case: Case, peer: Case | None, options: argparse.Namespace) -> None:
+    for _ in range(options.rounds):
+        if peer is not None:
+            peer.seconds.append(peer.run(options.steps) / options.steps)
+        before = _memory()[0]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        case.seconds.append(case.run(options.steps) / options.steps)
+        if torch.cuda.is_available():
+            # Float's model lies in memory as well: it does not count.
+            case.peak = max(case.peak, torch.cuda.max_memory_allocated() - before + case.resident)
+        if peer is not None:
+            case.ratios.append(peer.seconds[-1] / case.seconds[-1])
 
 
 def _images_alone(loop: TrainingLoop, options: argparse.Namespace) -> dict[str, Any]:
@@ -203,7 +233,7 @@ def _facts(method: str, recipe: Recipe, options: argparse.Namespace) -> dict[str
     }
 
 
-def _row(case: Case, cases: list[Case], options: argparse.Namespace) -> dict[str, Any]:
+def _row(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     ms = 1000 * np.array(case.seconds)
     row = _facts(case.name, case.loop.recipe, options)
     rate = 1000 * options.batch / float(np.median(ms))
@@ -218,9 +248,8 @@ def _row(case: Case, cases: list[Case], options: argparse.Namespace) -> dict[str
     }
     if torch.cuda.is_available():
         row |= {"peak_gb": case.peak / 1e9, "reserved_gb": case.reserved / 1e9}
-    peer = next((other for other in cases if other.name == "float"), None)
-    if peer is not None and case is not peer:
-        row |= {"peer": "float fine-tuning", "ratio_to_peer": statistics.median(peer.seconds) / statistics.median(case.seconds)}
+    if case.ratios:
+        row |= {"peer": "float fine-tuning", "ratio_to_peer": statistics.median(case.ratios)}
     return row
 
 
@@ -247,21 +276,22 @@ def _profile(case: Case) -> str:
 
 def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     def number(row: dict[str, Any], key: str, form: str) -> str:
-        return format(row[key], form) if row.get(key) is not None else row.get("error", "")
+        return format(row[key], form) if row.get(key) is not None else ""
 
     lines = [
         (
             NAMES[row["method"]],
-            number(row, "train_images_per_s", ",.0f"),
+            number(row, "train_images_per_s", ",.0f") or row.get("error", ""),
             number(row, "ms_median", ".2f") if "rounds" in row else "",
             number(row, "ratio_to_peer", ".3f"),
             number(row, "peak_gb", ".1f"),
+            number(row, "reserved_gb", ".1f"),
             number(row, "compile_seconds", ".0f"),
         )
         for row in rows
     ]
     title = f"Training steps at {options.bits} bits, {options.batch} images each"
-    show_table(title, ("method", "images/s", "ms a step", "of float's", "peak GB", "compiling, s"), lines)
+    show_table(title, ("method", "images/s", "ms a step", "of float's", "peak GB", "reserved GB", "compiling, s"), lines)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -276,7 +306,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], help="key=value that changes every method's recipe")
     parser.add_argument("--rounds", type=int, default=7, help="turns that each method takes")
     parser.add_argument("--steps", type=int, default=10, help="steps a turn")
-    parser.add_argument("--warmup", type=int, default=6, help="steps before the first turn; a step is recorded in the fourth")
+    parser.add_argument("--warmup", type=int, default=6, help="steps before the first turn")
     parser.add_argument("--profile", type=Path, help="write the kernels of each method's step to this file")
     parser.add_argument("--json", type=Path, help="result file to write")
     options = parser.parse_args(arguments)

@@ -66,7 +66,5 @@ def distance_to_threshold(weight: torch.Tensor, quantized: Quantized) -> torch.T
     A weight that is clamped counts its distance to the outermost threshold.
     """
     spec = quantized.spec
-    ratio = weight.float() / repeat_groups(quantized.scale, spec)
-    if isinstance(spec.offset, HalfStep):
-        ratio = ratio - 0.5
+    ratio = weight.float() / repeat_groups(quantized.scale, spec) - (0.5 if isinstance(spec.offset, HalfStep) else 0.0)
     return (ratio - ratio.floor().clamp(spec.qn, spec.qp - 1) - 0.5).abs()

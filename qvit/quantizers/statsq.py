@@ -28,7 +28,8 @@ def statistical_step(weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 
     The mean is taken in float64, so that a device or the order of a sum does not decide to which float16 value it is rounded.
     """
-    mean = weight.detach().abs().mean(dim=None if isinstance(spec.scale, PerTensor) else 1, keepdim=True, dtype=torch.float64)
+    dims = (0, 1) if isinstance(spec.scale, PerTensor) else 1
+    mean = weight.detach().abs().mean(dims, keepdim=True, dtype=torch.float64)
     step = (mean * (2 / -spec.qn)).clamp(_SMALLEST_STEP, _LARGEST_STEP).half().float()
     return step.reshape(1) if isinstance(spec.scale, PerTensor) else step
 

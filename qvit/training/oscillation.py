@@ -44,8 +44,8 @@ def _penalty(
     count = member.sum(1).clamp_min(1)
     mean = (member * flat).sum(1) / count
     variance = (member * (flat - mean[:, None]).square()).sum(1) / count
-    centre, share = (torch.stack([mean, 1 / count], 1).t() @ member).unflatten(1, d.shape)
-    return norm + variance.sum(), d / norm.clamp_min(_TINY) + 2 * (d - centre) * share
+    own = (codes - levels[0]).long()
+    return norm + variance.sum(), d / norm.clamp_min(_TINY) + 2 * (d - mean[own]) / count[own]
 
 
 class OscillationPenalty:
