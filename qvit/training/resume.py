@@ -16,6 +16,7 @@ _FREE = (
     "data.workers",
     "model.checkpoint",
     "teacher.checkpoint",
+    "quant.start_from",
     "needs_gpu",
     "log_every",
     "eval_every",

@@ -117,6 +117,8 @@ class QuantSection(Section):
         weight_quantizer: of the blocks' weights, ``lsq`` (learned steps) or ``statsq`` (their mean magnitude).
         overrides: name pattern -> bits or fields of a `qvit.spec.QuantSpec`.
         calibration_images: training images, not augmented, that calibration sees.
+        start_from: checkpoint of a student of the same model at more bits, whose weights are taken over
+            (`qvit.training.cascade`); the float model is only the teacher then.
     """
 
     bits: Bits = 4
@@ -128,6 +130,7 @@ class QuantSection(Section):
     weight_quantizer: Literal["lsq", "statsq"] = "lsq"
     overrides: dict[str, int | dict[str, Any]] = {}
     calibration_images: Annotated[int, Field(ge=1)] = 64
+    start_from: Path | None = None
 
 
 class DistillSection(Section):

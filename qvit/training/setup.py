@@ -19,6 +19,7 @@ from qvit.errors import InputError, RecipeError, TrainingError
 from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
 from qvit.quantizers.lsq import LSQQuantizer
+from qvit.training.cascade import take_over
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.data import check_classes, evaluation_loader, open_split
 from qvit.training.models import adjusted, build_model, top1_of
@@ -91,7 +92,11 @@ def set_up(
         _restore(model, resumed)
     else:
         if recipe.quantized and accelerator.is_main_process and not _calibrated(model):
-            calibrate(model, _calibration_batches(recipe, train, preprocessing), images=recipe.quant.calibration_images)
+            start = recipe.quant.start_from
+            if start is not None:
+                take_over(model, start)
+            batches = _calibration_batches(recipe, train, preprocessing)
+            calibrate(model, batches, images=recipe.quant.calibration_images, scales_only=start is not None)
         if accelerator.num_processes > 1:
             share_state(model)
     return Setup(model, teacher, loss, preprocessing, train, val, float_top1)

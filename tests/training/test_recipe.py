@@ -41,6 +41,7 @@ def test_the_method_is_one_line(method: str, rectify: bool, dgd: float) -> None:
     [
         ["quant.weight_quantizer=statsq"],
         ["quant.overrides={'blocks.*.weight': {offset: half_step}}"],
+        ["quant.start_from=runs/w4a4/last.safetensors"],
         ["anneal.share=0.1", "anneal.width=0.005"],
         ["oscillation.weight=0.01", "oscillation.start=0.25"],
         ["activations_first.epochs=1", "activations_first.feature=1"],
