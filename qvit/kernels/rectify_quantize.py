@@ -13,8 +13,8 @@ import triton.language as tl
 
 from qvit.kernels.arithmetic import quantize
 
-_ROWS = 16  # a tile
-_TILES_A_PROGRAM = 16  # of the backward pass, whose sums over rows stay in registers
+_ROWS = 8  # a tile
+_TILES_A_PROGRAM = 32  # of the backward pass, whose sums over rows stay in registers
 
 
 class Ranges(NamedTuple):
@@ -124,10 +124,10 @@ def _rectify_quantize_backward(
     weight = tl.load(columns_ptr + 2 * width + column, mask=d < D, other=0.0)[None, :]
     bias = tl.load(columns_ptr + 3 * width + column, mask=d < D, other=0.0)[None, :]
     qn, qp = _bound(part, qn_q, qn_k, qn_v), _bound(part, qp_q, qp_k, qp_v)
-    scale_sums = tl.zeros((DP,), dtype=tl.float32)
-    offset_sums = tl.zeros((DP,), dtype=tl.float32)
-    weight_sums = tl.zeros((DP,), dtype=tl.float32)
-    bias_sums = tl.zeros((DP,), dtype=tl.float32)
+    scale_sums = tl.zeros((R, DP), dtype=tl.float32)
+    offset_sums = tl.zeros((R, DP), dtype=tl.float32)
+    weight_sums = tl.zeros((R, DP), dtype=tl.float32)
+    bias_sums = tl.zeros((R, DP), dtype=tl.float32)
     for tile in range(TILES):
         start = (tl.program_id(0) * TILES + tile) * R
         mask = (start + r < rows)[:, None] & (d < D)[None, :]
@@ -142,25 +142,25 @@ def _rectify_quantize_backward(
         grad = tl.load(grad_ptr + first + where, mask=mask, other=0.0).to(tl.float32)
         v, code, inside = quantize(y, inverse_scale, offset, qn, qp)
         passed = tl.where(inside, grad, 0.0)
-        scale_sums += tl.sum(grad * tl.where(inside, code - v, code), 0)
-        offset_sums += tl.sum(grad - passed, 0)
+        scale_sums += grad * tl.where(inside, code - v, code)
+        offset_sums += grad - passed
         if KEPT:
             if part < 2:
                 kept = tl.where(part == 0, grad_q_ptr, grad_k_ptr) + start.to(tl.int64) * (heads * D) + head * D
                 passed += tl.load(kept + r[:, None] * (heads * D) + d[None, :], mask=mask, other=0.0).to(tl.float32)
         if RECTIFY:
             if part < 2:
-                weight_sums += tl.sum(passed * z, 0)
-                bias_sums += tl.sum(passed, 0)
+                weight_sums += passed * z
+                bias_sums += passed
                 slope = passed * weight
                 along = tl.sum(slope * z, 1) / D
                 passed = (slope - (tl.sum(slope, 1) / D)[:, None] - z * along[:, None]) * inverse[:, None]
         tl.store(grad_qkv_ptr + first + where, passed.to(grad_qkv_ptr.dtype.element_ty), mask=mask)
     sums = sums_ptr + tl.program_id(0) * 4 * width + column
-    tl.store(sums, scale_sums, mask=d < D)
-    tl.store(sums + width, offset_sums, mask=d < D)
-    tl.store(sums + 2 * width, weight_sums, mask=d < D)
-    tl.store(sums + 3 * width, bias_sums, mask=d < D)
+    tl.store(sums, tl.sum(scale_sums, 0), mask=d < D)
+    tl.store(sums + width, tl.sum(offset_sums, 0), mask=d < D)
+    tl.store(sums + 2 * width, tl.sum(weight_sums, 0), mask=d < D)
+    tl.store(sums + 3 * width, tl.sum(bias_sums, 0), mask=d < D)
 
 
 class _RectifyQuantize(torch.autograd.Function):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 _TOKENS = 64  # a tile
+_WARPS = 8  # with four, three products of 64 x 64 leave no registers
 
 
 @triton.jit
@@ -121,7 +122,7 @@ class _Distance(torch.autograd.Function):
             "T": _TOKENS,
             "PRECISION": "ieee" if student.dtype == torch.float32 else "tf32",
         }
-        _similarity[(b * h,)](student, teacher, norms, n, h, *strides, **shape)
+        _similarity[(b * h,)](student, teacher, norms, n, h, *strides, num_warps=_WARPS, **shape)
         own, other, cross = norms.unbind(-1)
         inverse = (own.sqrt() * other.sqrt()).clamp_min(tiny).reciprocal()
         squared = (2 - 2 * cross * inverse).clamp_min(0)
@@ -142,7 +143,7 @@ class _Distance(torch.autograd.Function):
         grad_student = torch.empty_like(student)
         assert grad_student.stride() == student.stride()
         _similarity_backward[(student.shape[0] * student.shape[1],)](
-            student, teacher, factors, grad_student, *ctx.arguments, **ctx.shape
+            student, teacher, factors, grad_student, *ctx.arguments, num_warps=_WARPS, **ctx.shape
         )
         return grad_student, None, None, None
 

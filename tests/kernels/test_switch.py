@@ -56,7 +56,7 @@ def test_a_fused_step_is_the_plain_one(case: str, make_student: Factory, small_v
         if want.norm() > 1e-5:
             cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)
             assert cosine > 0.98, name
-            assert got.norm() == pytest.approx(want.norm().item(), rel=0.1), name
+            assert got.norm().item() == pytest.approx(want.norm().item(), rel=0.1), name
 
 
 def test_only_within_the_context_and_never_after_an_error() -> None:
