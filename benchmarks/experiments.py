@@ -9,12 +9,13 @@ import lzma
 import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import VARIANTS, public
+from harness import CASCADES, VARIANTS, public
 
 import qvit
 from qvit.analyze.agreement import agreement
@@ -31,6 +32,7 @@ from qvit.training.pixels import load_pixels
 from qvit.training.recipe import Recipe
 
 EVALUATION_BATCH = 100
+START_FROM = "quant.start_from="
 
 
 @dataclass(frozen=True)
@@ -114,19 +116,31 @@ class Experiment:
         digest = hashlib.blake2b(json.dumps(self.key()).encode(), digest_size=3).hexdigest()
         return f"{self.data}-{self.variant}-w{self.bits}a{self.bits}-seed{self.seed}-{digest}"
 
-    def command(self) -> str:
-        """The command line that trains it."""
-        changes = [part for change in public(self.changes) for part in ("--set", change)]
+    def command(self, more: Sequence[str] = (), part: str = "") -> str:
+        """The command line that trains it, with ``more`` overrides, into a folder whose name ends in ``part``."""
+        changes = [word for change in public([*self.changes, *more]) for word in ("--set", change)]
         data = DATA_SETS[self.data]
         start = data.teacher or f"runs/{data.float_recipe}"
-        files = [part for key, names in data.files.items() for part in _flags(key, names)]
+        files = [word for key, names in data.files.items() for word in _flags(key, names)]
         checkpoint = [] if self.variant == "float" else ["--checkpoint", start]
-        return shlex.join(["qvit", "train", self.recipe_name, *files, *checkpoint, *changes, "-o", f"runs/{self.name()}"])
+        output = f"runs/{self.name()}{part}"
+        return shlex.join(["qvit", "train", self.recipe_name, *files, *checkpoint, *changes, "-o", output])
 
 
 def _flags(key: str, names: str | list[str]) -> list[str]:
     flag = "--train-data" if key == "data.train" else "--val-data"
     return [part for name in ([names] if isinstance(names, str) else names) for part in (flag, name)]
+
+
+def cascade(recipe: Recipe, bits: int, share: float) -> tuple[list[str], list[str]]:
+    """The overrides of a cascade's two stages, which share the recipe's epochs; of the second, all but where it starts from."""
+    epochs = recipe.schedule.epochs
+    first = min(max(round(share * epochs), 1), epochs - 1)
+
+    def stage(number: int) -> list[str]:
+        return [f"schedule.epochs={number}", f"schedule.warmup_epochs={min(recipe.schedule.warmup_epochs, number):g}"]
+
+    return [f"quant.bits={bits}", *stage(first)], stage(epochs - first)
 
 
 @dataclass
@@ -188,7 +202,15 @@ class Bench:
         start = time.perf_counter()
         recipe = self.recipe(experiment)
         folder = self.runs / experiment.name()
+        seconds, steps, epochs, command = 0.0, 0, 0, experiment.command()
+        if experiment.variant in CASCADES:
+            first, rest = cascade(recipe, *CASCADES[experiment.variant])
+            stage = fit(recipe.override(*first), Path(f"{folder}-first"), resume=True, progress=False)
+            seconds, steps, epochs = stage.train_seconds, stage.steps, stage.epochs
+            command = f"{experiment.command(first, '-first')} && {experiment.command([*rest, START_FROM + LAST])}"
+            recipe = recipe.override(*rest, f"{START_FROM}{stage.output / LAST}")
         result = fit(recipe, folder, resume=True, progress=False)
+        seconds, steps, epochs = seconds + result.train_seconds, steps + result.steps, epochs + result.epochs
         # The loop is gone but for cycles, which hold the memory of a recorded step.
         gc.collect()
         if torch.cuda.is_available():
@@ -198,15 +220,15 @@ class Bench:
             "model": recipe.model.name if recipe.model else None,
             "method": recipe.method if experiment.variant != "ours" else "ours",
             "act_bits": experiment.bits,
-            "epochs": result.epochs,
-            "steps": result.steps,
+            "epochs": epochs,
+            "steps": steps,
             "batch": recipe.batch_size,
-            "train_seconds": result.train_seconds,
-            "train_images_per_s": result.steps * recipe.batch_size / result.train_seconds,
+            "train_seconds": seconds,
+            "train_images_per_s": steps * recipe.batch_size / seconds,
             "loader_idle": result.loader_idle,
             "peak_gb": result.peak_gb,
             "recipe": experiment.recipe_name,
-            "command": experiment.command(),
+            "command": command,
         }
         if experiment.variant == "float":
             row |= {"float_top1": result.top1, "images": result.images}
@@ -217,6 +239,7 @@ class Bench:
             row |= self._measure(experiment, recipe, result.model, row["float_top1"])
         if not self.keep:
             shutil.rmtree(folder)
+            shutil.rmtree(f"{folder}-first", ignore_errors=True)
         return row | {"wall_seconds": time.perf_counter() - start, **_device()}
 
     def _measure(self, experiment: Experiment, recipe: Recipe, student: Any, float_top1: float) -> dict[str, Any]:

@@ -47,6 +47,10 @@ VARIANTS: dict[str, list[str]] = METHODS | {
     "oscillation": [*_SOFT, "oscillation.weight=0.01"],
     "features": [*_SOFT, "distill.feature=1"],
     "activations-first": [*_SOFT, "activations_first.epochs=2"],
+    "features-all": [*_SOFT, "distill.feature=1", "distill.feature_blocks=all"],
+    "statsq-anneal": [*_SOFT, "quant.weight_quantizer=statsq", "anneal.share=0.1"],
+    # A quarter of the epochs at 4 bits, the rest from there.
+    "cascade": [*_SOFT],
     "no-equalise": [*_SOFT, "quant.equalise=false"],
     "per-token": [*_SOFT, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
     "v-per-head": [*_SOFT, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
@@ -59,6 +63,8 @@ VARIANTS: dict[str, list[str]] = METHODS | {
         f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_128}}, {_EACH_WEIGHT}: {{scale: per_group_128}}}}",
     ],
 }
+# Variants that start from a student with more bits, which is trained first: its bits, and its share of all epochs.
+CASCADES: dict[str, tuple[int, float]] = {"cascade": (4, 0.25)}
 TITLES = {
     "float": "float",
     "baseline": "baseline (LSQ)",
@@ -74,6 +80,9 @@ TITLES = {
     "oscillation": "soft + oscillation regularisation",
     "features": "soft + feature matching",
     "activations-first": "soft + activations first",
+    "features-all": "soft + feature matching, all blocks",
+    "statsq-anneal": "soft + StatsQ weights + annealing",
+    "cascade": "soft, first a quarter of the epochs at 4 bits",
     "no-equalise": "soft, not equalised",
     "per-token": "soft, inputs scaled per token",
     "v-per-head": "soft, v scaled per head",

@@ -16,7 +16,7 @@ from qvit.errors import InputError, QvitError
 from qvit.report_file import write_report
 
 TINY = "model.args={img_size: 8, patch_size: 4, in_chans: 1, num_classes: 10, embed_dim: 12, depth: 1, num_heads: 3}"
-QUICK = ["schedule.epochs=1", "schedule.warmup_epochs=0", "batch_size=256", TINY]
+QUICK = ["schedule.epochs=2", "schedule.warmup_epochs=0", "batch_size=256", TINY]
 
 
 def arguments(folder: Path, *more: str, variants: str = "ours", bits: tuple[str, ...] = ("4",)) -> list[str]:
@@ -40,7 +40,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, single_threads: None) -> 
     """A float model, one run that fails (no group of 64 channels fits) and two that do not."""
     folder = tmp_path_factory.mktemp("ablation")
     with pytest.raises(QvitError, match="1 of the experiments failed: digits-groups-64-w2a2-seed1"):
-        ablation.main(arguments(folder, variants="groups-64,baseline,ours", bits=("2:1",)))
+        ablation.main(arguments(folder, variants="groups-64,baseline,cascade", bits=("2:1",)))
     return folder, json.loads((folder / "result.json").read_text())["rows"]
 
 
@@ -50,19 +50,21 @@ def test_rows(measured: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [(row["variant"], row["weight_bits"], row["seed"]) for row in rows] == [
         ("float", 32, 0),
         ("baseline", 2, 1),
-        ("ours", 2, 1),
+        ("cascade", 2, 1),
     ]
-    assert [row["method"] for row in rows] == ["float", "baseline", "ours"]
+    assert [row["method"] for row in rows] == ["float", "baseline", "qvit"]
     parent = rows[0]
     for row in rows[1:]:
         assert row["float_top1"] == parent["float_top1"]
-        assert (row["images"], row["epochs"], row["agreement_images"], row["act_bits"]) == (360, 1, 30, 2)
+        assert (row["images"], row["epochs"], row["agreement_images"], row["act_bits"]) == (360, 2, 30, 2)
         assert (row["agreement"], row["codes_agreement"]) == (100, 100)
         assert row["integer_top1"] == row["fake_top1"]
-        assert row["train_images_per_s"] == pytest.approx(1437 // 256 * 256 / row["train_seconds"])
+        assert row["train_images_per_s"] == pytest.approx(2 * (1437 // 256) * 256 / row["train_seconds"])
         assert row["wall_seconds"] > row["train_seconds"]
         assert f"--set seed={row['seed']}" in row["command"]
         assert "quant.bits=2" in row["overrides"]
+    assert "quant.bits=4" in rows[2]["command"]
+    assert rows[2]["command"].count("qvit train") == 2
     files = sorted((folder / "runs").glob("*.qvit"))
     assert len(files) == 2
     assert {qvit.IntegerModel.load(file).block_bits() for file in files} == {(2, 2)}
@@ -75,7 +77,7 @@ def test_what_is_there_is_not_measured_again(
 ) -> None:
     folder, rows = measured
     monkeypatch.setattr(ablation, "Crew", None)
-    assert ablation.main(arguments(folder, variants="baseline,ours", bits=("2:1",))) == rows
+    assert ablation.main(arguments(folder, variants="baseline,cascade", bits=("2:1",))) == rows
     printed = capsys.readouterr()
     assert "3 experiments, 0 to run" in printed.err
     assert "baseline (LSQ)" in printed.out

@@ -67,6 +67,16 @@ def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     assert [(line[2], line[3], line[6]) for line in shown] == [("0, 1", "3", "90.50 ± 0.71"), ("0", "9", "70.00")]
 
 
+def test_levers_on_digits(tmp_path: Path) -> None:
+    row = {"weight_bits": 2, "images": 360, "train_seconds": 5.0}
+    rows = [{**row, "variant": "StatsQ", "fake_top1": top1, "val_loss": 0.2} for top1 in (93.0, 95.0)]
+    rows.append({**row, "variant": "annealing", "fake_top1": 94.0, "val_loss": 0.1})
+    write(tmp_path, "digits-levers-c.json", rows)
+    page = make_results.render(tmp_path)
+    assert lines_with(page, "| StatsQ |") == [["StatsQ", "2", "94.00 ± 1.00", "0.2000", "5.0"]]
+    assert lines_with(page, "| annealing |") == [["annealing", "1", "94.00", "0.1000", "5.0"]]
+
+
 def test_steps_transfer_and_scaling(tmp_path: Path) -> None:
     base = {"model": "vit", "batch": 256, "weight_bits": 2, "act_bits": 2}
     timed = {"train_images_per_s": 2500.0, "ms_median": 102.4, "ms_p10": 101.0, "ms_p90": 104.0, "peak_gb": 33.3}
