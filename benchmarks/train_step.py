@@ -259,7 +259,7 @@ def _profile(case: Case) -> str:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as record:
         seconds = case.run(STEPS_PROFILED)
     device = DeviceType.CUDA if gpu else DeviceType.CPU
-    events = [e for e in record.key_averages() if e.device_type == device and not e.is_user_annotation]
+    events = [e for e in record.key_averages() if e.device_type == device and not getattr(e, "is_user_annotation", False)]
     times = {e.key: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1000 / STEPS_PROFILED for e in events}
     calls = {e.key: e.count / STEPS_PROFILED for e in events}
     total = sum(times.values())
