@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -11,19 +10,12 @@ from qvit.errors import QvitError, RecipeError
 from qvit.training.recipe import Recipe, recipe_names
 
 
-def test_every_shipped_recipe_is_valid_and_opens_with_its_launch_command() -> None:
-    names = recipe_names()
-    assert {"digits", "digits_float", "imagenette", "paper_imagenet"} <= set(names)
-    for name in names:
-        recipe = Recipe.load(name)
-        text = (resources.files("qvit") / "recipes" / f"{name}.yaml").read_text()
-        head = [line for line in text.splitlines() if line.startswith("#")]
-        assert text.startswith("#")
-        assert any(f"qvit train {name}" in line or "torchrun" in line for line in head)
-        assert any("Expect" in line for line in head)
-        assert Recipe.from_dict(recipe.to_dict()) == recipe
-        if recipe.quantized:
-            recipe.model_spec()
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_survives_a_round_trip(name: str) -> None:
+    recipe = Recipe.load(name)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    if recipe.quantized:
+        recipe.model_spec()
 
 
 @pytest.mark.parametrize(
