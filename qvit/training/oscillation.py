@@ -5,7 +5,7 @@ Of every weight W of at most four bits, with the differences d = W - W^ to its q
     penalty = || d || + sum over codes c of the variance of d among the weights whose code is c
 
 with codes and quantized values held constant. The norm, as in the source, and not its square: its gradient has length one
-whatever the layer's size, next to a task's gradient that is clipped to one; that of a mean of squares is four orders of
+whatever the layer's size, next to a task's gradient that is clipped to one; that of a mean of squares is some five orders of
 magnitude smaller and moves nothing.
 
 The gradient is in closed form and added after backward, so nothing is kept for autograd. One pass over the weights, without
