@@ -73,8 +73,8 @@ def test_levers_on_digits(tmp_path: Path) -> None:
     rows.append({**row, "variant": "annealing", "fake_top1": 94.0, "val_loss": 0.1})
     write(tmp_path, "digits-levers-c.json", rows)
     page = make_results.render(tmp_path)
-    assert lines_with(page, "| StatsQ |") == [["StatsQ", "2", "94.00 ± 1.00", "0.2000", "5.0"]]
-    assert lines_with(page, "| annealing |") == [["annealing", "1", "94.00", "0.1000", "5.0"]]
+    assert lines_with(page, "| StatsQ |") == [["StatsQ", "2", "94.00 ± 1.00", "0.2000"]]
+    assert lines_with(page, "| annealing |") == [["annealing", "1", "94.00", "0.1000"]]
 
 
 def test_steps_transfer_and_scaling(tmp_path: Path) -> None:
