@@ -165,7 +165,7 @@ def digits_levers(name: str, report: Report) -> list[str]:
         f"## Levers on handwritten digits, {facts['weight_bits']} bits",
         _source(name, report),
         f"{facts['images']} validation images, of which one is {100 / facts['images']:.2f} points; means over seeds ± standard "
-        "error of the mean, and the mean cross-entropy of the validation labels. Times are not compared: runs shared the cores.",
+        "error of the mean, and the mean cross-entropy of the validation labels. Times are left out: runs shared the cores.",
         _table(("variant", "seeds", "graph", "loss"), lines),
     ]
 
