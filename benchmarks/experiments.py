@@ -62,7 +62,7 @@ DATA_SETS = {
             "data.val": "imagenette224-val.tar",
         },
         teacher="vit_small_patch14_224_imagenette.safetensors",
-        by_bits={2: ["optim.lr=7.0e-4"], 3: ["optim.lr=5.0e-4"]},
+        by_bits={2: ["optim.lr=5.0e-4"], 3: ["optim.lr=3.0e-4"]},
     ),
     "cifar10": DataSet(recipe="cifar10", files={"data.train": "cifar10.tar"}, float_recipe="cifar10_float"),
     "digits": DataSet(recipe="digits", float_recipe="digits_float"),

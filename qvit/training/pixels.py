@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.data import DataLoader, Dataset
 
 from qvit.errors import RecipeError
-from qvit.training.data import batches_of, ignore_interrupts
 from qvit.training.sources import ImageSource
 
 Decode = Callable[[Image.Image], np.ndarray]
 
-_BATCH = 64  # images that a worker sends at once
+_BATCH = 512  # images that are decoded before they go to the device
 _LARGEST_SHARE = 0.5  # of the free memory; the rest is for training
 
 
@@ -40,25 +38,6 @@ class PixelStore:
         return len(self.labels)
 
 
-class _Decoded(Dataset[tuple[np.ndarray, int]]):
-    def __init__(self, source: ImageSource, decode: Decode, indices: Sequence[int]) -> None:
-        self.source, self.decode, self.indices = source, decode, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[np.ndarray, int]:
-        image, label = self.source[self.indices[position]]
-        return self.decode(image), label
-
-
-def _stack(batch: list[tuple[np.ndarray, int]]) -> tuple[torch.Tensor | None, torch.Tensor, list[tuple[int, ...]]]:
-    """(pixels, ``None`` where they differ in size; labels; the sizes that occur)."""
-    shapes = sorted({pixels.shape for pixels, _ in batch})
-    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in batch])) if len(shapes) == 1 else None
-    return pixels, torch.tensor([label for _, label in batch]), shapes
-
-
 def load_pixels(
     source: ImageSource,
     decode: Decode,
@@ -68,13 +47,16 @@ def load_pixels(
     what: str = "training",
     progress: bool = False,
 ) -> PixelStore:
-    """Decodes images in worker processes and keeps them on a device.
+    """Decodes images on threads and keeps them on a device.
+
+    Threads, since Pillow holds no lock while it decodes and resizes, and since a process that uses a GPU takes seconds to fork
+    on some systems.
 
     Args:
         source: the images.
-        decode: an image -> uint8 [C, H, W]; picklable, where there are workers.
+        decode: an image -> uint8 [C, H, W].
         device: where to keep them.
-        workers: processes that decode.
+        workers: threads that decode; at least one does.
         indices: only these images, in this order; all by default.
         what: of the recipe's two sets they are, for messages.
         progress: show a bar on a terminal.
@@ -92,22 +74,28 @@ def load_pixels(
     check_memory(len(indices) * int(np.prod(shape)), free_memory(device), what)
     pixels = torch.empty(len(indices), *shape, dtype=torch.uint8, device=device)
     labels = torch.empty(len(indices), dtype=torch.int64, device=device)
-    loader: DataLoader[Any] = DataLoader(
-        _Decoded(source, decode, indices), _BATCH, num_workers=workers, collate_fn=_stack, worker_init_fn=ignore_interrupts
-    )
-    done = 0
-    with _bar(progress) as bar:
+
+    def read(index: int) -> tuple[np.ndarray, int]:
+        image, label = source[index]
+        return decode(image), label
+
+    with ThreadPoolExecutor(max(workers, 1)) as threads, _bar(progress) as bar:
         task = bar.add_task(f"reading {what} images", total=len(indices))
-        for batch, classes, shapes in batches_of(loader):
-            if other := [found for found in shapes if found != shape]:
-                raise RecipeError(
-                    f"The {what} images differ in size ({_size(shape)} and {_size(other[0])}), and data.cache=device keeps "
-                    "them as they are stored: set data.cache_size to the side of a square to resize them to first."
-                )
-            pixels[done : done + len(classes)] = batch.to(device)
-            labels[done : done + len(classes)] = classes.to(device)
-            done += len(classes)
-            bar.update(task, completed=done)
+        try:
+            for start in range(0, len(indices), _BATCH):
+                read_images = list(threads.map(read, indices[start : start + _BATCH]))
+                if other := next((image.shape for image, _ in read_images if image.shape != shape), None):
+                    raise RecipeError(
+                        f"The {what} images differ in size ({_size(shape)} and {_size(other)}), and data.cache=device keeps "
+                        "them as they are stored: set data.cache_size to the side of a square to resize them to first."
+                    )
+                stop = start + len(read_images)
+                pixels[start:stop] = torch.from_numpy(np.stack([image for image, _ in read_images])).to(device)
+                labels[start:stop] = torch.tensor([label for _, label in read_images]).to(device)
+                bar.update(task, completed=stop)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
     return PixelStore(pixels, labels)
 
 
