@@ -34,6 +34,8 @@ class GraphedBackward:
     def __init__(self, compute: Callable[..., Any], parameters: Iterable[nn.Parameter], enabled: bool) -> None:
         self.compute, self.parameters, self.enabled = compute, list(parameters), enabled
         self._key: Hashable = None
+        # One for all steps, since PyTorch keeps memory that was freed for the stream that had it.
+        self._stream = torch.cuda.Stream() if enabled else None
         self._forget()
 
     def _forget(self) -> None:
@@ -83,7 +85,8 @@ class GraphedBackward:
     def _beside(self, inputs: tuple[torch.Tensor | None, ...]) -> Any:
         """Runs on a stream of its own, as a recording does, so that nothing of autograd is tied to the default stream."""
         self._clear_gradients()
-        stream = torch.cuda.Stream()
+        stream = self._stream
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             outputs = self.compute(*inputs)
