@@ -14,11 +14,11 @@ from qvit.preprocessing import Preprocessing
 if TYPE_CHECKING:
     import torch
 
-    from qvit.training.sources import ImageSource
+    from qvit.sources import ImageSource
 
 
 def location_of(data: Sequence[str]) -> str | list[str]:
-    """What ``--data`` said, as `qvit.training.sources.open_source` takes it."""
+    """What ``--data`` said, as `qvit.sources.open_source` takes it."""
     return data[0] if len(data) == 1 else list(data)
 
 
@@ -43,8 +43,8 @@ def open_evaluation(
     Raises:
         InputError: there are no such images, another number of classes, or a number is out of range.
     """
+    from qvit.sources import open_source
     from qvit.training.data import evaluation_loader
-    from qvit.training.sources import open_source
 
     at_least_one("--batch", batch)
     source = open_source(location_of(data), "val")

@@ -14,8 +14,8 @@ import torch
 import qvit
 from qvit.cli.images import name_of, spaced
 from qvit.integer.model import IntegerModel
+from qvit.sources import DigitsSource
 from qvit.training.checkpoint import load_model, load_student
-from qvit.training.sources import DigitsSource
 
 Cli = Callable[..., Any]
 

@@ -252,8 +252,8 @@ def test_codes_are_rounded_half_to_even_and_clamped() -> None:
 def test_real_teacher_on_real_images(bits: int, data_dir: Path, set_plausible_scales: Factory) -> None:
     """The contract on the trained ViT-S/14 (its first two blocks, which take seconds) and real images."""
     from qvit.analyze.agreement import agreement
+    from qvit.sources import open_source
     from qvit.training.data import evaluation_loader
-    from qvit.training.sources import open_source
 
     weights, images = data_dir / "vit_small_patch14_224_imagenette.safetensors", data_dir / "imagenette224-val.tar"
     if not (weights.exists() and images.exists()):
