@@ -1,0 +1,67 @@
+// Which kernels this processor runs, and which is fastest for given widths.
+#include "gemm.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace qvit::cpu {
+namespace {
+
+// A kernel, the widths for which it is exact, and whether the processor has its instructions. For one isa, the fastest first.
+struct Entry {
+    const GemmKernel& kernel;
+    int max_weight_bits, max_act_bits;
+    bool (*here)();
+};
+
+bool always() { return true; }
+
+const Entry entries[] = {
+    {generic_kernel, 8, 8, always},
+};
+
+bool fits(const Entry& entry, int weight_bits, int act_bits) {
+    return weight_bits <= entry.max_weight_bits && act_bits <= entry.max_act_bits && entry.here();
+}
+
+const char* name_of(Isa isa) {
+    switch (isa) {
+        case Isa::avx512vnni: return "avx512vnni";
+        case Isa::avx2: return "avx2";
+        case Isa::neon: return "neon";
+        default: return "generic";
+    }
+}
+
+}  // namespace
+
+bool isa_supported(Isa isa) {
+    for (const Entry& entry : entries)
+        if (entry.kernel.isa == isa && fits(entry, 8, 8)) return true;
+    return false;
+}
+
+Isa best_isa() {
+    for (Isa isa : {Isa::avx512vnni, Isa::neon, Isa::avx2})
+        if (isa_supported(isa)) return isa;
+    return Isa::generic;
+}
+
+const GemmKernel& choose_kernel(int weight_bits, int act_bits, Isa isa) {
+    if (weight_bits < 2 || weight_bits > 8 || act_bits < 1 || act_bits > 8)
+        throw std::invalid_argument("there is no kernel for " + std::to_string(weight_bits) + "-bit weights and " +
+                                    std::to_string(act_bits) + "-bit activations");
+    for (const Entry& entry : entries)
+        if (entry.kernel.isa == isa && fits(entry, weight_bits, act_bits)) return entry.kernel;
+    throw std::invalid_argument(std::string("this processor or this build lacks ") + name_of(isa));
+}
+
+const GemmKernel* kernel_at(int index, int weight_bits, int act_bits) {
+    for (const Entry& entry : entries)
+        if (fits(entry, weight_bits, act_bits) && index-- == 0) return &entry.kernel;
+    return nullptr;
+}
+
+}  // namespace qvit::cpu

@@ -1,0 +1,16 @@
+// The kernels of the build, for gemm.cpp alone: each file of instructions defines its own. QVIT_X86 and QVIT_ARM say which exist.
+#pragma once
+
+#include "gemm.h"
+
+#if defined(__x86_64__)
+#define QVIT_X86 1
+#elif defined(__aarch64__)
+#define QVIT_ARM 1
+#endif
+
+namespace qvit::cpu {
+
+extern const GemmKernel generic_kernel;
+
+}  // namespace qvit::cpu
