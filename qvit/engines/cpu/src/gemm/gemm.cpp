@@ -18,7 +18,20 @@ struct Entry {
 
 bool always() { return true; }
 
+#if QVIT_X86
+bool avx512vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+bool avx512vbmi() { return avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
+#endif
+
 const Entry entries[] = {
+#if QVIT_X86
+    {avx512table_kernel, 2, 2, avx512vbmi},
+    {avx512pairs_kernel, 4, 6, avx512vnni},
+    {avx512vnni_kernel, 8, 8, avx512vnni},
+#endif
     {generic_kernel, 8, 8, always},
 };
 

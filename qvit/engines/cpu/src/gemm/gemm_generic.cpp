@@ -16,7 +16,7 @@ size_t scratch_bytes(int K) { return 64 + expanded_bytes(quad_order.fields(quad_
 const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
     const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
     if (weight.bits == 8) return panel;
-    const size_t count = quad_order.fields(panel_width(weight.M, weight.panel, p * weight.panel), weight.K);
+    const size_t count = quad_order.fields(panel_width(weight.M, weight.panel, 16, p * weight.panel), weight.K);
     std::memcpy(scratch, panel, 64);
     expand_stream(panel + 64, count, weight.bits, scratch + 64);
     for (size_t i = 0; i < count; ++i) scratch[64 + i] = static_cast<uint8_t>(scratch[64 + i] - (1 << (weight.bits - 1)));

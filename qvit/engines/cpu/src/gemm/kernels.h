@@ -12,5 +12,8 @@
 namespace qvit::cpu {
 
 extern const GemmKernel generic_kernel;
+#if QVIT_X86
+extern const GemmKernel avx512vnni_kernel, avx512pairs_kernel, avx512table_kernel;
+#endif
 
 }  // namespace qvit::cpu

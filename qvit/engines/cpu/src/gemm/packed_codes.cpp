@@ -104,8 +104,8 @@ void expand_stream(const uint8_t* packed, size_t count, int bits, uint8_t* field
     for (size_t b = 0; b < blocks; ++b) expand_block(packed + b * block_bytes(bits), bits, fields + b * block_fields(bits));
 }
 
-const StreamOrder quad_order = {64, 0, quad_bits, quad_fields<4>, fill_quads<false>};
-const StreamOrder quad_pair_order = {64, 1, quad_bits, quad_fields<8>, fill_quads<true>};
+const StreamOrder quad_order = {64, 16, 0, quad_bits, quad_fields<4>, fill_quads<false>};
+const StreamOrder quad_pair_order = {64, 16, 1, quad_bits, quad_fields<8>, fill_quads<true>};
 
 PackedWeight pack_panels(const StreamOrder& order, const int8_t* codes, int M, int K, int bits) {
     if (M < 1 || K < 1 || K > 65536 || !(bits == 2 || bits == 3 || bits == 4 || bits == 8))
@@ -122,11 +122,11 @@ PackedWeight pack_panels(const StreamOrder& order, const int8_t* codes, int M, i
     weight.panel = order.panel;
     weight.panel_bytes = bytes_of(order.panel);
     const int last = (weight.panels() - 1) * order.panel;
-    weight.bytes = weight.panel_bytes * static_cast<size_t>(weight.panels() - 1) + bytes_of(panel_width(M, order.panel, last));
+    weight.bytes = weight.panel_bytes * static_cast<size_t>(weight.panels() - 1) + bytes_of(panel_width(M, order.panel, order.step, last));
     weight.data = aligned_bytes(weight.bytes);
     std::vector<uint8_t> fields;
     for (int first = 0; first < M; first += order.panel) {
-        const int32_t width = panel_width(M, order.panel, first);
+        const int32_t width = panel_width(M, order.panel, order.step, first);
         uint8_t* out = weight.data.get() + weight.panel_bytes * static_cast<size_t>(first / order.panel);
         std::memcpy(out, &width, sizeof width);
         fields.assign(order.fields(width, K), 0);

@@ -1,6 +1,6 @@
 // How weight panels lie in memory, common to all kernels.
 //
-// A panel is a header of 64 bytes (int32 width, a multiple of 16; the rest zero), then `terms` int32 a channel (0 or 1, rounded up
+// A panel is a header of 64 bytes (int32 width, see panel_width; the rest zero), then `terms` int32 a channel (0 or 1, rounded up
 // to 64 bytes), then the stream of codes in the kernel's order, packed. Unpacked it is the same with the stream expanded to a byte
 // a code, so that a kernel can read 8-bit weights where they are.
 //
@@ -17,30 +17,30 @@
 
 namespace qvit::cpu {
 
-constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+static constexpr size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
-constexpr size_t block_fields(int bits) { return bits == 8 ? 64 : bits == 4 ? 128 : bits == 3 ? 512 : 256; }
-constexpr size_t block_bytes(int bits) { return bits == 3 || bits == 6 ? 192 : 64; }
+static constexpr size_t block_fields(int bits) { return bits == 8 ? 64 : bits == 4 ? 128 : bits == 3 ? 512 : 256; }
+static constexpr size_t block_bytes(int bits) { return bits == 3 || bits == 6 ? 192 : 64; }
 
 // Bytes of a stream of `fields` fields, packed and expanded: whole blocks.
-constexpr size_t packed_bytes(size_t fields, int bits) {
+static constexpr size_t packed_bytes(size_t fields, int bits) {
     return round_up(fields, block_fields(bits)) / block_fields(bits) * block_bytes(bits);
 }
-constexpr size_t expanded_bytes(size_t fields, int bits) { return round_up(fields, block_fields(bits)); }
+static constexpr size_t expanded_bytes(size_t fields, int bits) { return round_up(fields, block_fields(bits)); }
 
 void pack_stream(const uint8_t* fields, size_t count, int bits, uint8_t* packed);
 void expand_stream(const uint8_t* packed, size_t count, int bits, uint8_t* fields);  // portable, writes expanded_bytes
 
-constexpr size_t header_bytes(int width, int terms) { return 64 + round_up(static_cast<size_t>(width) * terms * 4, 64); }
+static constexpr size_t header_bytes(int width, int terms) { return 64 + round_up(static_cast<size_t>(width) * terms * 4, 64); }
 
-// Channels of the panel whose first channel is `first`.
-constexpr int panel_width(int M, int panel, int first) {
-    return M - first >= panel ? panel : static_cast<int>(round_up(static_cast<size_t>(M - first), 16));
+// Channels of the panel whose first channel is `first`: the last panel is as narrow as steps of `step` channels allow.
+static constexpr int panel_width(int M, int panel, int step, int first) {
+    return M - first >= panel ? panel : static_cast<int>(round_up(static_cast<size_t>(M - first), static_cast<size_t>(step)));
 }
 
 // The order of a kernel's stream.
 struct StreamOrder {
-    int panel;
+    int panel, step;        // channels a panel, and see panel_width
     int terms;              // int32 terms a channel, 0 or 1
     int (*bits)(int bits);  // bits of a field, for weights of `bits` bits
     size_t (*fields)(int width, int K);

@@ -1,0 +1,81 @@
+// The kernel of vpdpbusd: any widths; each instruction adds 4 products of unsigned by signed bytes to each of 16 int32.
+#include "avx512_unpack.h"
+#include "kernels.h"
+
+namespace qvit::cpu {
+namespace {
+
+size_t row_bytes(int K) { return round_up(static_cast<size_t>(K), 64); }
+
+PackedWeight pack(const int8_t* codes, int M, int K, int bits) { return pack_panels(quad_order, codes, M, K, bits); }
+
+size_t scratch_bytes(int K) { return 64 + expanded_bytes(quad_order.fields(quad_order.panel, K), 3); }
+
+const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
+    const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
+    if (weight.bits == 8) return panel;
+    const size_t fields = quad_order.fields(panel_width(weight.M, weight.panel, 16, p * weight.panel), weight.K);
+    expand_panel(panel, 64, fields, weight.bits, 1 << (weight.bits - 1), scratch);
+    return scratch;
+}
+
+// `rows` rows times `vectors` vectors of 16 channels, all sums in registers.
+template <int rows, int vectors>
+void tile(const uint8_t* a, ptrdiff_t lda, const uint8_t* w, int groups, int32_t* out, ptrdiff_t ld_out) {
+    __m512i sum[rows][vectors];
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
+    for (int g = 0; g < groups; ++g, a += 4, w += 64 * vectors) {
+        __m512i weight[vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) weight[v] = _mm512_load_si512(w + 64 * v);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; ++r) {
+            int codes;
+            __builtin_memcpy(&codes, a + r * lda, 4);
+            const __m512i code = _mm512_set1_epi32(codes);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], code, weight[v]);
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int v = 0; v < vectors; ++v) _mm512_storeu_si512(out + r * ld_out + 16 * v, sum[r][v]);
+}
+
+// Rows in steps of at most max_rows, of even height.
+template <int vectors, int max_rows>
+void panel_sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* w, int groups, int32_t* out, ptrdiff_t ld_out) {
+    for (int steps = (rows + max_rows - 1) / max_rows; steps; --steps) {
+        const int step = (rows + steps - 1) / steps;
+        switch (step) {
+#define QVIT_STEP(n) \
+    case n: \
+        if constexpr (n <= max_rows) tile<n, vectors>(a, lda, w, groups, out, ld_out); \
+        break;
+            QVIT_STEP(1) QVIT_STEP(2) QVIT_STEP(3) QVIT_STEP(4) QVIT_STEP(5) QVIT_STEP(6)
+            QVIT_STEP(7) QVIT_STEP(8) QVIT_STEP(9) QVIT_STEP(10) QVIT_STEP(11) QVIT_STEP(12)
+#undef QVIT_STEP
+        }
+        rows -= step;
+        a += step * lda;
+        out += step * ld_out;
+    }
+}
+
+void sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out) {
+    int width;
+    __builtin_memcpy(&width, panel, sizeof width);
+    const int groups = (K + 3) / 4;
+    switch (width) {
+        case 64: return panel_sums<4, 6>(a, lda, rows, panel + 64, groups, out, ld_out);
+        case 48: return panel_sums<3, 8>(a, lda, rows, panel + 64, groups, out, ld_out);
+        case 32: return panel_sums<2, 12>(a, lda, rows, panel + 64, groups, out, ld_out);
+        default: return panel_sums<1, 12>(a, lda, rows, panel + 64, groups, out, ld_out);
+    }
+}
+
+}  // namespace
+
+const GemmKernel avx512vnni_kernel = {"vpdpbusd", Isa::avx512vnni, 64, 6, row_bytes, nullptr, pack, scratch_bytes, unpack, sums};
+
+}  // namespace qvit::cpu
