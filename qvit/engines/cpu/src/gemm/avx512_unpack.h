@@ -8,6 +8,14 @@
 
 namespace qvit::cpu {
 
+// sum + dot products of groups of 4: the instruction itself, since GCC copies the sums of _mm512_dpbusd_epi32 around.
+static inline void dot(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+// Keeps a loaded vector in its register where the compiler would load it again at each use.
+static inline void hold(__m512i& vector) { asm("" : "+v"(vector)); }
+
 // Packed stream of `count` fields -> one byte a field minus `offset`, expanded_bytes(count, bits) bytes; out 64-byte aligned.
 template <int bits>
 static inline void expand_fields(const uint8_t* packed, size_t count, int offset, uint8_t* out) {

@@ -57,31 +57,37 @@ const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
 template <int rows, int vectors>
 void tile(const uint8_t* a, ptrdiff_t pitch, ptrdiff_t term, const uint8_t* panel, int pairs, int32_t* out, ptrdiff_t ld_out) {
     __m512i sum[rows][vectors];
+#pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
         const __m512i channel = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_load_si512(panel + 64 + 64 * v));
+#pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) sum[r][v] = channel;
     }
     const uint8_t* w = panel + 64 + 64 * vectors;
     const uint8_t* codes = a;
     for (int g = 0; g < pairs; ++g, codes += 8, w += 128 * vectors) {
         __m512i w0[vectors], w1[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) {
             w0[v] = _mm512_load_si512(w + 64 * v);
             w1[v] = _mm512_load_si512(w + 64 * (vectors + v));
+            hold(w0[v]);
+            hold(w1[v]);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
             int group[2];
             __builtin_memcpy(group, codes + r * pitch, 8);
             const __m512i a0 = _mm512_set1_epi32(group[0]), a1 = _mm512_set1_epi32(group[1]);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
             for (int v = 0; v < vectors; ++v)
-                sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], _mm512_add_epi8(a0, w1[v]), _mm512_add_epi8(a1, w0[v]));
+                dot(sum[r][v], _mm512_add_epi8(a0, w1[v]), _mm512_add_epi8(a1, w0[v]));
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
         const __m512i row = _mm512_set1_epi32(*reinterpret_cast<const int*>(a + r * pitch + term));
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) _mm512_storeu_si512(out + r * ld_out + 16 * v, _mm512_sub_epi32(sum[r][v], row));
     }
 }

@@ -89,34 +89,43 @@ const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
 template <int rows, int vectors>
 void tile(const uint8_t* a, ptrdiff_t pitch, const uint8_t* w, int lookups, bool add, int32_t* out, ptrdiff_t ld_out) {
     __m512i pairs[rows][vectors], high[rows][vectors];
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) pairs[r][v] = high[r][v] = _mm512_setzero_si512();
     for (int left = lookups; left > 0; left -= run) {
         __m512i sum[rows][vectors];
+#pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
             for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
         for (int i = left < run ? left : run; i; --i, a += 2, w += 64 * vectors) {
             __m512i index[vectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) index[v] = _mm512_load_si512(w + 64 * v);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; ++v) hold(index[v] = _mm512_load_si512(w + 64 * v));
+#pragma GCC unroll 16
             for (int r = 0; r < rows; ++r) {
                 const __m512i table = _mm512_load_si512(tables.bytes[0] + *reinterpret_cast<const uint16_t*>(a + r * pitch));
-#pragma GCC unroll 4
+#pragma GCC unroll 16
                 for (int v = 0; v < vectors; ++v)
                     sum[r][v] = _mm512_add_epi8(sum[r][v], _mm512_permutexvar_epi8(index[v], table));
             }
         }
+#pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
             for (int v = 0; v < vectors; ++v) {
                 pairs[r][v] = _mm512_add_epi16(pairs[r][v], sum[r][v]);
                 high[r][v] = _mm512_add_epi16(high[r][v], _mm512_srli_epi16(sum[r][v], 8));
             }
     }
     const __m512i offsets = _mm512_set1_epi32(offset * lookups);
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) {
             const __m512i half[2] = {_mm512_sub_epi16(pairs[r][v], _mm512_slli_epi16(high[r][v], 8)), high[r][v]};
+#pragma GCC unroll 16
             for (int i = 0; i < 4; ++i) {
                 const __m256i part = i % 2 ? _mm512_extracti64x4_epi64(half[i / 2], 1) : _mm512_castsi512_si256(half[i / 2]);
                 __m512i sums = _mm512_sub_epi32(_mm512_cvtepu16_epi32(part), offsets);

@@ -23,22 +23,26 @@ const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
 template <int rows, int vectors>
 void tile(const uint8_t* a, ptrdiff_t lda, const uint8_t* w, int groups, int32_t* out, ptrdiff_t ld_out) {
     __m512i sum[rows][vectors];
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_setzero_si512();
     for (int g = 0; g < groups; ++g, a += 4, w += 64 * vectors) {
         __m512i weight[vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) weight[v] = _mm512_load_si512(w + 64 * v);
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) hold(weight[v] = _mm512_load_si512(w + 64 * v));
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) {
             int codes;
             __builtin_memcpy(&codes, a + r * lda, 4);
             const __m512i code = _mm512_set1_epi32(codes);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; ++v) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], code, weight[v]);
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; ++v) dot(sum[r][v], code, weight[v]);
         }
     }
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
         for (int v = 0; v < vectors; ++v) _mm512_storeu_si512(out + r * ld_out + 16 * v, sum[r][v]);
 }
 
