@@ -23,6 +23,7 @@ bool avx512vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
+bool avx2() { return __builtin_cpu_supports("avx2"); }
 bool avx512vbmi() { return avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
 #endif
 
@@ -31,6 +32,10 @@ const Entry entries[] = {
     {avx512table_kernel, 2, 2, avx512vbmi},
     {avx512pairs_kernel, 4, 6, avx512vnni},
     {avx512vnni_kernel, 8, 8, avx512vnni},
+    {avx2_4x4_kernel, 4, 4, avx2},
+    {avx2_4x8_kernel, 4, 8, avx2},
+    {avx2_8x7_kernel, 8, 7, avx2},
+    {avx2_kernel, 8, 8, avx2},
 #endif
     {generic_kernel, 8, 8, always},
 };

@@ -11,8 +11,9 @@
 //
 // The first bracket is a channel's term, kept with the weights; the second a row's, kept behind the prepared codes of the row. a0
 // and a1 are groups of 4 consecutive codes.
-#include "avx512_unpack.h"
+#include "avx512.h"
 #include "kernels.h"
+#include "row_steps.h"
 
 namespace qvit::cpu {
 namespace {
@@ -49,7 +50,7 @@ size_t scratch_bytes(int K) {
 const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
     const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
     const int width = panel_width(weight.M, weight.panel, 16, p * weight.panel);
-    expand_panel(panel, header_bytes(width, 1), quad_pair_order.fields(width, weight.K), weight.bits, 0, scratch);
+    expand_panel<Bytes512>(panel, header_bytes(width, 1), quad_pair_order.fields(width, weight.K), weight.bits, 0, scratch);
     reinterpret_cast<int*>(scratch)[1] = weight.bits;
     return scratch;
 }
@@ -96,20 +97,9 @@ template <int vectors, int max_rows>
 void panel_sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out) {
     const ptrdiff_t term = static_cast<ptrdiff_t>(term_offset(K)) + 4 * (reinterpret_cast<const int*>(panel)[1] - 2);
     const int pairs = (K + 7) / 8;
-    for (int steps = (rows + max_rows - 1) / max_rows; steps; --steps) {
-        const int step = (rows + steps - 1) / steps;
-        switch (step) {
-#define QVIT_STEP(n) \
-    case n: \
-        if constexpr (n <= max_rows) tile<n, vectors>(a, pitch, term, panel, pairs, out, ld_out); \
-        break;
-            QVIT_STEP(1) QVIT_STEP(2) QVIT_STEP(3) QVIT_STEP(4) QVIT_STEP(5) QVIT_STEP(6) QVIT_STEP(7) QVIT_STEP(8)
-#undef QVIT_STEP
-        }
-        rows -= step;
-        a += step * pitch;
-        out += step * ld_out;
-    }
+    row_steps<max_rows>(rows, [&](auto step, int row) {
+        tile<step.value, vectors>(a + row * pitch, pitch, term, panel, pairs, out + row * ld_out, ld_out);
+    });
 }
 
 void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out) {

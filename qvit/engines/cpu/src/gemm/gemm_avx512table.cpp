@@ -4,16 +4,14 @@
 // products, plus 18 so that it is in [0, 27]. One lookup and one byte addition thus do 192 multiply-adds, and 9 of them fit into
 // a byte. Then the bytes go to 16 bits: `pairs` sums them as 16-bit words, `high` their upper halves, so that the lower halves'
 // sums are pairs - 256 high.
-#include "avx512_unpack.h"
+#include "avx512.h"
 #include "kernels.h"
+#include "row_steps.h"
 
-#ifndef TPANEL
-#define TPANEL 128
-#endif
 namespace qvit::cpu {
 namespace {
 
-constexpr int panel_channels = TPANEL;
+constexpr int panel_channels = 128;
 constexpr int run = 9;              // lookups that fit into a byte: 9 * 27 < 256
 constexpr int block = 269 * run;    // lookups that fit into 16 bits: 2421 * 27 < 65536
 constexpr int offset = 18;
@@ -82,7 +80,7 @@ size_t scratch_bytes(int K) { return 64 + expanded_bytes(fields(panel_channels, 
 const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
     const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
     const int width = panel_width(weight.M, weight.panel, 64, p * weight.panel);
-    expand_panel(panel, 64, fields(width, weight.K), 6, 0, scratch);
+    expand_panel<Bytes512>(panel, 64, fields(width, weight.K), 6, 0, scratch);
     return scratch;
 }
 
@@ -135,43 +133,19 @@ void tile(const uint8_t* a, ptrdiff_t pitch, const uint8_t* w, int lookups, bool
             }
         }
 }
-#ifndef TR
-#define TR 4
-#endif
+
 template <int vectors, int max_rows>
 void panel_sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* w, int lookups, int32_t* out, ptrdiff_t ld_out) {
-    for (int steps = (rows + max_rows - 1) / max_rows; steps; --steps) {
-        const int step = (rows + steps - 1) / steps;
-        for (int done = 0; done < lookups; done += block) {
-            const int count = lookups - done < block ? lookups - done : block;
-            const uint8_t* codes = a + 2 * done;
-            const uint8_t* weights = w + static_cast<ptrdiff_t>(done) * 64 * vectors;
-            switch (step) {
-#define QVIT_STEP(n) \
-    case n: \
-        if constexpr (n <= max_rows) tile<n, vectors>(codes, pitch, weights, count, done > 0, out, ld_out); \
-        break;
-                QVIT_STEP(1) QVIT_STEP(2) QVIT_STEP(3) QVIT_STEP(4) QVIT_STEP(5) QVIT_STEP(6) QVIT_STEP(7) QVIT_STEP(8)
-#undef QVIT_STEP
-            }
-        }
-        rows -= step;
-        a += step * pitch;
-        out += step * ld_out;
-    }
+    row_steps<max_rows>(rows, [&](auto step, int row) {
+        for (int done = 0; done < lookups; done += block)
+            tile<step.value, vectors>(a + row * pitch + 2 * done, pitch, w + static_cast<ptrdiff_t>(done) * 64 * vectors,
+                                      lookups - done < block ? lookups - done : block, done > 0, out + row * ld_out, ld_out);
+    });
 }
 
 void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out) {
-    switch (*reinterpret_cast<const int*>(panel)/64) {
-#if TPANEL >= 256
-        case 4: return panel_sums<4, TR>(a, pitch, rows, panel + 64, triples(K), out, ld_out);
-#endif
-#if TPANEL >= 192
-        case 3: return panel_sums<3, TPANEL==192?TR:4>(a, pitch, rows, panel + 64, triples(K), out, ld_out);
-#endif
-        case 2: return panel_sums<2, TPANEL==128?TR:4>(a, pitch, rows, panel + 64, triples(K), out, ld_out);
-        default: return panel_sums<1, 8>(a, pitch, rows, panel + 64, triples(K), out, ld_out);
-    }
+    const bool whole = *reinterpret_cast<const int*>(panel) == panel_channels;
+    (whole ? panel_sums<2, 4> : panel_sums<1, 8>)(a, pitch, rows, panel + 64, triples(K), out, ld_out);
 }
 
 }  // namespace

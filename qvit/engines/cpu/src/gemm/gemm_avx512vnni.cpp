@@ -1,6 +1,7 @@
 // The kernel of vpdpbusd: any widths; each instruction adds 4 products of unsigned by signed bytes to each of 16 int32.
-#include "avx512_unpack.h"
+#include "avx512.h"
 #include "kernels.h"
+#include "row_steps.h"
 
 namespace qvit::cpu {
 namespace {
@@ -15,7 +16,7 @@ const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
     const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
     if (weight.bits == 8) return panel;
     const size_t fields = quad_order.fields(panel_width(weight.M, weight.panel, 16, p * weight.panel), weight.K);
-    expand_panel(panel, 64, fields, weight.bits, 1 << (weight.bits - 1), scratch);
+    expand_panel<Bytes512>(panel, 64, fields, weight.bits, 1 << (weight.bits - 1), scratch);
     return scratch;
 }
 
@@ -46,24 +47,11 @@ void tile(const uint8_t* a, ptrdiff_t lda, const uint8_t* w, int groups, int32_t
         for (int v = 0; v < vectors; ++v) _mm512_storeu_si512(out + r * ld_out + 16 * v, sum[r][v]);
 }
 
-// Rows in steps of at most max_rows, of even height.
 template <int vectors, int max_rows>
 void panel_sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* w, int groups, int32_t* out, ptrdiff_t ld_out) {
-    for (int steps = (rows + max_rows - 1) / max_rows; steps; --steps) {
-        const int step = (rows + steps - 1) / steps;
-        switch (step) {
-#define QVIT_STEP(n) \
-    case n: \
-        if constexpr (n <= max_rows) tile<n, vectors>(a, lda, w, groups, out, ld_out); \
-        break;
-            QVIT_STEP(1) QVIT_STEP(2) QVIT_STEP(3) QVIT_STEP(4) QVIT_STEP(5) QVIT_STEP(6)
-            QVIT_STEP(7) QVIT_STEP(8) QVIT_STEP(9) QVIT_STEP(10) QVIT_STEP(11) QVIT_STEP(12)
-#undef QVIT_STEP
-        }
-        rows -= step;
-        a += step * lda;
-        out += step * ld_out;
-    }
+    row_steps<max_rows>(rows, [&](auto step, int row) {
+        tile<step.value, vectors>(a + row * lda, lda, w, groups, out + row * ld_out, ld_out);
+    });
 }
 
 void sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out) {
