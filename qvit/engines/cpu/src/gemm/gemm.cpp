@@ -32,6 +32,7 @@ const Entry entries[] = {
     {avx512table_kernel, 2, 2, avx512vbmi},
     {avx512pairs_kernel, 4, 6, avx512vnni},
     {avx512vnni_kernel, 8, 8, avx512vnni},
+    {avx2table_kernel, 2, 2, avx2},
     {avx2_4x4_kernel, 4, 4, avx2},
     {avx2_4x8_kernel, 4, 8, avx2},
     {avx2_8x7_kernel, 8, 7, avx2},

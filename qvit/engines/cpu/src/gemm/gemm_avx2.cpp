@@ -24,6 +24,18 @@ const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
     return scratch;
 }
 
+// sum + products, as instructions: from intrinsics GCC makes a loop that copies and spills the sums.
+inline void add_bytes(__m256i& sum, __m256i unsigned_bytes, __m256i signed_bytes) {
+    __m256i products;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+x"(sum), "=&x"(products)
+        : "x"(unsigned_bytes), "x"(signed_bytes));
+}
+inline void add_words(__m256i& sum, __m256i a, __m256i b) {
+    __m256i products;
+    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "x"(b));
+}
+
 // `rows` rows times 16 channels; the panel holds `width` channels.
 template <int rows>
 void tile(const uint8_t* a, ptrdiff_t lda, const uint8_t* w, int width, int groups, int run, int32_t* out, ptrdiff_t ld_out) {
@@ -37,8 +49,8 @@ void tile(const uint8_t* a, ptrdiff_t lda, const uint8_t* w, int width, int grou
 #pragma GCC unroll 16
             for (int r = 0; r < rows; ++r) {
                 const __m256i code = group(a + r * lda);
-                sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(code, weight[0]));
-                sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(code, weight[1]));
+                add_bytes(sum[r][0], code, weight[0]);
+                add_bytes(sum[r][1], code, weight[1]);
             }
         }
 #pragma GCC unroll 16
@@ -107,8 +119,8 @@ void wide_tile(const uint8_t* a, ptrdiff_t pitch, const uint8_t* w, int width, i
             long long codes;
             __builtin_memcpy(&codes, a + r * pitch, 8);
             const __m256i code = _mm256_set1_epi64x(codes);
-            sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(code, weight[0]));
-            sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(code, weight[1]));
+            add_words(sum[r][0], code, weight[0]);
+            add_words(sum[r][1], code, weight[1]);
         }
     }
 #pragma GCC unroll 16
