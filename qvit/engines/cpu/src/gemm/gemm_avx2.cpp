@@ -5,24 +5,13 @@
 // vpmaddwd brings neighbours together in 32 bits.
 #include "avx2.h"
 #include "kernels.h"
+#include "quad_layout.h"
 #include "row_steps.h"
 
 namespace qvit::cpu {
 namespace {
 
-size_t row_bytes(int K) { return round_up(static_cast<size_t>(K), 64); }
-
-PackedWeight pack(const int8_t* codes, int M, int K, int bits) { return pack_panels(quad_order, codes, M, K, bits); }
-
-size_t scratch_bytes(int K) { return 64 + expanded_bytes(quad_order.fields(quad_order.panel, K), 3); }
-
-const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
-    const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
-    if (weight.bits == 8) return panel;
-    const size_t fields = quad_order.fields(panel_width(weight.M, weight.panel, 16, p * weight.panel), weight.K);
-    expand_panel<Bytes256>(panel, 64, fields, weight.bits, 1 << (weight.bits - 1), scratch);
-    return scratch;
-}
+using Layout = QuadLayout<Bytes256>;
 
 // sum + products, as instructions: from intrinsics GCC makes a loop that copies and spills the sums.
 inline void add_bytes(__m256i& sum, __m256i unsigned_bytes, __m256i signed_bytes) {
@@ -91,14 +80,13 @@ void wide_prepare(const uint8_t* a, ptrdiff_t lda, int rows, int K, uint8_t* out
     }
 }
 
-size_t wide_scratch_bytes(int K) { return 64 + 2 * expanded_bytes(quad_order.fields(quad_order.panel, K), 3); }
+// Room for the words, and behind them for the bytes that they come from.
+size_t wide_scratch_bytes(int K) { return 3 * Layout::scratch_bytes(K); }
 
 // Each group of 4 bytes becomes 4 words.
 const uint8_t* wide_unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
-    const size_t fields = quad_order.fields(panel_width(weight.M, weight.panel, 16, p * weight.panel), weight.K);
-    // The bytes in the upper half of the scratch, so that they can be widened upwards in place.
-    uint8_t* bytes = scratch + round_up(fields, 512);
-    const uint8_t* panel = unpack(weight, p, bytes);
+    const size_t fields = Layout::fields(weight, p);
+    const uint8_t* panel = Layout::unpack(weight, p, scratch + 64 + round_up(2 * fields, 64));
     for (int i = 0; i < 64; i += 32) store(scratch + i, load(panel + i));
     for (size_t i = 0; i < fields; i += 16)
         store(scratch + 64 + 2 * i,
@@ -143,9 +131,10 @@ void wide_sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel
 
 }  // namespace
 
-const GemmKernel avx2_4x4_kernel = {"maddubs 4x4", Isa::avx2, 64, 6, row_bytes, nullptr, pack, scratch_bytes, unpack, sums<4, 4>};
-const GemmKernel avx2_4x8_kernel = {"maddubs 4x8", Isa::avx2, 64, 6, row_bytes, nullptr, pack, scratch_bytes, unpack, sums<4, 8>};
-const GemmKernel avx2_8x7_kernel = {"maddubs 8x7", Isa::avx2, 64, 6, row_bytes, nullptr, pack, scratch_bytes, unpack, sums<8, 7>};
-const GemmKernel avx2_kernel = {"maddwd", Isa::avx2, 64, 6, wide_row_bytes, wide_prepare, pack, wide_scratch_bytes, wide_unpack, wide_sums};
+const GemmKernel avx2_4x4_kernel = Layout::kernel("maddubs 4x4", Isa::avx2, 6, sums<4, 4>);
+const GemmKernel avx2_4x8_kernel = Layout::kernel("maddubs 4x8", Isa::avx2, 6, sums<4, 8>);
+const GemmKernel avx2_8x7_kernel = Layout::kernel("maddubs 8x7", Isa::avx2, 6, sums<8, 7>);
+const GemmKernel avx2_kernel = {"maddwd",         Isa::avx2,          64,          6,        wide_row_bytes, wide_prepare,
+                                Layout::pack, wide_scratch_bytes, wide_unpack, wide_sums};
 
 }  // namespace qvit::cpu

@@ -1,24 +1,11 @@
 // The kernel of vpdpbusd: any widths; each instruction adds 4 products of unsigned by signed bytes to each of 16 int32.
 #include "avx512.h"
 #include "kernels.h"
+#include "quad_layout.h"
 #include "row_steps.h"
 
 namespace qvit::cpu {
 namespace {
-
-size_t row_bytes(int K) { return round_up(static_cast<size_t>(K), 64); }
-
-PackedWeight pack(const int8_t* codes, int M, int K, int bits) { return pack_panels(quad_order, codes, M, K, bits); }
-
-size_t scratch_bytes(int K) { return 64 + expanded_bytes(quad_order.fields(quad_order.panel, K), 3); }
-
-const uint8_t* unpack(const PackedWeight& weight, int p, uint8_t* scratch) {
-    const uint8_t* panel = weight.data.get() + weight.panel_bytes * static_cast<size_t>(p);
-    if (weight.bits == 8) return panel;
-    const size_t fields = quad_order.fields(panel_width(weight.M, weight.panel, 16, p * weight.panel), weight.K);
-    expand_panel<Bytes512>(panel, 64, fields, weight.bits, 1 << (weight.bits - 1), scratch);
-    return scratch;
-}
 
 // `rows` rows times `vectors` vectors of 16 channels, all sums in registers.
 template <int rows, int vectors>
@@ -68,6 +55,6 @@ void sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* panel, int K
 
 }  // namespace
 
-const GemmKernel avx512vnni_kernel = {"vpdpbusd", Isa::avx512vnni, 64, 6, row_bytes, nullptr, pack, scratch_bytes, unpack, sums};
+const GemmKernel avx512vnni_kernel = QuadLayout<Bytes512>::kernel("vpdpbusd", Isa::avx512vnni, 6, sums);
 
 }  // namespace qvit::cpu

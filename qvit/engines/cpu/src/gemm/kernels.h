@@ -14,7 +14,8 @@ namespace qvit::cpu {
 extern const GemmKernel generic_kernel;
 #if QVIT_X86
 extern const GemmKernel avx512vnni_kernel, avx512pairs_kernel, avx512table_kernel;
-extern const GemmKernel avx2_kernel, avx2_4x4_kernel, avx2_4x8_kernel, avx2_8x7_kernel, avx2table_kernel;
+extern const GemmKernel avx2_kernel, avx2_4x4_kernel, avx2_4x8_kernel, avx2_8x7_kernel, avx2table_kernel, avxvnni_kernel;
+extern const bool avxvnni_built;
 #endif
 
 }  // namespace qvit::cpu
