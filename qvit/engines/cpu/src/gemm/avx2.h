@@ -21,15 +21,6 @@ struct Bytes256 {
     static Vector down(Vector a) { return _mm256_srli_epi16(a, n); }
     template <int n>
     static Vector up(Vector a) { return _mm256_slli_epi16(a, n); }
-
-    static Vector zero() { return _mm256_setzero_si256(); }
-    static Vector plus_words(Vector a, Vector b) { return _mm256_add_epi16(a, b); }
-    static Vector plus_high(Vector a, Vector b) { return _mm256_add_epi16(a, _mm256_srli_epi16(b, 8)); }
-    static Vector table(const uint8_t* p) { return _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(p)); }
-    static void add_lookup(Vector& sum, Vector table, Vector index) {
-        Vector bytes;  // instructions, since from intrinsics GCC copies and spills the sums
-        asm("vpshufb %3, %2, %1\n\tvpaddb %1, %0, %0" : "+x"(sum), "=&x"(bytes) : "x"(table), "x"(index));
-    }
 };
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -8,6 +8,9 @@
 
 #if QVIT_X86
 #include <cpuid.h>
+#elif QVIT_ARM && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace qvit::cpu {
@@ -36,6 +39,14 @@ bool avxvnni() {
     return avxvnni_built && avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
 bool avx512vbmi() { return avx512vnni() && __builtin_cpu_supports("avx512vbmi"); }
+#elif QVIT_ARM
+bool dotprod() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+    return true;  // every Apple processor of 64 bits that runs macOS
+#endif
+}
 #endif
 
 const Entry entries[] = {
@@ -49,6 +60,9 @@ const Entry entries[] = {
     {avx2_4x8_kernel, 4, 8, avx2},
     {avx2_8x7_kernel, 8, 7, avx2},
     {avx2_kernel, 8, 8, avx2},
+#elif QVIT_ARM
+    {neon_kernel, 8, 7, dotprod},
+    {neon8_kernel, 8, 8, dotprod},
 #endif
     {generic_kernel, 8, 8, always},
 };

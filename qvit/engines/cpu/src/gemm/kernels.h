@@ -16,6 +16,8 @@ extern const GemmKernel generic_kernel;
 extern const GemmKernel avx512vnni_kernel, avx512pairs_kernel, avx512table_kernel;
 extern const GemmKernel avx2_kernel, avx2_4x4_kernel, avx2_4x8_kernel, avx2_8x7_kernel, avx2table_kernel, avxvnni_kernel;
 extern const bool avxvnni_built;
+#elif QVIT_ARM
+extern const GemmKernel neon_kernel, neon8_kernel;
 #endif
 
 }  // namespace qvit::cpu
