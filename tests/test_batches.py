@@ -64,11 +64,11 @@ def test_an_error_comes_in_its_place_and_ends_it() -> None:
             raise InputError("the third")
         return x
 
-    taken = []
+    items = map_ahead(fail_at_three, range(10), 2, 4)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="the third"):
-        for value in map_ahead(fail_at_three, range(10), 2, 4):
-            taken.append(value)
-    assert taken == [0, 1, 2]
+        next(items)
+    assert list(items) == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -64,7 +64,6 @@ def command(
         rounds=at_least_one("--rounds", rounds),
     )
     peers = [peer_named(name) for name in dict.fromkeys(_parts(versus)) if name != "none"]
-    _warn_if_busy(cores)
     with tempfile.TemporaryDirectory(prefix="qvit-bench-") as scratch:
         folder = Path(scratch)
         file = Path(model)
@@ -72,6 +71,7 @@ def command(
             file = folder / f"model{INTEGER_SUFFIX}"
             for _ in _progress([None], 1, f"making {model} with random weights"):
                 make_random_model(model, bits, file)
+        _warn_if_busy(cores)
         rows = compare(file, peers, settings, folder, _progress, _note)
     _show(rows)
     write_results(json, rows)

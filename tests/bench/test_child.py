@@ -42,14 +42,20 @@ def test_orders_and_replies(module: str) -> None:
 
 
 def test_it_ends_with_the_block_even_after_an_error(module: str) -> None:
-    with pytest.raises(ZeroDivisionError), Child(module, {}) as child:
-        process = child._process
-        raise ZeroDivisionError
-    assert process.poll() is not None
+    children = []
+
+    def fail() -> None:
+        with Child(module, {}) as child:
+            children.append(child)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert children[0]._process.poll() is not None
 
 
 def test_errors_that_it_tells(module: str) -> None:
-    with pytest.raises(ChildError, match="^no such model$"):
+    with pytest.raises(ChildError, match=r"^no such model$"):
         Child(module, {"error": "no such model"})
 
 
@@ -74,12 +80,7 @@ def test_one_that_does_not_listen_is_killed(module: str, monkeypatch: pytest.Mon
 
 
 def test_the_child_finds_this_package(tmp_path: Path) -> None:
-    code = "from qvit.bench.child import Child\nwith Child('qvit.bench.nothing', {}): pass"
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{code}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    root = str(Path(__file__).parents[2])
+    code = f"import sys\nsys.path.insert(0, {root!r})\nfrom qvit.bench.child import Child\nChild('qvit.bench.nothing', {{}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert "No module named qvit.bench.nothing" in done.stderr
