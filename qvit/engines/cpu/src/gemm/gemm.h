@@ -41,6 +41,17 @@ struct PackedWeight {
     int panels() const { return (M + panel - 1) / panel; }
 };
 
+// Starts to bring part `part` of the `parts` equal parts of packed panel p (if there is one) into the second-level cache. Called
+// for the next panel between the row tiles of this one, it hides the memory: a model's weights do not stay in the caches.
+static inline void prefetch_panel(const PackedWeight& weight, int p, int part, int parts) {
+    const size_t start = weight.panel_bytes * static_cast<size_t>(p);
+    if (start >= weight.bytes) return;
+    const size_t size = weight.bytes - start < weight.panel_bytes ? weight.bytes - start : weight.panel_bytes;
+    const size_t lines = (size + 63) / 64, from = lines * static_cast<size_t>(part) / static_cast<size_t>(parts);
+    for (size_t i = from; i < lines * static_cast<size_t>(part + 1) / static_cast<size_t>(parts); ++i)
+        __builtin_prefetch(weight.data.get() + start + 64 * i, 0, 2);
+}
+
 struct GemmKernel {
     const char* name;
     Isa isa;

@@ -134,6 +134,6 @@ void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* unpacked, 
 
 }  // namespace
 
-const GemmKernel avx2table_kernel = {"table", Isa::avx2, panel, 4, row_bytes, prepare, pack, scratch_bytes, unpack, sums};
+const GemmKernel avx2table_kernel = {"table2", Isa::avx2, panel, 4, row_bytes, prepare, pack, scratch_bytes, unpack, sums};
 
 }  // namespace qvit::cpu

@@ -150,6 +150,6 @@ void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel, int
 
 }  // namespace
 
-const GemmKernel avx512table_kernel = {"table", Isa::avx512vnni, panel_channels, 4, row_bytes, prepare, pack, scratch_bytes, unpack, sums};
+const GemmKernel avx512table_kernel = {"table3", Isa::avx512vnni, panel_channels, 4, row_bytes, prepare, pack, scratch_bytes, unpack, sums};
 
 }  // namespace qvit::cpu
