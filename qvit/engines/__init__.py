@@ -92,9 +92,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
     return Runner(model := IntegerModel.load(path), create_engine(model, engine, device, threads))
 
 
-def create_engine(
-    model: IntegerModel, engine: str | None = None, device: str | None = None, threads: int | None = None
-) -> Any:
+def create_engine(model: IntegerModel, engine: str | None = None, device: str | None = None, threads: int | None = None) -> Any:
     """The engine of that name for a model; see `load`."""
     name = engine or default_engine(device)
     if name not in ENGINES:

@@ -9,10 +9,11 @@ import numpy as np
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
-from qvit.spec import HalfStep, PerGroup, PerToken
+from qvit.spec import HalfStep, PerGroup, PerToken, QuantSpec
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _F32 = np.float32
+_ULPS = 1e-6  # relative error that the float32 steps stay below
 
 
 def _shape(model: IntegerModel) -> dict[str, int]:
@@ -53,7 +54,7 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
     for name in ("norm_pre", "norm", "fc_norm"):
         norm = getattr(model, name)
         if norm is not None:
-            b.set_norm(name, 0, norm.weight, norm.bias, norm.eps)
+            b.set_norm(name, 0, norm.weight, norm.bias, norm.eps, None, None, 0.0)
     for i, block in enumerate(model.blocks):
         _linear(b, "qkv", i, block.qkv)
         _linear(b, "proj", i, block.proj)
@@ -61,6 +62,7 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
         _linear(b, "fc2", i, block.fc2)
         _norm_codes(b, "norm1", i, block.norm1, block.qkv.input)
         _norm_codes(b, "norm2", i, block.norm2, block.fc1.input)
+        _gelu(b, i, block.fc2.input)
         for which, gamma in ((1, block.ls1), (2, block.ls2)):
             if gamma is not None:
                 b.set_layer_scale(i, which, gamma)
@@ -127,13 +129,24 @@ def _linear(b: Any, which: str, index: int, layer: ops.Linear) -> None:
     )
 
 
+def _margin(spec: QuantSpec, shift: np.ndarray, row_scale: np.ndarray | None) -> float:
+    """How near to the boundary between two codes a float32 result is computed again in float64: its error stays below."""
+    largest = float(np.abs(shift).max()) / (1.0 if row_scale is None else float(row_scale.min()))
+    return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + largest), 0.25)
+
+
 def _norm_codes(b: Any, which: str, index: int, norm: ops.LayerNorm, quantizer: ops.Quantizer) -> None:
     """LayerNorm's affine part and the division by the step are one multiplication and one addition."""
     scale = _per_channel(quantizer, len(norm.weight)).astype(np.float64)
     offset = 0.0 if quantizer.offset is None else quantizer.offset.astype(np.float64)
     gain = (norm.weight / scale).astype(_F32)
     shift = ((norm.bias - offset) / scale).astype(_F32)
-    b.set_norm(which, index, gain, shift, norm.eps)
+    margin = _margin(quantizer.spec, shift, quantizer.scale if isinstance(quantizer.spec.scale, PerToken) else None)
+    b.set_norm(which, index, norm.weight, norm.bias, norm.eps, gain, shift, margin)
+
+
+def _gelu(b: Any, index: int, quantizer: ops.Quantizer) -> None:
+    b.set_gelu(index, min(_ULPS * (quantizer.spec.qp - quantizer.spec.qn + 1) + 3e-7 / float(quantizer.scale.min()), 0.25))
 
 
 def _attention(b: Any, index: int, attention: ops.Attention, tokens: int) -> None:
@@ -173,6 +186,7 @@ def _attention(b: Any, index: int, attention: ops.Attention, tokens: int) -> Non
         index,
         numbers,
         attention.factor,
+        1.5 * _ULPS * (p.spec.qp + 1),
         _by_token(q_scale, hn),
         _by_token(k.scale, hn),
         None if learned_q is None else _array(learned_q.reshape(-1, learned_q.shape[-1]), hd),
@@ -204,24 +218,32 @@ def _head_codes(
     tokens: int,
 ) -> None:
     spec, shape = quantizer.spec, (heads, dim)
-    post, row_scale = 0.0, None
+    row_scale = None
     if isinstance(spec.scale, PerToken):
-        # (x - scale / 2) / scale = x / scale - 1/2: the offset follows the token, too.
-        post = -0.5 if quantizer.half_step else 0.0
         row_scale = _by_token(quantizer.scale, (heads, tokens))
         scale = np.ones(shape, _F32)
         offset = np.zeros(shape, _F32) if quantizer.half_step else _offset(quantizer, shape)
     else:
         scale, offset = _by_channel(quantizer.scale, shape), _offset(quantizer, shape)
     if rectify is None:
-        gain, shift = (1 / scale).astype(_F32), offset
+        weight, bias, eps = np.ones(shape, _F32), np.zeros(shape, _F32), 0.0
+        gain = (1 / scale).astype(_F32)
     else:
-        wide = scale.astype(np.float64)
-        gain = (rectify.weight / wide).astype(_F32)
-        shift = ((rectify.bias - offset.astype(np.float64)) / wide).astype(_F32)
-    eps = 0.0 if rectify is None else rectify.eps
+        weight, bias, eps = rectify.weight, rectify.bias, rectify.eps
+        gain = (weight / scale.astype(np.float64)).astype(_F32)
+    shift = ((bias - offset.astype(np.float64)) / scale).astype(_F32)
     b.set_heads(
-        index, which, rectify is not None, eps, spec.qn, spec.qp, post, stored_bias, gain, shift, scale, row_scale
+        index,
+        which,
+        rectify is not None,
+        eps,
+        spec.qn,
+        spec.qp,
+        row_scale is not None and quantizer.half_step,
+        stored_bias,
+        _margin(spec, shift, row_scale),
+        [gain, shift, weight, bias, offset, scale],
+        row_scale,
     )
 
 

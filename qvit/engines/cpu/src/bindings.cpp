@@ -1,7 +1,6 @@
 // The Python module `qvit.engines.cpu._native`: a model is handed over part by part, then an engine runs it.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
@@ -146,12 +145,18 @@ class Builder {
         build_linear(from, model.isa, *to);
     }
 
-    void set_norm(const std::string& which, int index, const Array<float>& gain, const Array<float>& shift, float eps) {
+    void set_norm(const std::string& which, int index, const Array<float>& weight, const Array<float>& bias, double eps,
+                  const MaybeArray<float>& gain, const MaybeArray<float>& shift, float margin) {
         const size_t C = static_cast<size_t>(model.shape.dim);
         NormConstants norm;
-        norm.gain = floats_of(gain, C, "a LayerNorm");
-        norm.shift = floats_of(shift, C, "a LayerNorm");
+        norm.weight = floats_of(weight, C, "a LayerNorm");
+        norm.bias = floats_of(bias, C, "a LayerNorm");
+        if (gain && shift) {
+            norm.gain = floats_of(*gain, C, "a LayerNorm");
+            norm.shift = floats_of(*shift, C, "a LayerNorm");
+        }
         norm.eps = eps;
+        norm.margin = margin;
         NormConstants& to = which == "norm_pre"  ? model.norm_pre
                             : which == "norm"    ? model.norm
                             : which == "fc_norm" ? model.fc_norm
@@ -164,33 +169,42 @@ class Builder {
         (which == 1 ? block(index).ls1 : block(index).ls2) = floats_of(gamma, static_cast<size_t>(model.shape.dim), "a LayerScale");
     }
 
-    void set_heads(int index, int which, bool rectify, float eps, int low, int high, float post, int stored_bias,
-                   const Array<float>& gain, const Array<float>& shift, const Array<float>& scale,
-                   const MaybeArray<float>& row_scale) {
+    void set_heads(int index, int which, bool rectify, double eps, int low, int high, bool half_row, int stored_bias, float margin,
+                   const std::vector<Array<float>>& constants, const MaybeArray<float>& row_scale) {
         const Shape& s = model.shape;
         const int D = s.head_dim();
         check(which >= 0 && which < 3 && low < high && high - low < 256 && low + stored_bias >= (which == 0 ? 0 : -128) &&
                   high + stored_bias <= (which == 0 ? 255 : 127),
               "the range of codes");
+        check(constants.size() == 6, "q, k or v");
         HeadConstants& h = block(index).heads[which];
-        h.rectify = rectify;
-        h.eps = eps;
-        h.low = low;
-        h.high = high;
-        h.post = post;
-        h.stored_bias = stored_bias;
-        h.ld = (D + 15) / 16 * 16;
-        h.gain = padded_heads(gain, s.heads, D, "q, k or v");
-        h.shift = padded_heads(shift, s.heads, D, "q, k or v");
-        h.scale = padded_heads(scale, s.heads, D, "q, k or v");
+        h.codes.rectify = rectify;
+        h.codes.eps = eps;
+        h.codes.low = static_cast<float>(low);
+        h.codes.high = static_cast<float>(high);
+        h.codes.half_row = half_row;
+        h.codes.stored_bias = stored_bias;
+        h.codes.margin = margin;
+        h.codes.ld = (D + 15) / 16 * 16;
+        Floats* const to[] = {&h.gain, &h.shift, &h.weight, &h.bias, &h.offset, &h.scale};
+        for (size_t i = 0; i < 6; i++) {
+            *to[i] = padded_heads(constants[i], s.heads, D, "q, k or v");
+        }
         if (row_scale) {
             h.row_scale = floats_of(*row_scale, static_cast<size_t>(s.heads) * static_cast<size_t>(s.tokens), "scales by token");
             h.row_inverse = inverse_of(h.row_scale);
         }
     }
 
+    void set_gelu(int index, float margin) {
+        Block& b = block(index);
+        check(b.fc1.kernel && b.fc2.kernel, "GELU comes after fc1 and fc2");
+        b.gelu_margin = margin;
+        build_thresholds(*model.ops, model.shape.activation, b);
+    }
+
     // numbers: see `Attention` and `HeadLayout`.
-    void set_attention(int index, const std::map<std::string, int>& numbers, float factor, const Array<float>& q_scale,
+    void set_attention(int index, const std::map<std::string, int>& numbers, float factor, float margin, const Array<float>& q_scale,
                        const Array<float>& k_scale, const MaybeArray<float>& q_offset, const Array<float>& p_scale,
                        const Array<float>& v_scale, const MaybeArray<float>& v_offset) {
         const Shape& s = model.shape;
@@ -208,8 +222,9 @@ class Builder {
                 b.k_scale[static_cast<size_t>(h * padded + n)] = from[h * N + n];
             }
         }
-        b.k_float = q_offset.has_value();
-        b.q_offset = padded_heads(q_offset, H, D, "q's offsets");
+        if (q_offset) {
+            b.q_offset = padded_heads(q_offset, H, D, "q's offsets");
+        }
         const auto get = [&](const char* name) {
             const auto found = numbers.find(name);
             check(found != numbers.end(), name);
@@ -230,9 +245,10 @@ class Builder {
         a.wide_p = get("wide_p") != 0;
         a.doubled = get("doubled") != 0;
         a.row_bias = get("row_bias");
-        a.k_uniform = get("k_uniform") != 0 && !b.k_float;
+        a.k_uniform = get("k_uniform") != 0 && !q_offset;
         a.p_high = static_cast<float>(get("p_high"));
         check(a.p_high >= 1.0f && a.p_high <= 255.0f && (a.wide_p || a.p_high < 128.0f), "the softmax map's codes");
+        a.margin = margin;
         a.v_mul = get("v_mul");
         a.v_row = get("v_row");
         a.factor = factor;
@@ -384,11 +400,13 @@ NB_MODULE(_native, m) {
         .def(nb::init<const std::string&, const std::map<std::string, int>&>(), "isa"_a, "shape"_a)
         .def("set_linear", &Builder::set_linear, "which"_a, "index"_a, "bits"_a, "packed"_a, "scale"_a, "value_scale"_a, "half_step"_a,
              "bias"_a.none(), "x_bits"_a, "x_low"_a, "x_high"_a, "x_scale"_a, "x_offset"_a.none(), "x_row_scale"_a.none())
-        .def("set_norm", &Builder::set_norm, "which"_a, "index"_a, "gain"_a, "shift"_a, "eps"_a)
+        .def("set_norm", &Builder::set_norm, "which"_a, "index"_a, "weight"_a, "bias"_a, "eps"_a, "gain"_a.none(), "shift"_a.none(),
+             "margin"_a)
         .def("set_layer_scale", &Builder::set_layer_scale, "index"_a, "which"_a, "gamma"_a)
-        .def("set_heads", &Builder::set_heads, "index"_a, "which"_a, "rectify"_a, "eps"_a, "low"_a, "high"_a, "post"_a, "stored_bias"_a,
-             "gain"_a, "shift"_a, "scale"_a, "row_scale"_a.none())
-        .def("set_attention", &Builder::set_attention, "index"_a, "numbers"_a, "factor"_a, "q_scale"_a, "k_scale"_a,
+        .def("set_heads", &Builder::set_heads, "index"_a, "which"_a, "rectify"_a, "eps"_a, "low"_a, "high"_a, "half_row"_a,
+             "stored_bias"_a, "margin"_a, "constants"_a, "row_scale"_a.none())
+        .def("set_gelu", &Builder::set_gelu, "index"_a, "margin"_a)
+        .def("set_attention", &Builder::set_attention, "index"_a, "numbers"_a, "factor"_a, "margin"_a, "q_scale"_a, "k_scale"_a,
              "q_offset"_a.none(), "p_scale"_a, "v_scale"_a, "v_offset"_a.none())
         .def("set_pixels", &Builder::set_pixels, "std"_a, "offset"_a, "scale"_a, "table"_a)
         .def("set_embed", &Builder::set_embed, "embed"_a);

@@ -149,7 +149,7 @@ void ImageWorker::patches(const uint8_t* pixels, const float* floats) {
     linear(m_.patch, image_.hidden.get(), l_.ld_hidden, first, row1_, 1, 0, m_.patch.M, kPatches, [&](const Tile& tile, const Sums& sums) {
         ops_.to_floats(tile, sums, nullptr, m_.embed.data(), l_.ld_x, x, l_.ld_x);
     });
-    if (!m_.norm_pre.gain.empty() && row0_ < row1_) {
+    if (!m_.norm_pre.weight.empty() && row0_ < row1_) {
         float* own = x + static_cast<ptrdiff_t>(row0_) * l_.ld_x;
         ops_.layer_norm(m_.norm_pre.view(), own, l_.ld_x, row1_ - row0_, own, l_.ld_x);
     }
@@ -181,8 +181,6 @@ void ImageWorker::block(int index) {
     heads.q = image_.q.get();
     heads.k = reinterpret_cast<int8_t*>(image_.k[side].get());
     heads.v = reinterpret_cast<int8_t*>(image_.v[side].get());
-    heads.k_sum = image_.k_sum[side].data();
-    heads.k_float = b.k_float ? image_.k_float[side].data() : nullptr;
     const int width = s_.head_dim(), step = step_columns(b.qkv, width);
     const auto split = [&](const Tile& tile, const Sums& sums) {
         // A step may hold heads of q and of k, or of k and of v.
@@ -215,7 +213,11 @@ void ImageWorker::block(int index) {
     norm(b.norm2, b.fc1, last, taps ? taps->fc1 : nullptr);
     const Quantize hidden = b.fc2.input.view();
     linear(b.fc1, codes, l_.ld_c, row0_, last, 1, 0, b.fc1.M, kGelu, [&](const Tile& tile, const Sums& sums) {
-        ops_.to_gelu_codes(tile, sums, s_.activation, hidden, image_.hidden.get(), l_.ld_hidden);
+        if (b.gelu.count) {
+            ops_.to_threshold_codes(tile, sums, b.gelu, image_.hidden.get(), l_.ld_hidden);
+        } else {
+            ops_.to_gelu_codes(tile, sums, s_.activation, hidden, b.gelu_margin, image_.hidden.get(), l_.ld_hidden);
+        }
     });
     if (taps) {
         tap(b.fc2.input, image_.hidden.get(), l_.ld_hidden, row0_, last, s_.hidden,
@@ -233,8 +235,6 @@ void ImageWorker::attend(const Block& b, int index, int last) {
     a.layout.q = image_.q.get();
     a.layout.k = reinterpret_cast<int8_t*>(image_.k[side].get());
     a.layout.v = reinterpret_cast<int8_t*>(image_.v[side].get());
-    a.layout.k_sum = image_.k_sum[side].data();
-    a.layout.k_float = b.k_float ? image_.k_float[side].data() : nullptr;
     a.out = b.proj.input.view();
     uint8_t* to = image_.codes.get() + static_cast<ptrdiff_t>(row0_) * l_.ld_c;
     for (int head = 0; head < s_.heads; head++) {
@@ -254,7 +254,7 @@ void ImageWorker::outputs(float* logits) {
     const int C = s_.dim;
     const bool leads = row0_ == 0 && row1_ > 0;
     if (s_.average) {
-        if (!m_.norm.gain.empty() && row0_ < row1_) {
+        if (!m_.norm.weight.empty() && row0_ < row1_) {
             float* own = x + static_cast<ptrdiff_t>(row0_) * l_.ld_x;
             ops_.layer_norm(m_.norm.view(), own, l_.ld_x, row1_ - row0_, own, l_.ld_x);
         }
@@ -269,7 +269,7 @@ void ImageWorker::outputs(float* logits) {
                 x[c] = static_cast<float>(sum / (s_.tokens - from));
             }
         }
-    } else if (leads && !m_.norm.gain.empty()) {
+    } else if (leads && !m_.norm.weight.empty()) {
         ops_.layer_norm(m_.norm.view(), x, l_.ld_x, s_.distilled ? 2 : 1, x, l_.ld_x);
     }
     if (!leads) {
@@ -279,7 +279,7 @@ void ImageWorker::outputs(float* logits) {
     for (size_t i = 0; i < m_.outputs.size(); i++) {
         const Linear& layer = m_.outputs[i];
         float* feature = x + static_cast<ptrdiff_t>(i) * l_.ld_x;
-        if (!m_.fc_norm.gain.empty()) {
+        if (!m_.fc_norm.weight.empty()) {
             ops_.layer_norm(m_.fc_norm.view(), feature, l_.ld_x, 1, feature, l_.ld_x);
         }
         uint8_t* codes = image_.codes.get();
@@ -317,9 +317,9 @@ void ImageWorker::tap_heads(const Block& b, const HeadLayout& h, const Taps::OfB
             const int8_t* k = h.k + (static_cast<ptrdiff_t>(head) * h.dim4 * h.tokens_padded + n) * 4;
             const int8_t* v = h.v + (static_cast<ptrdiff_t>(head) * (h.tokens_padded / 4) + n / 4) * h.dim_padded * 4 + n % 4;
             for (ptrdiff_t d = 0; d < D; d++) {
-                to.q[at + d] = static_cast<int16_t>(q[d] - b.heads[0].stored_bias);
-                to.k[at + d] = static_cast<int16_t>(k[d / 4 * 4 * h.tokens_padded + d % 4] - b.heads[1].stored_bias);
-                to.v[at + d] = static_cast<int16_t>(v[4 * d] - b.heads[2].stored_bias);
+                to.q[at + d] = static_cast<int16_t>(q[d] - b.heads[0].codes.stored_bias);
+                to.k[at + d] = static_cast<int16_t>(k[d / 4 * 4 * h.tokens_padded + d % 4] - b.heads[1].codes.stored_bias);
+                to.v[at + d] = static_cast<int16_t>(v[4 * d] - b.heads[2].codes.stored_bias);
             }
         }
     }

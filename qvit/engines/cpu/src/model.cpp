@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <stdexcept>
+#include <utility>
 
 namespace qvit::cpu {
 
@@ -34,8 +35,38 @@ Quantize InputCodes::view() const {
 }
 
 HeadCodes HeadConstants::view() const {
-    return {rectify, eps, gain.data(), shift.data(), scale.data(), row_inverse.data(), row_scale.data(), ld,
-            static_cast<float>(low), static_cast<float>(high), post, stored_bias};
+    HeadCodes view = codes;
+    view.gain = gain.data();
+    view.shift = shift.data();
+    view.weight = weight.data();
+    view.bias = bias.data();
+    view.offset = offset.data();
+    view.scale = scale.data();
+    view.row_inverse = row_inverse.data();
+    view.row_scale = row_scale.data();
+    return view;
+}
+
+void build_thresholds(const OpTable& ops, Activation activation, Block& block) {
+    const Linear& fc1 = block.fc1;
+    const InputCodes& input = block.fc2.input;
+    const int count = input.high - input.low;
+    // Whole numbers that differ by token only by a row sum: a token's own scale would move its thresholds.
+    if ((count != 3 && count != 7 && count != 15) || fc1.groups() > 1 || !fc1.input.row_scale.empty() || !input.row_scale.empty()) {
+        return;
+    }
+    const int64_t range = static_cast<int64_t>(fc1.K) * (fc1.input.high - fc1.input.low) * ((1 << (fc1.bits - 1)) + 1) * 4;
+    if (range >= 1 << 29) {
+        return;
+    }
+    const size_t groups = (static_cast<size_t>(fc1.M) + kPad - 1) / kPad;
+    Ints values(groups * static_cast<size_t>(count + kMostBelow) * kPad);
+    const int below = ops.find_thresholds(fc1.sums(0, nullptr), activation, input.view(), 4 * block.gelu_margin, fc1.M,
+                                          static_cast<int32_t>(range), count, values.data());
+    if (below >= 0) {
+        block.gelu_thresholds = std::move(values);
+        block.gelu = {count, below, block.gelu_thresholds.data()};
+    }
 }
 
 Sums Linear::sums(int g, const int32_t* row) const {
@@ -56,6 +87,8 @@ void build_linear(const LinearSource& s, Isa isa, Linear& out) {
     out.group = s.K / s.groups;
     out.doubled = s.half_step;
     out.row_sums = s.half_step;
+    out.bits = s.bits;
+    out.input.bits = s.x_bits;
     out.input.low = s.x_low;
     out.input.high = s.x_high;
     out.input.scale = Floats(s.x_scale, K);

@@ -36,21 +36,24 @@ using Ints = Constants<int32_t>;
 
 // Quantizer of a linear layer's input: `Quantize` with its storage.
 struct InputCodes {
-    int low = 0, high = 255;
+    int bits = 8, low = 0, high = 255;
     Floats inverse, scale, offset, row_inverse, row_scale;
 
     Quantize view() const;
 };
 
 struct NormConstants {
-    Floats gain, shift;
-    float eps = 0.0f;
+    Floats gain, shift, weight, bias;
+    double eps = 0.0;
+    float margin = 0.0f;
 
-    Norm view() const { return {static_cast<int>(gain.size()), gain.data(), shift.data(), eps}; }
+    Norm view() const {
+        return {static_cast<int>(weight.size()), gain.data(), shift.data(), weight.data(), bias.data(), eps, margin};
+    }
 };
 
 struct Linear {
-    int M = 0, K = 0;
+    int M = 0, K = 0, bits = 0;
     int group = 0;                      // input channels of one part of the weight: K, or the size of a group
     const GemmKernel* kernel = nullptr;
     std::vector<PackedWeight> weights;  // one a group
@@ -64,15 +67,9 @@ struct Linear {
     Sums sums(int g, const int32_t* row) const;
 };
 
-struct HeadConstants {  // of q, k or v
-    bool rectify = false;
-    float eps = 0.0f;
-    int low = 0, high = 0;
-    Floats gain, shift, scale;          // [H][DP]
-    Floats row_inverse, row_scale;      // [H][N] or empty
-    int ld = 0;                         // DP
-    float post = 0.0f;
-    int stored_bias = 0;                // added to a code before it is stored
+struct HeadConstants {  // of q, k or v: `HeadCodes` with its storage
+    HeadCodes codes{};
+    Floats gain, shift, weight, bias, offset, scale, row_inverse, row_scale;
 
     HeadCodes view() const;
 };
@@ -82,9 +79,11 @@ struct Block {
     Linear qkv, proj, fc1, fc2;
     Floats ls1, ls2;
     HeadConstants heads[3];
+    float gelu_margin = 0.0f;
+    Thresholds gelu{};           // count 0: GELU is computed
+    Ints gelu_thresholds;
     Attention attention{};       // without layout.q, k, v and `out`, which the workspace and proj give
     Floats q_scale, k_scale, p_scale, v_scale, v_offset, q_offset;
-    bool k_float = false;
 };
 
 struct Shape {
@@ -109,7 +108,7 @@ struct Model {
     std::vector<uint8_t> pixel_table;      // [channels][256] codes of 8-bit pixels
     bool pixels_are_codes = false;         // pixel_table is the identity
     Floats embed;                          // [tokens][ld]: prefix tokens as they enter the blocks; positions of the patches
-    NormConstants norm_pre, norm, fc_norm; // empty gain: absent
+    NormConstants norm_pre, norm, fc_norm; // empty: absent
     std::vector<Block> blocks;
     std::vector<Linear> outputs;
 
@@ -132,6 +131,9 @@ struct LinearSource {
     int tokens;
 };
 void build_linear(const LinearSource& source, Isa isa, Linear& out);
+
+// Replaces GELU by thresholds where a block's codes of fc2's input have at most 4 bits and allow it.
+void build_thresholds(const OpTable& ops, Activation activation, Block& block);
 
 // The path called `name` (avx512vnni, avx2, generic, neon), or the best where it is empty. Throws std::invalid_argument.
 Isa choose_isa(const std::string& name);

@@ -79,8 +79,6 @@ ImageSpace::ImageSpace(const Model& model, const Layout& l) {
     for (int i = 0; i < 2; i++) {
         k[i] = aligned_bytes(n(s.heads, l.dim4) * static_cast<size_t>(l.tokens_padded) * 4);
         v[i] = aligned_bytes(n(s.heads, l.tokens_padded) * static_cast<size_t>(l.dim_padded) + 256);
-        k_sum[i] = Ints(n(s.heads, l.tokens_padded));
-        k_float[i] = Floats(n(s.heads, l.tokens_padded));
     }
     row_sums = Ints(static_cast<size_t>(l.rows));
 }

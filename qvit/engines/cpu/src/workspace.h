@@ -32,8 +32,6 @@ struct ImageSpace {
     Floats x;
     AlignedBytes codes, hidden, prepared, q;
     AlignedBytes k[2], v[2];  // of even and odd blocks: a fast thread may write the next block's while others still read
-    Ints k_sum[2];
-    Floats k_float[2];
     Ints row_sums;
     Barrier barrier;
 

@@ -4,6 +4,7 @@
 #include <float.h>
 
 #include "heads.h"
+#include "thresholds.h"
 
 namespace {
 
@@ -22,24 +23,31 @@ template <class V, bool kWide, int kRows, int kVectors>
 inline void product_tile(const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t ldb, int groups, int32_t* out,
                          ptrdiff_t ld_out) {
     typename V::I acc[kRows][kVectors];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 8
         for (int c = 0; c < kVectors; c++) {
             acc[r][c] = V::iset(0);
         }
     }
     for (int g = 0; g < groups; g++, a += 4, b += ldb) {
         typename V::I columns[kVectors];
+#pragma GCC unroll 8
         for (int c = 0; c < kVectors; c++) {
             columns[c] = V::iload(reinterpret_cast<const int32_t*>(b) + c * V::W);
         }
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; r++) {
             const auto x = four_codes<V>(a + r * lda);
+#pragma GCC unroll 8
             for (int c = 0; c < kVectors; c++) {
                 acc[r][c] = V::template dot4<kWide>(acc[r][c], x, columns[c]);
             }
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 8
         for (int c = 0; c < kVectors; c++) {
             V::istore(out + r * ld_out + c * V::W, acc[r][c]);
         }
@@ -78,22 +86,67 @@ inline void product(const uint8_t* a, ptrdiff_t lda, int rows, const int8_t* b, 
 
 constexpr float kLog2e = 1.44269504088896341f;
 
-// Stored codes of exp(scores - largest), which lie in `scores` as floats whose lanes behind `tokens` are 0; returns their sum.
+// Stored codes of exponentials whose lanes behind the tokens are 0; returns their sum. `far`: see `clamped`.
 template <class V>
-inline int32_t map_codes(const float* exponentials, int padded, float factor, float high, uint8_t* codes) {
+inline int32_t map_codes(const float* exponentials, int padded, float factor, float high, uint8_t* codes, typename V::F& far) {
     const auto f = V::set(factor), top = V::set(high);
     auto sum = V::iset(0);
     for (int m = 0; m < padded; m += V::W) {
-        const auto c = V::to_int(V::min(V::mul(V::load(exponentials + m), f), top));
+        const auto v = V::min(V::mul(V::load(exponentials + m), f), top);
+        far = V::max_abs(far, V::off_grid(v));
+        const auto c = V::to_int(v);
         sum = V::iadd(sum, c);
         V::store_bytes(codes + m, c);
     }
     return V::isum(sum);
 }
 
+// The scores of one row as float32, in the reference engine's operations.
+struct ScoreRow {
+    const int32_t* column;
+    const float* k_scale;
+    const float* k_float;  // or null
+    float factor, q_scale;
+    int32_t row_term;
+    bool doubled;
+
+    float operator()(int32_t sum, int m) const {
+        const int32_t t = (doubled ? 2 * sum : sum) + column[m] + row_term;
+        const float score = static_cast<float>(t) * (q_scale * k_scale[m]);
+        return k_float ? score + k_float[m] * (k_scale[m] * factor) : score;
+    }
+};
+
+// The codes of a row of the map that are close calls, again; `sums` are the products of the codes of q and k.
+inline int32_t map_codes_again(const ScoreRow& score, const int32_t* sums, const float* exponentials, float inverse, float p_scale,
+                               float high, float margin, int tokens, uint8_t* codes) {
+    float most = -FLT_MAX;
+    for (int m = 0; m < tokens; m++) {
+        const float s = score(sums[m], m);
+        most = s > most ? s : most;
+    }
+    double total = 0.0;
+    for (int m = 0; m < tokens; m++) {
+        total += exp(static_cast<double>(score(sums[m], m)) - static_cast<double>(most));
+    }
+    int32_t sum = 0;
+    for (int m = 0; m < tokens; m++) {
+        if (is_close(exponentials[m] * inverse, margin)) {
+            const double e = exp(static_cast<double>(score(sums[m], m)) - static_cast<double>(most));
+            codes[m] = static_cast<uint8_t>(exact_code(static_cast<float>(e / total), 0.0f, p_scale, 0.0f, high));
+        }
+        sum += codes[m];
+    }
+    return sum;
+}
+
+struct Exponentials {
+    float total, top;  // their sum; the largest score, roughly
+};
+
 // One scale of k a head and no float correction: the largest score is found, and taken off, in whole numbers.
 template <class V>
-inline float exponentials_uniform(int32_t* row, const int32_t* column, int tokens, int padded, bool doubled, float scale) {
+inline Exponentials exponentials_uniform(int32_t* row, const int32_t* column, int tokens, int padded, bool doubled, float scale) {
     auto largest = V::iset(INT32_MIN);
     int m = 0;
     const int whole = tokens / V::W * V::W;
@@ -126,22 +179,17 @@ inline float exponentials_uniform(int32_t* row, const int32_t* column, int token
         V::store(out + m, e);
         total = V::add(total, e);
     }
-    return V::sum(total);
+    return {V::sum(total), static_cast<float>(most) * scale};
 }
 
 template <class V>
-inline float exponentials_general(int32_t* row, const int32_t* column, const float* k_scale, const float* k_float, float factor,
-                                  int tokens, int padded, bool doubled, int32_t row_term, float q_scale) {
+inline Exponentials exponentials_general(int32_t* row, const ScoreRow& score, int tokens, int padded) {
     float* out = reinterpret_cast<float*>(row);
     float most = -FLT_MAX;
     for (int m = 0; m < tokens; m++) {
-        const int32_t t = (doubled ? 2 * row[m] : row[m]) + column[m] + row_term;
-        float score = static_cast<float>(t) * (q_scale * k_scale[m]);
-        if (k_float) {
-            score += k_float[m] * (k_scale[m] * factor);
-        }
-        out[m] = score;
-        most = score > most ? score : most;
+        const float s = score(row[m], m);
+        out[m] = s;
+        most = s > most ? s : most;
     }
     const auto top = V::set(most), log2e = V::set(kLog2e);
     auto total = V::set(0.0f);
@@ -155,7 +203,33 @@ inline float exponentials_general(int32_t* row, const int32_t* column, const flo
         V::store(out + m, e);
         total = V::add(total, e);
     }
-    return V::sum(total);
+    return {V::sum(total), most};
+}
+
+// The whole-number correction of each column of scores: factor * (sum of the key's codes).
+template <class V>
+inline void column_terms(const HeadLayout& l, const int8_t* k, int32_t* out) {
+    const auto ones = V::iset(0x01010101), bias = V::iset(l.head_dim * l.k_code_bias);
+    for (int m = 0; m < l.tokens_padded; m += V::W) {
+        auto sum = bias;
+        for (int g = 0; g < l.dim4; g++) {
+            sum = V::template dot4<false>(
+                sum, ones, V::iload(reinterpret_cast<const int32_t*>(k + (static_cast<ptrdiff_t>(g) * l.tokens_padded + m) * 4)));
+        }
+        V::istore(out + m, V::imul(sum, V::iset(l.k_sum_factor)));
+    }
+}
+
+// Its float part where q has a learned offset: sum_d offset_q[d] * code_k[d].
+inline void float_column_terms(const HeadLayout& l, const int8_t* k, const float* q_offset, float* out) {
+    for (int m = 0; m < l.tokens; m++) {
+        double sum = 0.0;
+        for (int d = 0; d < l.head_dim; d++) {
+            const int code = k[(static_cast<ptrdiff_t>(d / 4) * l.tokens_padded + m) * 4 + d % 4] + l.k_code_bias;
+            sum += static_cast<double>(q_offset[d]) * code;
+        }
+        out[m] = static_cast<float>(sum);
+    }
 }
 
 inline int32_t byte_sum(const uint8_t* p, int n) {
@@ -174,15 +248,21 @@ void attention_of(const Attention& a, int head, int row0, int rows, uint8_t* out
     int32_t* scores = static_cast<int32_t*>(scratch);
     int32_t* values = scores + static_cast<ptrdiff_t>(kQueryRows) * padded;
     int32_t* row_sums = values + static_cast<ptrdiff_t>(kQueryRows) * l.dim_padded;
-    uint8_t* codes = reinterpret_cast<uint8_t*>(row_sums + kQueryRows);
+    int32_t* sums = row_sums + kQueryRows;
+    int32_t* column = sums + padded;
+    float* k_float = reinterpret_cast<float*>(column + padded);
+    uint8_t* codes = reinterpret_cast<uint8_t*>(k_float + padded);
     const int8_t* k = l.k + static_cast<ptrdiff_t>(head) * l.dim4 * padded * 4;
     const int8_t* v = l.v + static_cast<ptrdiff_t>(head) * padded * l.dim_padded;
-    const int32_t* column = l.k_sum + static_cast<ptrdiff_t>(head) * padded;
     const float* k_scale = a.k_scale + static_cast<ptrdiff_t>(head) * padded;
     const float* q_scale = a.q_scale + static_cast<ptrdiff_t>(head) * l.tokens;
     const float* p_scale = a.p_scale + static_cast<ptrdiff_t>(head) * l.tokens;
     const float* v_scale = a.v_scale + static_cast<ptrdiff_t>(head) * l.dim_padded;
     const float* v_offset = a.v_offset + static_cast<ptrdiff_t>(head) * l.dim_padded;
+    column_terms<V>(l, k, column);
+    if (l.q_offset) {
+        float_column_terms(l, k, l.q_offset + static_cast<ptrdiff_t>(head) * l.dim_padded, k_float);
+    }
     const ptrdiff_t ldq = static_cast<ptrdiff_t>(l.heads) * 4 * l.dim4;
     for (int r0 = 0; r0 < rows; r0 += kQueryRows) {
         const int count = rows - r0 < kQueryRows ? rows - r0 : kQueryRows;
@@ -192,17 +272,23 @@ void attention_of(const Attention& a, int head, int row0, int rows, uint8_t* out
         for (int r = 0; r < count; r++) {
             const int token = token0 + r;
             int32_t* row = scores + static_cast<ptrdiff_t>(r) * padded;
-            float total;
-            if (a.k_uniform) {
-                total = exponentials_uniform<V>(row, column, l.tokens, padded, a.doubled, q_scale[token] * k_scale[0]);
-            } else {
-                const int32_t row_term = a.row_bias ? a.row_bias * byte_sum(q + r * ldq, l.head_dim) : 0;
-                const float* k_float = l.k_float ? l.k_float + static_cast<ptrdiff_t>(head) * padded : nullptr;
-                total = exponentials_general<V>(row, column, k_scale, k_float, a.factor, l.tokens, padded, a.doubled, row_term,
-                                                q_scale[token]);
+            const ScoreRow score{column, k_scale, l.q_offset ? k_float : nullptr, a.factor, q_scale[token],
+                                 a.row_bias ? a.row_bias * byte_sum(q + r * ldq, l.head_dim) : 0, a.doubled};
+            const float uniform = q_scale[token] * k_scale[0];
+            const Exponentials e = a.k_uniform ? exponentials_uniform<V>(row, column, l.tokens, padded, a.doubled, uniform)
+                                               : exponentials_general<V>(row, score, l.tokens, padded);
+            const float* exponentials = reinterpret_cast<float*>(row);
+            const float inverse = 1.0f / (e.total * p_scale[token]);
+            // Scores are rounded to float32 by definition: the larger they are, the coarser.
+            const float top = a.k_uniform ? e.top + static_cast<float>(score.row_term) * uniform : e.top;
+            const float margin = a.margin * (1.0f + 0.1f * fabsf(top));
+            uint8_t* row_codes = codes + static_cast<ptrdiff_t>(r) * padded;
+            auto far = V::set(0.0f);
+            row_sums[r] = map_codes<V>(exponentials, padded, inverse, a.p_high, row_codes, far);
+            if (close_call<V>(far, margin)) {
+                product<V, kWideQ>(q + r * ldq, ldq, 1, k, padded, l.dim4, sums, padded);
+                row_sums[r] = map_codes_again(score, sums, exponentials, inverse, p_scale[token], a.p_high, margin, l.tokens, row_codes);
             }
-            row_sums[r] = map_codes<V>(reinterpret_cast<float*>(row), padded, 1.0f / (total * p_scale[token]), a.p_high,
-                                       codes + static_cast<ptrdiff_t>(r) * padded);
             if (map) {
                 memcpy(map + static_cast<ptrdiff_t>(r0 + r) * l.tokens, codes + static_cast<ptrdiff_t>(r) * padded,
                        static_cast<size_t>(l.tokens));
@@ -246,8 +332,9 @@ void attention(const Attention& a, int head, int row0, int rows, uint8_t* out, p
 
 template <class V>
 inline qvit::cpu::OpTable table(const char* name) {
-    return {name,         layer_norm<V>,    norm_codes<V>,    pixel_codes<V>, codes<V>,
-            to_floats<V>, to_gelu_codes<V>, to_head_codes<V>, accumulate<V>,  attention<V>};
+    return {name,         layer_norm<V>,    norm_codes<V>,         pixel_codes<V>,     codes<V>,
+            to_floats<V>, to_gelu_codes<V>, to_threshold_codes<V>, find_thresholds<V>, to_head_codes<V>,
+            accumulate<V>, attention<V>};
 }
 
 }  // namespace

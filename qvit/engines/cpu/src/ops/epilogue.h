@@ -26,7 +26,7 @@ struct Row {
         }
     }
 
-    typename V::F scaled(int j) const {
+    typename V::I whole(int j) const {
         auto sum = V::iload(sums + j);
         if constexpr (kForm == Sums::general) {
             if (s.doubled) {
@@ -36,9 +36,15 @@ struct Row {
                 sum = V::iadd(sum, V::iload(s.col + m0 + j));
             }
             sum = V::iadd(sum, row_term);
-            return V::mul(V::to_float(sum), V::mul(V::load(s.scale + m0 + j), row_scale));
         }
-        return V::mul(V::to_float(sum), V::load(s.scale + m0 + j));
+        return sum;
+    }
+
+    typename V::F scaled(int j) const {
+        if constexpr (kForm == Sums::general) {
+            return V::mul(V::to_float(whole(j)), V::mul(V::load(s.scale + m0 + j), row_scale));
+        }
+        return V::mul(V::to_float(whole(j)), V::load(s.scale + m0 + j));
     }
 
     typename V::F operator()(int j) const {
@@ -95,30 +101,67 @@ void to_floats(const Tile& t, const Sums& s, const float* factor, const float* b
 }
 
 template <class V, Sums::Form kForm, Activation kActivation>
-void gelu_codes_of(const Tile& t, const Sums& s, const Quantize& q, uint8_t* out, ptrdiff_t ld_out) {
+void gelu_codes_of(const Tile& t, const Sums& s, const Quantize& q, float margin, uint8_t* out, ptrdiff_t ld_out) {
+    const auto low = V::set(q.low), high = V::set(q.high);
+    const auto stored = V::iset(static_cast<int32_t>(q.low));
     for (int r = 0; r < t.rows; r++) {
         const Row<V, kForm> y(s, t, r);
         uint8_t* to = out + (t.row0 + r) * ld_out + t.col0;
-        const float row_inverse = q.row_inverse ? q.row_inverse[t.row0 + r] : 1.0f;
-        const float row_scale = q.row_inverse ? q.row_scale[t.row0 + r] : 1.0f;
+        const auto row_inverse = V::set(q.row_inverse ? q.row_inverse[t.row0 + r] : 1.0f);
+        const auto value = [&](int j) {
+            const auto g = V::sub(activate<V, kActivation>(y(j)), V::load(q.offset + t.col0 + j));
+            return V::mul(g, V::mul(V::load(q.inverse + t.col0 + j), row_inverse));
+        };
+        auto far = V::set(0.0f);
         for (int j = 0; j < t.cols; j += V::W) {
-            const auto v = quantized<V>(q, activate<V, kActivation>(y(j)), t.col0 + j, row_inverse, row_scale);
-            store_some<V>(to + j, v, t.cols - j);
+            const auto v = clamped<V>(value(j), low, high, far);
+            store_some<V>(to + j, V::isub(V::to_int(v), stored), t.cols - j);
+        }
+        if (close_call<V>(far, margin)) {
+            float values[V::W], inputs[V::W];
+            for (int j = 0; j < t.cols; j += V::W) {
+                V::store(values, value(j));
+                V::store(inputs, y(j));
+                for (int i = 0; i < V::W && j + i < t.cols; i++) {
+                    if (is_close(values[i], margin)) {
+                        to[j + i] = exact_gelu_code(inputs[i], kActivation, q, t.col0 + j + i,
+                                                       q.row_inverse ? q.row_scale[t.row0 + r] : 1.0f);
+                    }
+                }
+            }
         }
     }
 }
 
+template <int kValue>
+struct Number {
+    static constexpr int value = kValue;
+};
+
+// Calls f(activation), the activation being known to the compiler.
+template <Activation kActivation>
+struct ActivationIs {
+    static constexpr Activation value = kActivation;
+};
+
+template <class Function>
+inline auto by_activation(Activation activation, const Function& f) {
+    if (activation == Activation::gelu) {
+        return f(ActivationIs<Activation::gelu>());
+    }
+    if (activation == Activation::gelu_tanh) {
+        return f(ActivationIs<Activation::gelu_tanh>());
+    }
+    return f(ActivationIs<Activation::quick_gelu>());
+}
+
 template <class V>
-void to_gelu_codes(const Tile& t, const Sums& s, Activation activation, const Quantize& q, uint8_t* out, ptrdiff_t ld_out) {
+void to_gelu_codes(const Tile& t, const Sums& s, Activation activation, const Quantize& q, float margin, uint8_t* out,
+                   ptrdiff_t ld_out) {
     by_form(s, [&](auto form) {
-        constexpr Sums::Form kForm = decltype(form)::value;
-        if (activation == Activation::gelu) {
-            gelu_codes_of<V, kForm, Activation::gelu>(t, s, q, out, ld_out);
-        } else if (activation == Activation::gelu_tanh) {
-            gelu_codes_of<V, kForm, Activation::gelu_tanh>(t, s, q, out, ld_out);
-        } else {
-            gelu_codes_of<V, kForm, Activation::quick_gelu>(t, s, q, out, ld_out);
-        }
+        by_activation(activation, [&](auto kind) {
+            gelu_codes_of<V, decltype(form)::value, decltype(kind)::value>(t, s, q, margin, out, ld_out);
+        });
     });
 }
 

@@ -8,125 +8,196 @@ namespace {
 using qvit::cpu::HeadCodes;
 using qvit::cpu::HeadLayout;
 
-constexpr int kMaxHeadVectors = 512 / 4;  // a head is at most 512 wide
+constexpr int kMaxHead = 512;
+constexpr int kLd = kMaxHead + qvit::cpu::kPad;
 
-// Stored codes (plus a bias) of one head of one row.
-template <class V, Sums::Form kForm>
-inline void head_row(const Row<V, kForm>& y, const HeadCodes& h, int j0, int dim, int head, float row_inverse, float row_scale,
-                     int32_t* out) {
-    const float* gain = h.gain + static_cast<ptrdiff_t>(head) * h.ld;
-    const float* shift = h.shift + static_cast<ptrdiff_t>(head) * h.ld;
-    const float* scale = h.scale + static_cast<ptrdiff_t>(head) * h.ld;
-    const auto low = V::set(h.low), high = V::set(h.high), post = V::set(h.post);
+// The close calls of one rectified row of a head, again; `y` are its pre-activations, `values` what was rounded.
+inline void rectify_again(const HeadCodes& h, int head, int dim, const float* y, const float* values, float row_scale,
+                          int32_t* codes) {
+    const ExactMoments of = exact_moments(y, dim, h.eps);
+    const ptrdiff_t at = static_cast<ptrdiff_t>(head) * h.ld;
+    for (int d = 0; d < dim; d++) {
+        if (is_close(values[d], h.margin)) {
+            const float z = static_cast<float>((static_cast<double>(y[d]) - of.mean) * of.rstd);
+            const float x = z * h.weight[at + d] + h.bias[at + d];
+            const float scale = h.scale[at + d] * row_scale;
+            codes[d] = exact_code(x, h.half_row ? 0.5f * scale : h.offset[at + d], scale, h.low, h.high) + h.stored_bias;
+        }
+    }
+}
+
+// Codes of one head of four rows (plus the bias of stored codes), int32 [4][kLd]. Rows behind the tile's last repeat it.
+// kVectors: vectors a head is wide where the compiler is to know it, so that they stay in registers; else 0.
+template <class V, Sums::Form kForm, int kVectors>
+inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, int j0, int dim, int head, int tokens,
+                      int32_t* codes) {
+    const ptrdiff_t at = static_cast<ptrdiff_t>(head) * h.ld;
+    const float *gain = h.gain + at, *shift = h.shift + at;
+    const auto low = V::set(h.low), high = V::set(h.high);
     const auto bias = V::iset(h.stored_bias);
+    const auto last = [&](int n) { return r + n < t.rows ? r + n : t.rows - 1; };
+    const Row<V, kForm> rows[4] = {{s, t, last(0)}, {s, t, last(1)}, {s, t, last(2)}, {s, t, last(3)}};
+    const auto row_constant = [&](const float* of, int n) {
+        return of ? of[static_cast<ptrdiff_t>(head) * tokens + t.row0 + last(n)] : 1.0f;
+    };
     if (!h.rectify) {
-        const auto own_inverse = V::set(row_inverse), own_scale = V::set(row_scale);
-        for (int d = 0; d < dim; d += V::W) {
-            const auto v = divided<V>(y(j0 + d), V::load(shift + d), V::mul(V::load(gain + d), own_inverse),
-                                      V::mul(V::load(scale + d), own_scale));
-            V::istore(out + d, V::iadd(V::to_int(V::min(V::max(V::add(v, post), low), high)), bias));
+        for (int n = 0; n < 4; n++) {
+            const float row_scale = row_constant(h.row_scale, n);
+            const auto own_inverse = V::set(row_constant(h.row_inverse, n)), own_scale = V::set(row_scale);
+            for (int d = 0; d < dim; d += V::W) {
+                const auto offset = h.half_row ? V::set(0.5f * row_scale) : V::load(h.offset + at + d);
+                const auto v = divided<V>(rows[n](j0 + d), offset, V::mul(V::load(gain + d), own_inverse),
+                                          V::mul(V::load(h.scale + at + d), own_scale));
+                V::istore(codes + n * kLd + d, V::iadd(V::to_int(V::min(V::max(v, low), high)), bias));
+            }
         }
         return;
     }
-    float values[kMaxHeadVectors * 4 + qvit::cpu::kPad];
-    for (int d = 0; d < dim; d += V::W) {
-        V::store(values + d, y(j0 + d));
+    const auto half = V::set(h.half_row ? -0.5f : 0.0f);
+    const auto value = [&](typename V::F z, int d, typename V::F own_inverse) {
+        const auto v = V::fma(z, V::load(gain + d), V::load(shift + d));
+        return h.row_inverse ? V::add(V::mul(v, own_inverse), half) : v;
+    };
+    auto far = V::set(0.0f);
+    const auto write = [&](int n, int d, typename V::F v) {
+        V::istore(codes + n * kLd + d, V::iadd(V::to_int(clamped<V>(v, low, high, far)), bias));
+    };
+    float mean[4], rstd[4];
+    if constexpr (kVectors > 0) {
+        typename V::F y[4][kVectors], sum[4], square[4];
+        float totals[4];
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; i++) {
+                y[n][i] = rows[n](j0 + i * V::W);
+            }
+            sum[n] = y[n][0];
+#pragma GCC unroll 8
+            for (int i = 1; i < kVectors; i++) {
+                sum[n] = V::add(sum[n], y[n][i]);
+            }
+        }
+        V::sum4(sum[0], sum[1], sum[2], sum[3], totals);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+            mean[n] = totals[n] / static_cast<float>(dim);
+            const auto m = V::set(mean[n]);
+            square[n] = V::set(0.0f);
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; i++) {
+                y[n][i] = V::sub(y[n][i], m);
+                square[n] = V::fma(y[n][i], y[n][i], square[n]);
+            }
+        }
+        V::sum4(square[0], square[1], square[2], square[3], totals);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+            rstd[n] = 1.0f / sqrtf(totals[n] / static_cast<float>(dim) + static_cast<float>(h.eps));
+            const auto own = V::set(rstd[n]), own_inverse = V::set(row_constant(h.row_inverse, n));
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; i++) {
+                write(n, i * V::W, value(V::mul(y[n][i], own), i * V::W, own_inverse));
+            }
+        }
+    } else {
+        float y[kLd];
+        for (int n = 0; n < 4; n++) {
+            for (int d = 0; d < dim; d += V::W) {
+                V::store(y + d, rows[n](j0 + d));
+            }
+            const Moments of = moments<V>(y, dim, static_cast<float>(h.eps));
+            mean[n] = of.mean;
+            rstd[n] = of.rstd;
+            const auto m = V::set(of.mean), own = V::set(of.rstd), own_inverse = V::set(row_constant(h.row_inverse, n));
+            for (int d = 0; d < dim; d += V::W) {
+                write(n, d, value(V::mul(V::sub(V::load(y + d), m), own), d, own_inverse));
+            }
+        }
     }
-    const Moments of = moments<V>(values, dim, h.eps);
-    const auto mean = V::set(of.mean), rstd = V::set(of.rstd), own = V::set(row_inverse);
-    for (int d = 0; d < dim; d += V::W) {
-        const auto z = V::mul(V::sub(V::load(values + d), mean), rstd);
-        const auto v = V::mul(V::fma(z, V::load(gain + d), V::load(shift + d)), own);
-        V::istore(out + d, V::iadd(V::to_int(V::min(V::max(V::add(v, post), low), high)), bias));
+    if (close_call<V>(far, h.margin)) {
+        float y[kLd], values[kLd];
+        for (int n = 0; n < 4; n++) {
+            const auto m = V::set(mean[n]), own = V::set(rstd[n]), own_inverse = V::set(row_constant(h.row_inverse, n));
+            for (int d = 0; d < dim; d += V::W) {
+                const auto x = rows[n](j0 + d);
+                V::store(y + d, x);
+                V::store(values + d, value(V::mul(V::sub(x, m), own), d, own_inverse));
+            }
+            rectify_again(h, head, dim, y, values, row_constant(h.row_scale, n), codes + n * kLd);
+        }
     }
 }
 
 template <class V>
 inline void write_q(const int32_t* codes, int token, int head, const HeadLayout& l) {
-    uint8_t* to = l.q + (static_cast<ptrdiff_t>(token) * l.heads + head) * 4 * l.dim4;
-    for (int d = 0; d < l.head_dim; d += V::W) {
-        store_some<V>(to + d, V::iload(codes + d), l.head_dim - d);
+    const int width = 4 * l.dim4;
+    for (int n = 0; n < 4; n++) {
+        uint8_t* to = l.q + (static_cast<ptrdiff_t>(token + n) * l.heads + head) * width;
+        for (int d = 0; d < l.head_dim; d += V::W) {
+            store_some<V>(to + d, V::iload(codes + n * kLd + d), l.head_dim - d);
+        }
+        memset(to + l.head_dim, 0, static_cast<size_t>(width - l.head_dim));
     }
-    memset(to + l.head_dim, 0, static_cast<size_t>(4 * l.dim4 - l.head_dim));
 }
 
+// Four tokens of a group of four channels lie together: 16 bytes.
 template <class V>
 inline void write_k(const int32_t* codes, int token, int head, const HeadLayout& l) {
-    alignas(64) uint8_t bytes[kMaxHeadVectors * 4 + 64];
-    auto sum = V::iset(0);
-    int d = 0;
-    for (; d + V::W <= l.head_dim; d += V::W) {
-        const auto c = V::iload(codes + d);
-        sum = V::iadd(sum, c);
-        V::store_bytes(bytes + d, c);
-    }
-    int32_t total = V::isum(sum);
-    for (; d < l.head_dim; d++) {
-        total += codes[d];
-        bytes[d] = static_cast<uint8_t>(codes[d]);
-    }
-    for (; d < 4 * l.dim4; d++) {
-        bytes[d] = 0;
-    }
-    int8_t* to = l.k + (static_cast<ptrdiff_t>(head) * l.dim4 * l.tokens_padded + token) * 4;
-    for (int g = 0; g < l.dim4; g++, to += 4 * static_cast<ptrdiff_t>(l.tokens_padded)) {
-        memcpy(to, bytes + 4 * g, 4);
-    }
-    const ptrdiff_t column = static_cast<ptrdiff_t>(head) * l.tokens_padded + token;
-    l.k_sum[column] = l.k_sum_factor * (total + l.head_dim * l.k_code_bias);
-    if (l.k_float) {
-        float correction = 0.0f;
-        for (int i = 0; i < l.head_dim; i++) {
-            correction += static_cast<float>(codes[i] + l.k_code_bias) * l.q_offset[static_cast<ptrdiff_t>(head) * l.dim_padded + i];
+    alignas(64) uint8_t bytes[4][kMaxHead + 64];
+    for (int n = 0; n < 4; n++) {
+        for (int d = 0; d < l.head_dim; d += V::W) {
+            V::store_bytes(bytes[n] + d, V::iload(codes + n * kLd + d));
         }
-        l.k_float[column] = correction;
+        memset(bytes[n] + l.head_dim, 0, static_cast<size_t>(4 * l.dim4 - l.head_dim));
+    }
+    const ptrdiff_t step = 4 * static_cast<ptrdiff_t>(l.tokens_padded);
+    int8_t* to = l.k + static_cast<ptrdiff_t>(head) * l.dim4 * step + 4 * token;
+    for (int g = 0; g < l.dim4;) {
+        if (l.dim4 - g >= V::W) {
+            V::store_transposed(bytes[0] + 4 * g, bytes[1] + 4 * g, bytes[2] + 4 * g, bytes[3] + 4 * g, to + g * step, step);
+            g += V::W;
+            continue;
+        }
+        for (int n = 0; n < 4; n++) {
+            memcpy(to + g * step + 4 * n, bytes[n] + 4 * g, 4);
+        }
+        g++;
     }
 }
 
-// Four tokens' codes of one head (missing tokens: zeros), a word of four bytes a channel.
+// A word of four tokens' bytes a channel.
 template <class V>
-inline void write_v(const int32_t* codes, ptrdiff_t ld, int token, int head, const HeadLayout& l) {
+inline void write_v(const int32_t* codes, int token, int head, const HeadLayout& l) {
     int8_t* to = l.v + ((static_cast<ptrdiff_t>(head) * (l.tokens_padded / 4) + token / 4) * l.dim_padded) * 4;
     for (int d = 0; d < l.head_dim; d += V::W) {
         auto w = V::low_byte(V::iload(codes + d));
-        w = V::ior(w, V::template left<8>(V::low_byte(V::iload(codes + ld + d))));
-        w = V::ior(w, V::template left<16>(V::low_byte(V::iload(codes + 2 * ld + d))));
-        w = V::ior(w, V::template left<24>(V::iload(codes + 3 * ld + d)));
+        w = V::ior(w, V::template left<8>(V::low_byte(V::iload(codes + kLd + d))));
+        w = V::ior(w, V::template left<16>(V::low_byte(V::iload(codes + 2 * kLd + d))));
+        w = V::ior(w, V::template left<24>(V::iload(codes + 3 * kLd + d)));
         V::istore(reinterpret_cast<int32_t*>(to) + d, w);
     }
 }
 
 template <class V, Sums::Form kForm>
 void head_codes_of(const Tile& t, const Sums& s, int which, int first_head, const HeadCodes& h, const HeadLayout& l) {
-    constexpr int kLd = kMaxHeadVectors * 4 + qvit::cpu::kPad;
     alignas(64) int32_t codes[4 * kLd];
-    const int heads = t.cols / l.head_dim;
-    for (int r = 0; r < t.rows; r++) {
-        const Row<V, kForm> y(s, t, r);
-        const int token = t.row0 + r;
-        for (int i = 0; i < heads && which != 2; i++) {
-            const int head = first_head + i;
-            const ptrdiff_t at = static_cast<ptrdiff_t>(head) * l.tokens + token;
-            head_row<V, kForm>(y, h, i * l.head_dim, l.head_dim, head, h.row_inverse ? h.row_inverse[at] : 1.0f,
-                               h.row_inverse ? h.row_scale[at] : 1.0f, codes);
-            if (which == 0) {
-                write_q<V>(codes, token, head, l);
+    const int D = l.head_dim;
+    for (int i = 0; i < t.cols / D; i++) {
+        const int head = first_head + i;
+        for (int r = 0; r < t.rows; r += 4) {
+            if (D == 64) {
+                four_rows<V, kForm, 64 / V::W>(t, s, h, r, i * D, D, head, l.tokens, codes);
             } else {
-                write_k<V>(codes, token, head, l);
+                four_rows<V, kForm, 0>(t, s, h, r, i * D, D, head, l.tokens, codes);
             }
-        }
-    }
-    for (int r = 0; r < t.rows && which == 2; r += 4) {
-        for (int i = 0; i < heads; i++) {
-            const int head = first_head + i;
-            for (int n = 0; n < 4; n++) {
-                if (r + n < t.rows) {
-                    head_row<V, kForm>(Row<V, kForm>(s, t, r + n), h, i * l.head_dim, l.head_dim, head, 1.0f, 1.0f, codes + n * kLd);
-                } else {
-                    memset(codes + n * kLd, 0, sizeof(int32_t) * static_cast<size_t>(l.dim_padded));
-                }
+            if (which == 0) {
+                write_q<V>(codes, t.row0 + r, head, l);
+            } else if (which == 1) {
+                write_k<V>(codes, t.row0 + r, head, l);
+            } else {
+                write_v<V>(codes, t.row0 + r, head, l);
             }
-            write_v<V>(codes, kLd, t.row0 + r, head, l);
         }
     }
 }

@@ -1,8 +1,9 @@
 // LayerNorm, and floats to codes.
 #pragma once
 
-#include <math.h>
 #include <string.h>
+
+#include "exact.h"
 
 namespace {
 
@@ -34,6 +35,21 @@ inline typename V::I stored_codes(typename V::F value, typename V::F low, typena
     const auto clamped = V::min(V::max(value, low), high);
     return V::isub(V::to_int(clamped), V::to_int(low));
 }
+
+// Clamped, and how far that is from a whole number joined to `far`.
+template <class V>
+inline typename V::F clamped(typename V::F value, typename V::F low, typename V::F high, typename V::F& far) {
+    const auto c = V::min(V::max(value, low), high);
+    far = V::max_abs(far, V::off_grid(c));
+    return c;
+}
+
+template <class V>
+inline bool close_call(typename V::F far, float margin) {
+    return V::largest(V::abs(far)) > 0.5f - margin;
+}
+
+inline bool is_close(float value, float margin) { return fabsf(value - nearbyintf(value)) > 0.5f - margin; }
 
 struct Moments {
     float mean, rstd;
@@ -71,15 +87,40 @@ inline Moments moments(const float* x, int n, float eps) {
     return {mean, 1.0f / sqrtf(variance + eps)};
 }
 
+// Whole rows are rare (before the blocks, after them, and pooled), and what follows them needs every bit: in float64.
 template <class V>
 void layer_norm(const Norm& norm, const float* x, ptrdiff_t ldx, int rows, float* y, ptrdiff_t ldy) {
     for (int r = 0; r < rows; r++, x += ldx, y += ldy) {
-        const Moments of = moments<V>(x, norm.channels, norm.eps);
-        const auto mean = V::set(of.mean), rstd = V::set(of.rstd);
-        for (int c = 0; c < norm.channels; c += V::W) {
-            const auto z = V::mul(V::sub(V::load(x + c), mean), rstd);
-            const auto v = V::fma(z, V::load(norm.gain + c), V::load(norm.shift + c));
-            V::store(y + c, V::first(v, norm.channels - c < V::W ? norm.channels - c : V::W));
+        const ExactMoments of = exact_moments(x, norm.channels, norm.eps);
+        for (int c = 0; c < norm.channels; c++) {
+            const double z = (static_cast<double>(x[c]) - of.mean) * of.rstd;
+            y[c] = static_cast<float>(z * static_cast<double>(norm.weight[c]) + static_cast<double>(norm.bias[c]));
+        }
+    }
+}
+
+template <class V>
+inline typename V::F norm_value(const Norm& norm, const float* x, int c, typename V::F mean, typename V::F rstd,
+                                typename V::F own) {
+    const auto z = V::mul(V::sub(V::load(x + c), mean), rstd);
+    return V::mul(V::fma(z, V::load(norm.gain + c), V::load(norm.shift + c)), own);
+}
+
+// The codes of a row that are close calls, again.
+template <class V>
+void norm_codes_again(const Norm& norm, const Quantize& q, const float* x, typename V::F mean, typename V::F rstd,
+                      typename V::F own, float row_scale, uint8_t* out) {
+    const ExactMoments of = exact_moments(x, norm.channels, norm.eps);
+    float values[V::W];
+    for (int c = 0; c < norm.channels; c += V::W) {
+        V::store(values, norm_value<V>(norm, x, c, mean, rstd, own));
+        for (int i = c; i < norm.channels && i < c + V::W; i++) {
+            if (is_close(values[i - c], norm.margin)) {
+                const double z = (static_cast<double>(x[i]) - of.mean) * of.rstd;
+                const float y = static_cast<float>(z * static_cast<double>(norm.weight[i]) + static_cast<double>(norm.bias[i]));
+                out[i] = static_cast<uint8_t>(exact_code(y, q.offset[i], q.scale[i] * row_scale, q.low, q.high) -
+                                              static_cast<int>(q.low));
+            }
         }
     }
 }
@@ -88,14 +129,18 @@ template <class V>
 void norm_codes(const Norm& norm, const Quantize& q, const float* x, ptrdiff_t ldx, int row0, int rows, uint8_t* out,
                 ptrdiff_t ld_out) {
     const auto low = V::set(q.low), high = V::set(q.high);
+    const auto stored = V::iset(static_cast<int32_t>(q.low));
     for (int r = 0; r < rows; r++, x += ldx, out += ld_out) {
-        const Moments of = moments<V>(x, norm.channels, norm.eps);
+        const Moments of = moments<V>(x, norm.channels, static_cast<float>(norm.eps));
         const auto mean = V::set(of.mean), rstd = V::set(of.rstd);
         const auto own = V::set(q.row_inverse ? q.row_inverse[row0 + r] : 1.0f);
+        auto far = V::set(0.0f);
         for (int c = 0; c < norm.channels; c += V::W) {
-            const auto z = V::mul(V::sub(V::load(x + c), mean), rstd);
-            const auto v = V::mul(V::fma(z, V::load(norm.gain + c), V::load(norm.shift + c)), own);
-            store_some<V>(out + c, stored_codes<V>(v, low, high), norm.channels - c);
+            const auto v = clamped<V>(norm_value<V>(norm, x, c, mean, rstd, own), low, high, far);
+            store_some<V>(out + c, V::isub(V::to_int(v), stored), norm.channels - c);
+        }
+        if (close_call<V>(far, norm.margin)) {
+            norm_codes_again<V>(norm, q, x, mean, rstd, own, q.row_inverse ? q.row_scale[row0 + r] : 1.0f, out);
         }
         memset(out + norm.channels, 0, static_cast<size_t>(ld_out - norm.channels));
     }

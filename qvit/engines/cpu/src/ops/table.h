@@ -4,6 +4,10 @@
 // is written once, as a template over a vector type of simd/ (`ops/*.h`). Vectors of constants are padded with zeros to a
 // multiple of kPad floats past their end, so that whole vectors may be read; rows of floats are padded likewise.
 //
+// Codes are exact: LayerNorm, softmax, GELU and the standardisation of IRM are defined as the float32 nearest to the real value
+// (the reference engine evaluates them in float64). The operations compute in float32 and look how far each result lies from the
+// boundary between two codes; where that is within `margin`, more than their error, the code is computed again in float64.
+//
 // A code is stored unsigned: code - qn of its spec ("stored code"); engine.cpp folds what that adds into the sums' corrections.
 #pragma once
 
@@ -53,24 +57,31 @@ struct Quantize {
 // LayerNorm; or with codes behind it: round(((x - mean) * rstd * gain[c] + shift[c]) * row_inverse[r]).
 struct Norm {
     int channels;
-    const float* gain;
+    const float* gain;    // weight, divided by the step of the codes where there are any
     const float* shift;
-    float eps;
+    const float* weight;  // [channels] as they are in the model
+    const float* bias;
+    double eps;
+    float margin;
 };
 
 // One of q, k, v: [rectify,] quantize, lay out for attention.
 struct HeadCodes {
     bool rectify;
-    float eps;
-    const float* gain;         // [H][ld] rectify: factor of the standardised value; else 1 / scale
-    const float* shift;        // [H][ld] rectify: added; else the offset, subtracted before
-    const float* scale;        // [H][ld] not rectify: scale
+    double eps;
+    const float* gain;         // [H][ld] of the standardised value: weight / scale; without rectify: 1 / scale
+    const float* shift;        // [H][ld] (bias - offset) / scale
+    const float* weight;       // [H][ld] as they are in the model, also the next two
+    const float* bias;
+    const float* offset;
+    const float* scale;        // 1 where each token has its own
     const float* row_inverse;  // [H][N] or null
     const float* row_scale;    // [H][N]
+    bool half_row;             // the offset is half of the token's own scale
     int ld;
     float low, high;
-    float post;                // added last: -1/2 for a half step where each token has its own scale
     int stored_bias;           // added to a code before it is stored
+    float margin;
 };
 
 // Where codes of one image lie for attention. D4 = D / 4 rounded up, NP = tokens rounded up to 16, DP = D rounded up to 16.
@@ -82,9 +93,7 @@ struct HeadLayout {
     uint8_t* q;
     int8_t* k;
     int8_t* v;
-    int32_t* k_sum;   // [H][NP] integer correction of a column of scores
-    float* k_float;   // [H][NP] or null: float correction
-    // correction = k_sum_factor * (sum of k's codes) and (sum of offset_q[d] * code)
+    // Corrections of a column of scores: k_sum_factor * (sum of k's codes), and sum of q_offset[d] * code.
     int k_sum_factor;
     int k_code_bias;  // true code of k = stored byte + k_code_bias
     const float* q_offset;  // [H][DP] or null
@@ -102,12 +111,22 @@ struct Attention {
     bool k_uniform;        // k_scale has one value a head, and no float correction: the fast path
     const float* p_scale;  // [H][N]
     float p_high;
+    float margin;
     // out = (v_mul * sum + v_row * rowsum) * (p_scale * v_scale[d]) + rowsum * (p_scale * v_offset[d])
     int v_mul, v_row;
     const float* v_scale;   // [H][DP]
     const float* v_offset;  // [H][DP]
     Quantize out;           // of proj's input
 };
+
+// GELU and codes as comparisons of whole numbers: the code of channel c is the number of `count` ascending thresholds that
+// t = sum (doubled, plus col, plus row) exceeds, plus `below` more for thresholds that it falls short of: GELU dips below zero, so
+// that far to the left codes rise again. int32 [channels / kPad][count + below][kPad]. count is 3, 7 or 15.
+struct Thresholds {
+    int count, below;
+    const int32_t* values;
+};
+constexpr int kMostBelow = 2;
 
 struct OpTable {
     const char* name;
@@ -122,8 +141,13 @@ struct OpTable {
     // out = base + factor * y; base or factor may be null (0 and 1).
     void (*to_floats)(const Tile& tile, const Sums& sums, const float* factor, const float* base, ptrdiff_t ld_base, float* out,
                       ptrdiff_t ld_out);
-    void (*to_gelu_codes)(const Tile& tile, const Sums& sums, Activation activation, const Quantize& q, uint8_t* out,
+    void (*to_gelu_codes)(const Tile& tile, const Sums& sums, Activation activation, const Quantize& q, float margin, uint8_t* out,
                           ptrdiff_t ld_out);
+    void (*to_threshold_codes)(const Tile& tile, const Sums& sums, const Thresholds& thresholds, uint8_t* out, ptrdiff_t ld_out);
+    // Fills thresholds[channels / kPad][count + kMostBelow][kPad], of which `below` (the return value) of the last are in use;
+    // -1 where the codes are no such count. |t| <= reach.
+    int (*find_thresholds)(const Sums& sums, Activation activation, const Quantize& q, float margin, int channels, int32_t reach,
+                           int count, int32_t* thresholds);
     // which: 0 q, 1 k, 2 v; the tile begins and ends at heads; row0 and the buffers' rows are multiples of 4.
     void (*to_head_codes)(const Tile& tile, const Sums& sums, int which, int first_head, const HeadCodes& codes,
                           const HeadLayout& layout);
@@ -137,7 +161,8 @@ struct OpTable {
 
 constexpr int kQueryRows = 12;  // rows that `attention` takes at once
 inline size_t attention_scratch(int tokens_padded, int dim_padded) {
-    return static_cast<size_t>(kQueryRows) * (4 * static_cast<size_t>(tokens_padded) + tokens_padded + 4 * dim_padded + 4) + 256;
+    return static_cast<size_t>(kQueryRows) * (5 * static_cast<size_t>(tokens_padded) + 4 * static_cast<size_t>(dim_padded) + 4) +
+           12 * static_cast<size_t>(tokens_padded) + 256;
 }
 
 // Null where the build or the processor lacks them.

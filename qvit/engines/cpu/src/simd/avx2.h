@@ -2,7 +2,9 @@
 #pragma once
 
 #include <immintrin.h>
+#include <string.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace {
@@ -29,6 +31,8 @@ struct Avx2 {
         const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
     }
+    static F off_grid(F a) { return sub(a, round(a)); }       // a - round(a)
+    static F max_abs(F a, F b) { return max(abs(a), abs(b)); }  // the larger magnitude
     static F scale2(F a, F n) {
         // Below 2^-126 the factor is 2^-127 with a zero exponent field, that is, 0.
         const I e = to_int(max(n, set(-127.0f)));
@@ -38,6 +42,12 @@ struct Avx2 {
         __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+    }
+    static void sum4(F a, F b, F c, F d, float* out) {
+        out[0] = sum(a);
+        out[1] = sum(b);
+        out[2] = sum(c);
+        out[3] = sum(d);
     }
     static float largest(F a) {
         __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -50,13 +60,19 @@ struct Avx2 {
     static I iset(int32_t x) { return _mm256_set1_epi32(x); }
     static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
     static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
+    static I imul(I a, I b) { return _mm256_mullo_epi32(a, b); }
     static I imax(I a, I b) { return _mm256_max_epi32(a, b); }
     static I imin(I a, I b) { return _mm256_min_epi32(a, b); }
     static I ior(I a, I b) { return _mm256_or_si256(a, b); }
     static I low_byte(I a) { return _mm256_and_si256(a, _mm256_set1_epi32(255)); }
     template <int N>
     static I left(I a) { return _mm256_slli_epi32(a, N); }
-    static I count_greater(I count, I a, I threshold) { return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(a, threshold)); }
+    using M = __m256i;
+    static M greater(I a, I b) { return _mm256_cmpgt_epi32(a, b); }
+    static I half(I a) { return _mm256_srai_epi32(a, 1); }
+    static M reaches(F a, F b) { return _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+    static I pick(M m, I yes, I no) { return _mm256_blendv_epi8(no, yes, m); }
+    static I add_where(M m, I a, I b) { return _mm256_add_epi32(a, _mm256_and_si256(m, b)); }
     static int32_t isum(I a) {
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -80,6 +96,16 @@ struct Avx2 {
         _mm_storel_epi64(reinterpret_cast<__m128i*>(p), both);
     }
     static I load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+
+    static void store_transposed(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, int8_t* to,
+                                 ptrdiff_t step) {
+        for (int i = 0; i < W; i++, to += step) {
+            memcpy(to, a + 4 * i, 4);
+            memcpy(to + 4, b + 4 * i, 4);
+            memcpy(to + 8, c + 4 * i, 4);
+            memcpy(to + 12, d + 4 * i, 4);
+        }
+    }
 
     template <bool kWide>
     static I dot4(I acc, I a, I b) {

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include <cstddef>
 #include <cstdint>
 
 namespace {
@@ -36,9 +37,17 @@ struct Generic {
     static F abs(F a) QVIT_EACH(F, fabsf(a.v[i]))
     static F round(F a) QVIT_EACH(F, nearest(a.v[i]))
     static F first(F a, int n) QVIT_EACH(F, i < n ? a.v[i] : 0.0f)
+    static F off_grid(F a) { return sub(a, round(a)); }         // a - round(a)
+    static F max_abs(F a, F b) { return max(abs(a), abs(b)); }  // the larger magnitude
     static F scale2(F a, F n) QVIT_EACH(F, a.v[i] * power_of_two(n.v[i]))
     static float sum(F a) {
         return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
+    }
+    static void sum4(F a, F b, F c, F d, float* out) {
+        out[0] = sum(a);
+        out[1] = sum(b);
+        out[2] = sum(c);
+        out[3] = sum(d);
     }
     static float largest(F a) {
         float r = a.v[0];
@@ -53,13 +62,19 @@ struct Generic {
     static I iset(int32_t x) QVIT_EACH(I, x)
     static I iadd(I a, I b) QVIT_EACH(I, a.v[i] + b.v[i])
     static I isub(I a, I b) QVIT_EACH(I, a.v[i] - b.v[i])
+    static I imul(I a, I b) QVIT_EACH(I, a.v[i] * b.v[i])
     static I imax(I a, I b) QVIT_EACH(I, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
     static I imin(I a, I b) QVIT_EACH(I, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
     static I ior(I a, I b) QVIT_EACH(I, a.v[i] | b.v[i])
     static I low_byte(I a) QVIT_EACH(I, a.v[i] & 255)
     template <int N>
     static I left(I a) QVIT_EACH(I, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N))
-    static I count_greater(I count, I a, I threshold) QVIT_EACH(I, count.v[i] + (a.v[i] > threshold.v[i] ? 1 : 0))
+    using M = I;
+    static M greater(I a, I b) QVIT_EACH(M, a.v[i] > b.v[i] ? -1 : 0)
+    static I half(I a) QVIT_EACH(I, a.v[i] >> 1)
+    static M reaches(F a, F b) QVIT_EACH(M, a.v[i] >= b.v[i] ? -1 : 0)
+    static I pick(M m, I yes, I no) QVIT_EACH(I, m.v[i] ? yes.v[i] : no.v[i])
+    static I add_where(M m, I a, I b) QVIT_EACH(I, a.v[i] + (m.v[i] & b.v[i]))
     static int32_t isum(I a) {
         int32_t r = 0;
         for (int i = 0; i < W; i++) {
@@ -83,6 +98,16 @@ struct Generic {
         }
     }
     static I load_bytes(const uint8_t* p) QVIT_EACH(I, p[i])
+
+    static void store_transposed(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, int8_t* to,
+                                 ptrdiff_t step) {
+        for (int i = 0; i < W; i++, to += step) {
+            memcpy(to, a + 4 * i, 4);
+            memcpy(to + 4, b + 4 * i, 4);
+            memcpy(to + 8, c + 4 * i, 4);
+            memcpy(to + 12, d + 4 * i, 4);
+        }
+    }
 
     template <bool kWide>
     static I dot4(I acc, I a, I b) {

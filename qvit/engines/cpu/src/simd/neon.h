@@ -3,8 +3,9 @@
 
 #include <arm_neon.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
+#include <string.h>
 
 namespace {
 
@@ -30,11 +31,19 @@ struct Neon {
         const int32_t lanes[4] = {0, 1, 2, 3};
         return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vcgtq_s32(vdupq_n_s32(n), vld1q_s32(lanes))));
     }
+    static F off_grid(F a) { return sub(a, round(a)); }         // a - round(a)
+    static F max_abs(F a, F b) { return max(abs(a), abs(b)); }  // the larger magnitude
     static F scale2(F a, F n) {
         const I e = vaddq_s32(to_int(max(n, set(-127.0f))), vdupq_n_s32(127));
         return mul(a, vreinterpretq_f32_s32(vshlq_n_s32(e, 23)));
     }
     static float sum(F a) { return vaddvq_f32(a); }
+    static void sum4(F a, F b, F c, F d, float* out) {
+        out[0] = sum(a);
+        out[1] = sum(b);
+        out[2] = sum(c);
+        out[3] = sum(d);
+    }
     static float largest(F a) { return vmaxvq_f32(a); }
 
     static I iload(const int32_t* p) { return vld1q_s32(p); }
@@ -42,15 +51,19 @@ struct Neon {
     static I iset(int32_t x) { return vdupq_n_s32(x); }
     static I iadd(I a, I b) { return vaddq_s32(a, b); }
     static I isub(I a, I b) { return vsubq_s32(a, b); }
+    static I imul(I a, I b) { return vmulq_s32(a, b); }
     static I imax(I a, I b) { return vmaxq_s32(a, b); }
     static I imin(I a, I b) { return vminq_s32(a, b); }
     static I ior(I a, I b) { return vorrq_s32(a, b); }
     static I low_byte(I a) { return vandq_s32(a, vdupq_n_s32(255)); }
     template <int N>
     static I left(I a) { return vshlq_n_s32(a, N); }
-    static I count_greater(I count, I a, I threshold) {
-        return vsubq_s32(count, vreinterpretq_s32_u32(vcgtq_s32(a, threshold)));
-    }
+    using M = uint32x4_t;
+    static M greater(I a, I b) { return vcgtq_s32(a, b); }
+    static I half(I a) { return vshrq_n_s32(a, 1); }
+    static M reaches(F a, F b) { return vcgeq_f32(a, b); }
+    static I pick(M m, I yes, I no) { return vbslq_s32(m, yes, no); }
+    static I add_where(M m, I a, I b) { return vaddq_s32(a, vandq_s32(vreinterpretq_s32_u32(m), b)); }
     static int32_t isum(I a) { return vaddvq_s32(a); }
     static int32_t ilargest(I a) { return vmaxvq_s32(a); }
     static F to_float(I a) { return vcvtq_f32_s32(a); }
@@ -65,6 +78,16 @@ struct Neon {
         uint32_t word;
         memcpy(&word, p, 4);
         return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(word))))));
+    }
+
+    static void store_transposed(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d, int8_t* to,
+                                 ptrdiff_t step) {
+        for (int i = 0; i < W; i++, to += step) {
+            memcpy(to, a + 4 * i, 4);
+            memcpy(to + 4, b + 4 * i, 4);
+            memcpy(to + 8, c + 4 * i, 4);
+            memcpy(to + 12, d + 4 * i, 4);
+        }
     }
 
     template <bool kWide>
