@@ -1,12 +1,15 @@
 // Integer GEMM kernels of the CPU engine: exactness on odd shapes, and speed as a share of the instruction ceiling.
 //
-//     S=qvit/engines/cpu/src/gemm
-//     V="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
-//     g++ -std=c++17 -O3 -c $S/gemm.cpp $S/packed_codes.cpp $S/gemm_generic.cpp
+//     S=qvit/engines/cpu/src/gemm; V="-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni"
+//     for f in gemm packed_codes gemm_generic; do g++ -std=c++17 -O3 -c $S/$f.cpp; done
+//     for f in avx2 avx2table avxvnni; do g++ -std=c++17 -O3 -mavx2 -mavxvnni -c $S/gemm_$f.cpp; done
+//     for f in vnni pairs table; do g++ -std=c++17 -O3 $V -mavx512vbmi -c $S/gemm_avx512$f.cpp; done
 //     g++ -std=c++17 -O3 -I$S benchmarks/cpu_gemm.cpp *.o -o cpu_gemm && ./cpu_gemm --check && taskset -c 1 ./cpu_gemm [rounds [W4A4]]
 //
+// On aarch64: gemm, packed_codes, gemm_generic, and gemm_neon with -march=armv8.2-a+dotprod.
 // One thread. GMAC/s and, in brackets, the share of the rate of vpdpbusd on registers: medians of rounds in which the ceiling and
-// the kernels take turns. Unpacking weights and preparing activations are inside the time.
+// the kernels take turns. Unpacking weights and preparing activations are inside the time. Shown are all kernels of the best set of
+// instructions, and the one chosen of each other.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -86,7 +89,8 @@ struct Run {
     }
 };
 
-bool check_one(const Problem& problem, const GemmKernel& kernel) {
+// `fault` is added to every sum, to see that the check notices.
+bool check_one(const Problem& problem, const GemmKernel& kernel, int fault) {
     Run run(problem, kernel);
     run.prepare();
     for (int tile : {problem.rows, 5}) {
@@ -95,7 +99,7 @@ bool check_one(const Problem& problem, const GemmKernel& kernel) {
         run.panels(tile, out.data(), [&](int p, int row, int count) {
             for (int r = 0; r < count; ++r)
                 for (int c = 0; c < kernel.panel && p * kernel.panel + c < problem.M; ++c)
-                    wrong += out[size_t(r) * kernel.panel + c] != problem.sum(row + r, p * kernel.panel + c);
+                    wrong += out[size_t(r) * kernel.panel + c] + fault != problem.sum(row + r, p * kernel.panel + c);
         });
         if (wrong) {
             std::printf("WRONG: %s, W%dA%d, rows %d, K %d, M %d: %ld sums\n", kernel.name, problem.weight_bits,
@@ -106,7 +110,7 @@ bool check_one(const Problem& problem, const GemmKernel& kernel) {
     return true;
 }
 
-int check() {
+int check(int fault) {
     const int shapes[][3] = {{1, 1, 1},   {3, 2, 5},    {7, 3, 17},   {5, 31, 33},  {9, 64, 64},   {13, 65, 100},
                              {6, 127, 48}, {4, 192, 192}, {11, 588, 65}, {23, 130, 10}, {2, 1536, 130}, {5, 8191, 3}};
     int bad = 0;
@@ -117,7 +121,7 @@ int check() {
                 for (bool extremes : {false, true}) {
                     Problem problem(shape[0], shape[1], shape[2], weight_bits, act_bits, extremes);
                     for (int i = 0; const GemmKernel* kernel = kernel_at(i, weight_bits, act_bits); ++i, ++checks)
-                        bad += !check_one(problem, *kernel);
+                        bad += !check_one(problem, *kernel, fault);
                 }
     std::printf("%ld checks, %d wrong\n", checks, bad);
     return bad != 0;
@@ -157,7 +161,8 @@ void speed(int rounds, const char* only) {
             Problem problem(shape[0], shape[1], shape[2], width[0], width[1]);
             std::vector<Run> runs;
             for (int i = 0; const GemmKernel* kernel = kernel_at(i, width[0], width[1]); ++i)
-                if (kernel->isa != Isa::generic) runs.emplace_back(problem, *kernel);
+                if (kernel->isa == best_isa() || (kernel->isa != Isa::generic && kernel == &choose_kernel(width[0], width[1], kernel->isa)))
+                    runs.emplace_back(problem, *kernel);
             const double macs = double(shape[0]) * shape[1] * shape[2];
             std::vector<std::vector<double>> rates(runs.size()), shares(runs.size());
             std::vector<double> ceilings;
@@ -194,7 +199,7 @@ void speed(int rounds, const char* only) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc > 1 && !std::strcmp(argv[1], "--check")) return check();
+    if (argc > 1 && !std::strcmp(argv[1], "--check")) return check(argc > 2);
     speed(argc > 1 ? std::atoi(argv[1]) : 41, argc > 2 ? argv[2] : nullptr);
     return 0;
 }
