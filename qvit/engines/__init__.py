@@ -5,6 +5,7 @@ Reads `qvit.integer`; nothing below depends on an engine.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class Runner:
             InputError: another shape or type, or values that are not finite.
         """
         is_array = isinstance(images, np.ndarray)
-        array = images if isinstance(images, np.ndarray) else images.detach().cpu().numpy()
+        array = images if isinstance(images, np.ndarray) else _array_of(images)
         logits = self.engine.run(self._checked(array))
         if is_array:
             return logits
@@ -59,9 +60,19 @@ class Runner:
             return images if pixels else self.model.preprocessing.normalise(images)
         if not np.issubdtype(images.dtype, np.floating):
             raise InputError(f"Images are uint8 pixels or normalised floats, not {images.dtype}.")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            images = images.astype(np.float32, copy=False)
         if not pixels and not np.isfinite(images).all():  # engines that take pixels check it themselves, faster
             raise InputError("The images hold values that are not finite (NaN or infinity).")
-        return images.astype(np.float32, copy=False)
+        return images
+
+
+def _array_of(images: Any) -> np.ndarray:
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(images, torch.Tensor):
+        raise InputError(f"Images are a NumPy array or a PyTorch tensor, not {type(images).__name__}.")
+    images = images.detach().cpu()
+    return (images.float() if images.dtype == torch.bfloat16 else images).numpy()
 
 
 def default_engine(device: str | None = None) -> str:

@@ -43,7 +43,7 @@ class CpuEngine:
     Raises:
         MissingDependencyError: the compiled module was not built.
         InputError: ``threads`` or an environment variable is none of the possible values.
-        UnsupportedModelError: a head is wider than 512 channels.
+        UnsupportedModelError: a head is wider than 512 channels, or there are more than 65,536 tokens.
     """
 
     name = "cpu"
@@ -115,7 +115,8 @@ class CpuEngine:
 
     def _run(self, images: np.ndarray, codes: MutableMapping[str, Any] | None) -> np.ndarray:
         if images.dtype != np.uint8:
-            images = images.astype(np.float32, copy=False)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which is refused below
+                images = images.astype(np.float32, copy=False)
         images = np.ascontiguousarray(images)
         logits = np.empty((len(images), self.model.architecture.num_classes), np.float32)
         taps = None
@@ -124,10 +125,8 @@ class CpuEngine:
 
             taps = {name: np.empty(shape, np.int16) for name, shape in tap_shapes(self.model, len(images)).items()}
             codes.update(taps)
-        try:
-            self._engine.run(images, logits, None if taps is None else list(taps.values()))
-        except ArithmeticError:
-            raise InputError("The images hold values that are not finite (NaN or infinity).") from None
+        if not self._engine.run(images, logits, None if taps is None else list(taps.values())):
+            raise InputError("The images hold values that are not finite (NaN or infinity).")
         return logits
 
 

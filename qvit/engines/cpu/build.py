@@ -13,6 +13,7 @@ from qvit.spec import HalfStep, PerGroup, PerToken, QuantSpec
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _F32 = np.float32
+_MOST_TOKENS = 1 << 16
 _ULPS = 1e-6  # relative error that the float32 steps stay below
 
 
@@ -42,11 +43,15 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
     """The compiled module's builder (``kind``) with every part of the model in it.
 
     Raises:
-        UnsupportedModelError: a head is wider than 512 channels.
+        UnsupportedModelError: a head is wider than 512 channels, or there are more than 65,536 tokens.
     """
     a = model.architecture
     if a.head_dim > 512:
         raise UnsupportedModelError(f"Heads of {a.head_dim} channels are too wide for the CPU engine: use engine='reference'.")
+    if a.num_tokens > _MOST_TOKENS:
+        raise UnsupportedModelError(
+            f"The model has {a.num_tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or larger patches."
+        )
     b = kind(isa, _shape(model))
     _pixels(b, model)
     _linear(b, "patch", 0, model.patch)

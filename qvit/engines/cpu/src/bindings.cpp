@@ -304,8 +304,8 @@ class PyEngine {
         engine_ = std::make_unique<Engine>(std::move(builder.model), threads, profile);
     }
 
-    // images: uint8 or float32 [B, C, H, W]; logits: float32 [B, classes], written.
-    void run(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& images, const nb::ndarray<float, nb::c_contig, nb::device::cpu>& logits,
+    // images: uint8 or float32 [B, C, H, W]; logits: float32 [B, classes], written. False: the images are not finite.
+    bool run(const nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>& images, const nb::ndarray<float, nb::c_contig, nb::device::cpu>& logits,
              const std::optional<std::vector<nb::ndarray<int16_t, nb::c_contig, nb::device::cpu>>>& taps) {
         const Shape& s = engine_->model().shape;
         const bool bytes = images.dtype() == nb::dtype<uint8_t>();
@@ -353,11 +353,12 @@ class PyEngine {
                 finite &= x[i] - x[i] == 0.0f;
             }
             if (!finite) {
-                throw std::domain_error("not finite");
+                return false;
             }
         }
         engine_->run(bytes ? static_cast<const uint8_t*>(data) : nullptr, bytes ? nullptr : static_cast<const float*>(data),
                      static_cast<int>(batch), out, taps ? &to : nullptr);
+        return true;
     }
 
     std::map<std::string, double> profile() {
