@@ -4,12 +4,13 @@
 //     for f in gemm packed_codes gemm_generic; do g++ -std=c++17 -O3 -c $S/$f.cpp; done
 //     for f in avx2 avx2table avxvnni; do g++ -std=c++17 -O3 -mavx2 -mavxvnni -c $S/gemm_$f.cpp; done
 //     for f in vnni pairs table; do g++ -std=c++17 -O3 $V -mavx512vbmi -c $S/gemm_avx512$f.cpp; done
-//     g++ -std=c++17 -O3 -I$S benchmarks/cpu_gemm.cpp *.o -o cpu_gemm && ./cpu_gemm --check && taskset -c 1 ./cpu_gemm [rounds [W4A4]]
+//     g++ -std=c++17 -O3 -I$S benchmarks/cpu_gemm.cpp *.o -o cpu_gemm && ./cpu_gemm --check && taskset -c 1 ./cpu_gemm [rounds
+//     [W4A4]]
 //
 // On aarch64: gemm, packed_codes, gemm_generic, and gemm_neon with -march=armv8.2-a+dotprod.
-// One thread, its processor time. GMAC/s and, in brackets, the share of the rate of vpdpbusd on registers: medians of rounds in which the ceiling and
-// the kernels take turns. Unpacking weights and preparing activations are inside the time. Shown are all kernels of the best set of
-// instructions, and the one chosen of each other.
+// One thread, its processor time. GMAC/s and, in brackets, the share of the rate of vpdpbusd on registers: medians of rounds in
+// which the ceiling and the kernels take turns. Unpacking weights and preparing activations are inside the time. Shown are all
+// kernels of the best set of instructions, and the one chosen of each other.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -64,8 +65,12 @@ struct Run {
     std::vector<int32_t> out;  // [panel][tile of rows][kernel.panel], the last tile only unless kept
 
     Run(const Problem& p, const GemmKernel& k)
-        : problem(p), kernel(k), weight(k.pack(p.w.data(), p.M, p.K, p.weight_bits)), pitch(ptrdiff_t(k.row_bytes(p.K))),
-          prepared(aligned_bytes(size_t(pitch) * p.rows)), scratch(aligned_bytes(k.scratch_bytes(p.K))) {}
+        : problem(p),
+          kernel(k),
+          weight(k.pack(p.w.data(), p.M, p.K, p.weight_bits)),
+          pitch(ptrdiff_t(k.row_bytes(p.K))),
+          prepared(aligned_bytes(size_t(pitch) * p.rows)),
+          scratch(aligned_bytes(k.scratch_bytes(p.K))) {}
 
     void prepare() {
         if (kernel.prepare) {
@@ -111,7 +116,7 @@ bool check_one(const Problem& problem, const GemmKernel& kernel, int fault) {
 }
 
 int check(int fault) {
-    const int shapes[][3] = {{1, 1, 1},   {3, 2, 5},    {7, 3, 17},   {5, 31, 33},  {9, 64, 64},   {13, 65, 100},
+    const int shapes[][3] = {{1, 1, 1},    {3, 2, 5},     {7, 3, 17},    {5, 31, 33},   {9, 64, 64},    {13, 65, 100},
                              {6, 127, 48}, {4, 192, 192}, {11, 588, 65}, {23, 130, 10}, {2, 1536, 130}, {5, 8191, 3}};
     int bad = 0;
     long checks = 0;
@@ -166,7 +171,8 @@ void speed(int rounds, const char* only) {
             Problem problem(shape[0], shape[1], shape[2], width[0], width[1]);
             std::vector<Run> runs;
             for (int i = 0; const GemmKernel* kernel = kernel_at(i, width[0], width[1]); ++i)
-                if (kernel->isa == best_isa() || (kernel->isa != Isa::generic && kernel == &choose_kernel(width[0], width[1], kernel->isa)))
+                if (kernel->isa == best_isa() ||
+                    (kernel->isa != Isa::generic && kernel == &choose_kernel(width[0], width[1], kernel->isa)))
                     runs.emplace_back(problem, *kernel);
             const double macs = double(shape[0]) * shape[1] * shape[2];
             std::vector<std::vector<double>> rates(runs.size()), shares(runs.size());

@@ -6,12 +6,13 @@ vary only along indices that stay outside the sum; an *offset* may vary along th
 
     product                        summed index        scale may vary along         offset may vary along
     linear  x [N, K] W [M, K]      K input channels    x: token, K-group            x: channel
-                                                       W: output channel, K-group   W: -
+                                                       W: output channel, K-group   W: - (or half a step)
     scores  q [N, D] k [N, D]      D head width        q, k: head, token            q, k: head, channel
     values  p [N, N] v [N, D]      N key tokens        p: head, query token         p: -
                                                        v: head, channel             v: head, channel
 
-One pair is refused on top: k with a scale per token and a half-step offset, which then varies from key to key.
+Two pairs are refused on top, with a half-step offset each: k with a scale per token, whose offset then varies from key to
+key, and a weight with a scale per group.
 
 This file needs neither PyTorch nor NumPy.
 """
@@ -128,7 +129,7 @@ _SCALES: dict[Operand, tuple[type, ...]] = {
     Operand.MAP: (PerTensor, PerHead, PerToken),
 }
 _OFFSETS: dict[Operand, tuple[type, ...]] = {
-    Operand.WEIGHT: (),
+    Operand.WEIGHT: (HalfStep,),
     Operand.INPUT: (PerTensor, PerChannel),
     Operand.QUERY: (HalfStep, PerHead, PerChannel),
     Operand.KEY: (HalfStep, PerHead, PerChannel),
@@ -201,6 +202,11 @@ class QuantSpec:
             raise SpecError(
                 "A half-step offset of k with a scale per token is refused: half of a key's own step would add a term to "
                 "each score that softmax does not cancel; use offset=PerHead(), PerChannel() or None with it."
+            )
+        if operand is Operand.WEIGHT and isinstance(self.scale, PerGroup) and self.offset is not None:
+            raise SpecError(
+                "A half-step offset of a weight with a scale per group is refused, since no engine runs it: "
+                "use scale=PerChannel() or offset=None."
             )
 
     def _refusal(self, what: str, why: str | None, allowed: tuple[type, ...]) -> str:
@@ -307,6 +313,8 @@ def _known(extent: int | None, granularity: object) -> int:
 
 Override = Mapping[str, Any]
 
+WEIGHT_QUANTIZERS = ("lsq", "statsq")
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -318,6 +326,8 @@ class ModelSpec:
         rectify: insert IRM on q and k (paper, section 3.2).
         equalise: balance the channels of LayerNorm-fed inputs and of proj's input before calibration (SmoothQuant,
             RepQ-ViT); the float function does not change.
+        weight_quantizer: of the blocks' weights: ``lsq`` learns its steps; ``statsq`` derives them from the weights and has
+            levels at odd half steps (`qvit.quantizers.statsq`). The edge layers' weights are always ``lsq``.
         overrides: pattern -> fields of `QuantSpec` to change (``bits``, ``signed``, ``scale``, ``offset``; granularities by
             name), or a number of bits alone. A pattern is a shell pattern over the names of quantization points
             (``blocks.0.attn.qkv.weight``, ``blocks.0.attn.qkv.input``, ``blocks.0.attn.q``, ..) or of the modules that hold
@@ -332,6 +342,7 @@ class ModelSpec:
     edge_bits: int = 8
     rectify: bool = True
     equalise: bool = True
+    weight_quantizer: str = "lsq"
     overrides: Mapping[str, int | Override] = field(default_factory=dict)
 
     _DEFAULTS: ClassVar[dict[Operand, tuple[bool, Granularity, OffsetGranularity]]] = {
@@ -352,6 +363,8 @@ class ModelSpec:
         for name in ("rectify", "equalise"):
             if not isinstance(getattr(self, name), bool):
                 raise SpecError(f"{name}={getattr(self, name)!r} is neither true nor false.")
+        if self.weight_quantizer not in WEIGHT_QUANTIZERS:
+            raise SpecError(f"weight_quantizer={self.weight_quantizer!r} is unknown: use {' or '.join(WEIGHT_QUANTIZERS)}.")
         if not isinstance(self.overrides, Mapping):
             raise SpecError(f"overrides={self.overrides!r} is no mapping of name patterns to bits or to fields of a QuantSpec.")
         for pattern, change in self.overrides.items():
@@ -375,6 +388,9 @@ class ModelSpec:
         """
         bits = self.edge_bits if edge else self.weight_bits if operand is Operand.WEIGHT else self.act_bits
         signed, scale, offset = self._DEFAULTS[operand]
+        statistical = self.weight_quantizer == "statsq" and operand is Operand.WEIGHT and not edge
+        if statistical:
+            offset = HalfStep()
         values: dict[str, Any] = {"bits": bits, "signed": signed, "scale": scale, "offset": offset}
         for pattern, change in self.overrides.items():
             if matches(pattern, name):
@@ -384,9 +400,12 @@ class ModelSpec:
                         change[key] = granularity_from_name(change[key])
                 values.update(change)
         try:
-            return QuantSpec(**values, operand=operand)
+            resolved = QuantSpec(**values, operand=operand)
         except SpecError as error:
             raise SpecError(f"{name}: {error}") from None
+        if statistical and not isinstance(resolved.offset, HalfStep):
+            raise SpecError(f"{name}: StatsQ has levels at odd half steps; leave out the override of its offset.")
+        return resolved
 
     def check_overrides(self, names: list[str]) -> None:
         """Raises `SpecError` if an override's pattern matches none of the quantization points ``names``."""

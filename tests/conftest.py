@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
+
+# Without a GPU, Triton's kernels run under its interpreter; read when Triton is imported, which timm may do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import timm
 from hypothesis import HealthCheck, settings
 from torch import nn
 
@@ -37,6 +42,13 @@ settings.load_profile("qvit")
 def _seed() -> None:
     """The same random numbers in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one, else the CPU, under Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ EXECUTABLE_SCALES = {
     "map": {"PerTensor", "PerHead", "PerToken"},
 }
 EXECUTABLE_OFFSETS = {
-    "weight": {"None"},
+    "weight": {"None", "HalfStep"},
     "input": {"None", "PerTensor", "PerChannel"},
     "q": {"None", "HalfStep", "PerHead", "PerChannel"},
     "k": {"None", "HalfStep", "PerHead", "PerChannel"},
@@ -69,6 +69,7 @@ def test_executable_combinations_construct_and_all_others_are_refused(operand: O
             and label(offset) in EXECUTABLE_OFFSETS[operand.value]
             # half of a key's own step would be a term of each key, which softmax does not cancel
             and (operand.value, label(scale), label(offset)) != ("k", "PerToken", "HalfStep")
+            and not (operand is Operand.WEIGHT and isinstance(scale, PerGroup) and offset is not None)
         )
         if allowed:
             spec = QuantSpec(3, signed, scale, offset, operand)
@@ -142,6 +143,7 @@ DIMS = Dims(channels=384, rows=197, heads=6)
         ("weight", PerTensor(), None, Dims(384, 1536), (1,), None),
         ("weight", PerChannel(), None, Dims(384, 1536), (1536, 1), None),
         ("weight", PerGroup(128), None, Dims(384, 1536), (1536, 3), None),
+        ("weight", PerChannel(), HalfStep(), Dims(384, 1536), (1536, 1), None),
         ("input", PerTensor(), PerTensor(), Dims(384, 197), (1,), (1,)),
         ("input", PerTensor(), PerChannel(), Dims(384), (1,), (384,)),
         ("input", PerToken(), PerChannel(), Dims(384, 197), (197, 1), (384,)),
@@ -223,6 +225,27 @@ def test_default_bits_of_blocks_and_edges() -> None:
     assert spec.resolve("head.input", Operand.INPUT, edge=True).bits == 7
     assert ModelSpec.of_bits(2, rectify=False) == ModelSpec(weight_bits=2, act_bits=2, rectify=False)
     assert spec.with_bits(4) == ModelSpec(weight_bits=4, act_bits=4, edge_bits=7)
+
+
+def test_statsq_gives_the_blocks_weights_half_steps_and_leaves_all_else() -> None:
+    spec, plain = ModelSpec(weight_quantizer="statsq"), ModelSpec()
+    assert spec.resolve("blocks.0.mlp.fc1.weight", Operand.WEIGHT) == QuantSpec(
+        4, True, PerChannel(), HalfStep(), Operand.WEIGHT
+    )
+    for name, operand, edge in [("head.weight", Operand.WEIGHT, True), ("blocks.0.attn.q", Operand.QUERY, False)]:
+        assert spec.resolve(name, operand, edge) == plain.resolve(name, operand, edge)
+    assert ModelSpec.from_dict(spec.to_dict()) == spec
+    assert ModelSpec.from_dict({k: v for k, v in plain.to_dict().items() if k != "weight_quantizer"}) == plain
+    with pytest.raises(SpecError, match="use lsq or statsq"):
+        ModelSpec(weight_quantizer="magic")
+    odd = ModelSpec(weight_quantizer="statsq", overrides={"*.fc1.weight": {"offset": "none"}})
+    with pytest.raises(SpecError, match=r"blocks\.0\.mlp\.fc1\.weight: StatsQ has levels at odd half steps"):
+        odd.resolve("blocks.0.mlp.fc1.weight", Operand.WEIGHT)
+
+
+def test_a_half_step_of_a_weight_with_groups_says_what_to_do() -> None:
+    with pytest.raises(SpecError, match=r"scale per group is refused.* use scale=PerChannel"):
+        QuantSpec(4, True, PerGroup(64), HalfStep(), Operand.WEIGHT)
 
 
 @pytest.mark.parametrize("operand", list(Operand))

@@ -15,8 +15,10 @@ from qvit.convert import family_of
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.layers.linear import QuantLinear
 from qvit.layers.points import float_mode, quantization_points
+from qvit.layers.weights import quantized_weights
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.mse_search import mse_optimal
+from qvit.quantizers.statsq import StatsQuantizer
 from qvit.spec import PerToken
 
 _VALUES_PER_POINT = 1 << 19  # of one quantization point that the search looks at
@@ -24,7 +26,10 @@ _BATCH = 16  # images that go through a block at once; bounds the memory that so
 
 
 def calibrate(
-    student: Any, batches: Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]], images: int = 64
+    student: Any,
+    batches: Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]],
+    images: int = 64,
+    scales_only: bool = False,
 ) -> None:
     """Prepares a quantized model, in place, from a few images; call it once, before the optimizer and before DDP.
 
@@ -36,6 +41,7 @@ def calibrate(
         batches: image batches [B, C, H, W], normalised as the model's preprocessing says, or tuples that begin with one
             (a data loader).
         images: how many images to use.
+        scales_only: neither equalise nor initialise IRM: the weights come from a student that went through both.
 
     Raises:
         UnsupportedModelError: the model is not quantized.
@@ -53,7 +59,9 @@ def calibrate(
         with torch.no_grad(), float_mode(student):
             tokens = torch.cat([family.stem(student, part) for part in x.split(_BATCH)])
             for block in student.blocks:
-                tokens = _calibrate_block(block, tokens, student.qvit.spec.equalise)
+                if not scales_only:
+                    _prepare_block(block, tokens, student.qvit.spec.equalise)
+                tokens = _calibrate_block(block, tokens)
             heads = nn.ModuleList([getattr(student, name) for name in student.qvit.architecture.heads])
             with _observing(heads) as samples:
                 for part in tokens.split(_BATCH):
@@ -62,6 +70,13 @@ def calibrate(
             _fit_weight(student.patch_embed.proj.weight_quantizer, student.patch_embed.proj.effective_weight())
     finally:
         student.train(training)
+
+
+@torch.no_grad()
+def calibrate_weights(student: nn.Module) -> None:
+    """Sets the learned scales of all weights, and nothing else, to those of least squared error on the weights as they are."""
+    for weight in quantized_weights(student):
+        _fit_weight(weight.layer.weight_quantizer, weight.effective())
 
 
 def _gather(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tensor:
@@ -95,8 +110,8 @@ def _check_pixels(student: Any, x: torch.Tensor) -> None:
         )
 
 
-def _calibrate_block(block: Any, tokens: torch.Tensor, equalise: bool) -> torch.Tensor:
-    """Calibrates one block in float mode on its inputs [S, N, C]; returns its outputs."""
+def _prepare_block(block: Any, tokens: torch.Tensor, equalise: bool) -> None:
+    """Equalises one block and initialises its IRM, in float mode on its inputs [S, N, C]; the float function stays."""
     attention, mlp = block.attn, block.mlp
     if equalise:
         normed = block.norm1(tokens)
@@ -110,6 +125,10 @@ def _calibrate_block(block: Any, tokens: torch.Tensor, equalise: bool) -> torch.
         # norm2 sees what attention adds; IRM is in place by now.
         middle = torch.cat([_after_attention(block, part) for part in tokens.split(_BATCH)])
         equalise_norm(block.norm2, mlp.fc1, factors_of(block.norm2(middle)))
+
+
+def _calibrate_block(block: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Sets the scales and offsets of one block in float mode on its inputs [S, N, C]; returns its outputs."""
     with _observing(block) as samples:
         out = torch.cat([block(part) for part in tokens.split(_BATCH)])
     _search(block, samples)
@@ -147,7 +166,9 @@ def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]]) 
             _fit_weight(layer.weight_quantizer, layer.weight)
 
 
-def _fit_weight(quantizer: LSQQuantizer, weight: torch.Tensor) -> None:
+def _fit_weight(quantizer: LSQQuantizer | StatsQuantizer, weight: torch.Tensor) -> None:
+    if isinstance(quantizer, StatsQuantizer):
+        return
     quantizer.set_parameters(*mse_optimal(weight, quantizer.spec, quantizer.scale.shape, None))
 
 

@@ -54,7 +54,7 @@ def provenance_of(metadata: Metadata) -> dict[str, Any]:
 def _without_folders(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe with the files in it named without their folders, which tell more of a machine than of a model."""
     out = {key: _without_folders(value) if isinstance(value, Mapping) else value for key, value in recipe.items()}
-    for key in ("train", "val", "checkpoint"):
+    for key in ("train", "val", "checkpoint", "start_from"):
         value = out.get(key)
         if isinstance(value, str):
             out[key] = Path(value).name

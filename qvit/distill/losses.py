@@ -1,4 +1,4 @@
-"""The training loss: labels, the teacher's answer (hard or soft) and DGD, each with a weight.
+"""The training loss: labels, the teacher's answer (hard or soft), DGD and feature matching, each with a weight.
 
 The four recipes of the paper's ablation: labels and hard answer at one half each (the baseline, and with IRM in the model
 "+IRM"), the same with ``dgd=1`` ("+DGD", and with IRM the full Q-ViT).
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional as F
 
+from qvit.distill.features import Features, feature_loss
 from qvit.distill.similarity import Taps, dgd_loss
 from qvit.errors import RecipeError, TrainingError
 
@@ -20,7 +21,7 @@ Logits = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """``label * CE(student, targets) + hard * CE(student, argmax teacher) + soft * T^2 KL(teacher || student) + dgd * DGD``.
+    """``label * CE(student, targets) + hard * CE(student, argmax teacher) + soft * T^2 KL(teacher || student) + ..``.
 
     A term of weight 0 is not computed.
 
@@ -30,6 +31,7 @@ class DistillationLoss:
         soft: weight of the Kullback-Leibler divergence at temperature T, times T^2 (Hinton et al. 2015).
         temperature: T.
         dgd: weight of the similarity distances of q and k (equation 2.23; the paper's is 1).
+        feature: weight of the distance of the features behind the last block, or behind all (`qvit.distill.features`).
 
     Raises:
         RecipeError: a weight is negative or all are zero, or the temperature is not positive.
@@ -40,6 +42,7 @@ class DistillationLoss:
     soft: float = 0.0
     temperature: float = 1.0
     dgd: float = 0.0
+    feature: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):
@@ -50,13 +53,13 @@ class DistillationLoss:
                 raise RecipeError(f"The loss's weight {name}={value} is negative: use 0 to leave the term out.")
         if self.temperature <= 0:
             raise RecipeError(f"The loss's temperature={self.temperature} must be above 0.")
-        if not (self.label or self.hard or self.soft or self.dgd):
-            raise RecipeError("Every weight of the loss is 0: set at least one of label, hard, soft and dgd.")
+        if not (self.label or self.hard or self.soft or self.dgd or self.feature):
+            raise RecipeError("Every weight of the loss is 0: set at least one of label, hard, soft, dgd and feature.")
 
     @property
     def needs_teacher(self) -> bool:
         """Whether a term reads the teacher at all."""
-        return bool(self.hard or self.soft or self.dgd)
+        return bool(self.hard or self.soft or self.dgd or self.feature)
 
     @property
     def needs_taps(self) -> bool:
@@ -70,6 +73,8 @@ class DistillationLoss:
         teacher_logits: torch.Tensor | None = None,
         student_taps: Taps | None = None,
         teacher_taps: Taps | None = None,
+        student_features: Features | None = None,
+        teacher_features: Features | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss and its terms.
 
@@ -79,6 +84,7 @@ class DistillationLoss:
             targets: labels [B], int64, or probabilities [B, classes] (mixup, label smoothing).
             teacher_logits: [B, classes].
             student_taps, teacher_taps: what `QueryKeyTaps.collect` gives.
+            student_features, teacher_features: what `FeatureTap.collect` gives.
 
         Returns:
             The weighted sum (a scalar, float32) and the terms, unweighted and detached, by name.
@@ -107,6 +113,12 @@ class DistillationLoss:
                     "The dgd term of the loss needs q and k of student and teacher: tap both, or set its weight to 0."
                 )
             terms["dgd"] = dgd_loss(student_taps, [(q.detach(), k.detach()) for q, k in teacher_taps])
+        if self.feature:
+            if student_features is None or teacher_features is None:
+                raise TrainingError(
+                    "The feature term of the loss needs features of student and teacher: tap both, or set its weight to 0."
+                )
+            terms["feature"] = feature_loss(student_features, teacher_features)
         total = torch.stack([getattr(self, name) * term for name, term in terms.items()]).sum()
         return total, {name: term.detach() for name, term in terms.items()}
 

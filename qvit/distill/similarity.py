@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from qvit.errors import TrainingError
+from qvit.kernels import switch
 
 # Below this squared distance, float32 has cancelled all digits of 2 - 2 * cosine, and the distance is replaced by its chord.
 _CLOSE = 1e-6
@@ -42,6 +43,10 @@ def similarity_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
     Returns:
         [B, H], between 0 and sqrt(2), computed in float32 (float64 for float64 inputs) even under autocast.
     """
+    if switch.active(student) and _is_dense(student):
+        from qvit.kernels.similarity import fused_similarity_distance  # needs Triton
+
+        return fused_similarity_distance(student, teacher, _CLOSE, _TINY)
     with torch.autocast(student.device.type, enabled=False):
         s, t = _unit_scale(student), _unit_scale(teacher)
         own_s = _squared_norm(s.transpose(-2, -1) @ s)
@@ -49,6 +54,11 @@ def similarity_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.T
         cross = _squared_norm(t.transpose(-2, -1) @ s)
         squared = (2 - 2 * cross * (own_s * own_t).clamp_min(_TINY).rsqrt()).clamp_min(0)
         return squared * squared.clamp_min(_CLOSE).rsqrt()
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether x is a permutation of a contiguous tensor."""
+    return torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def _unit_scale(x: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ class QueryKeyTaps:
     def __init__(self, model: nn.Module) -> None:
         self._taken: dict[tuple[int, str], torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._students: list[QuantAttention] = []
         self.blocks = 0
         for module in model.modules():
             if isinstance(module, QuantAttention):
@@ -50,15 +51,11 @@ class QueryKeyTaps:
             )
 
     def _tap_student(self, attention: QuantAttention, block: int) -> None:
-        # IRM (or the identity in its place) feeds the quantizers and, unlike them, also runs in float mode.
-        def keep(name: str):  # type: ignore[no-untyped-def]
-            def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-                self._taken[block, name] = output
+        def keep(q: torch.Tensor, k: torch.Tensor) -> None:
+            self._taken[block, "q"], self._taken[block, "k"] = q, k
 
-            return hook
-
-        self._handles.append(attention.rectify_q.register_forward_hook(keep("q")))
-        self._handles.append(attention.rectify_k.register_forward_hook(keep("k")))
+        attention.tap = keep
+        self._students.append(attention)
 
     def _tap_float(self, attention: Any, block: int) -> None:
         def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
@@ -86,7 +83,10 @@ class QueryKeyTaps:
         self._taken.clear()
 
     def close(self) -> None:
-        """Removes the hooks."""
+        """Removes the hooks and taps."""
+        for attention in self._students:
+            attention.tap = None
+        self._students.clear()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -4,18 +4,18 @@ Other engines are tested against it code by code; it is tested against the train
 `IntegerModel`, never the student.
 
 The float steps (LayerNorm, softmax, GELU, the standardisation of IRM, the average of tokens) are by definition the float32
-nearest to the real value, for which they are evaluated in float64. Every engine that keeps to it computes the same codes, bit
-for bit; one that rounds otherwise flips a code in some 10^7, and a low-bit network makes of one flipped code thousands.
+nearest to the real value, for which they are evaluated in float64 (`qvit.quantizers.exact_float`), so that every engine that
+keeps to it computes the same codes, bit for bit.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
+from qvit.quantizers import exact_float
 from qvit.quantizers.exact_matmul import exact_matmul
 from qvit.spec import PerGroup, QuantSpec
 
@@ -72,8 +72,7 @@ class ReferenceEngine:
         """LayerNorm over the last dimension, float32 [.., C]."""
         if norm is None:
             return x
-        weight, bias = self._tensor(norm.weight).double(), self._tensor(norm.bias).double()
-        return F.layer_norm(x.double(), (x.shape[-1],), weight, bias, norm.eps).float()
+        return exact_float.layer_norm(x, self._tensor(norm.weight), self._tensor(norm.bias), norm.eps)
 
     def linear(self, codes: Codes, layer: ops.Linear) -> torch.Tensor:
         """codes [.., K] -> float [.., M]: int32 sums, then the float epilogue."""
@@ -82,29 +81,33 @@ class ReferenceEngine:
         specs = layer.input.spec, layer.weight.spec
         grouped = [spec.scale.size for spec in specs if isinstance(spec.scale, PerGroup)]
         if not grouped:
-            y = _sums(codes, weight.t(), *specs).float() * (scale_x * scale_w.flatten())
+            sums = self._weight_sums(codes, weight, layer)
+            y = sums * (scale_x * scale_w.flatten())
         else:
             y = torch.zeros(*codes.shape[:-1], layer.weight.shape[0], device=self.device)
             for g in range(codes.shape[-1] // grouped[0]):
                 part = slice(g * grouped[0], (g + 1) * grouped[0])
                 step_x = scale_x[g] if isinstance(specs[0].scale, PerGroup) else scale_x
                 step_w = scale_w[:, g] if isinstance(specs[1].scale, PerGroup) else scale_w.flatten()
-                y = y + _sums(codes[..., part], weight[:, part].t(), *specs).float() * (step_x * step_w)
+                y = y + self._weight_sums(codes[..., part], weight[:, part], layer) * (step_x * step_w)
         return y if bias is None else y + bias
+
+    def _weight_sums(self, codes: Codes, weight: Codes, layer: ops.Linear) -> torch.Tensor:
+        """codes [.., K], codes of a weight [M, K] -> sums [.., M] in units of both scales, whole or half numbers in float32."""
+        sums = _sums(codes, weight.t(), layer.input.spec, layer.weight.spec)
+        if not layer.weight.half_step:
+            return sums.float()
+        return (2 * sums + codes.to(torch.int32).sum(-1, keepdim=True)).float() * 0.5
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
         """The activation between fc1 and fc2."""
-        kind = self.model.architecture.activation
-        wide = x.double()
-        if kind == "quick_gelu":
-            return (wide * torch.sigmoid(1.702 * wide)).float()
-        return F.gelu(wide, approximate="tanh" if kind == "gelu_tanh" else "none").float()
+        return exact_float.activation(x, self.model.architecture.activation)
 
     def rectify(self, x: torch.Tensor, rectify: ops.Rectify | None) -> torch.Tensor:
         """IRM, float [B, H, N, D]."""
         if rectify is None:
             return x
-        z = F.layer_norm(x.double(), (x.shape[-1],), eps=rectify.eps).float()
+        z = exact_float.standardise(x, rectify.eps)
         return z * self._tensor(rectify.weight)[:, None] + self._tensor(rectify.bias)[:, None]
 
     def scores(self, q: Codes, k: Codes, attention: ops.Attention) -> torch.Tensor:
@@ -121,10 +124,6 @@ class ReferenceEngine:
             column = (k.double() * self._tensor(attention.q.offset)).sum(-1).float()[..., None, :]
             scores = scores + column * (scale_k * attention.factor)
         return scores
-
-    def softmax(self, scores: torch.Tensor) -> torch.Tensor:
-        """float [B, H, N, N], over the keys."""
-        return scores.double().softmax(dim=-1).float()
 
     def values(self, p: Codes, v: Codes, attention: ops.Attention) -> torch.Tensor:
         """codes of the softmax map [B, H, N, N] and of v [B, H, N, D] -> float [B, H, N, D]."""
@@ -152,6 +151,21 @@ class ReferenceEngine:
             codes: if given, filled with the codes at every activation point by name (int16).
         """
         taps = {} if codes is None else codes
+        pooled = self._pooled(images, taps)
+        logits = [self._linear(feature, head, taps) for feature, head in zip(pooled, self.model.heads, strict=True)]
+        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B, C, H, W] -> what the heads read, float32 [B, C]; the mean where there are two heads.
+
+        The training graph's are timm's ``forward_head(forward_features(images), pre_logits=True)``.
+        """
+        pooled = self._pooled(images, {})
+        return pooled[0] if len(pooled) == 1 else (pooled[0] + pooled[1]) / 2
+
+    def _pooled(self, images: torch.Tensor, taps: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What each head reads, float32 [B, C]."""
         model, a = self.model, self.model.architecture
         x = self._embed(images.to(self.device, torch.float32), taps)
         for index, block in enumerate(model.blocks):
@@ -163,11 +177,7 @@ class ReferenceEngine:
             pooled = [x[:, 0]]
         else:
             pooled = [(x if a.pool_include_prefix else x[:, a.num_prefix_tokens :]).double().mean(dim=1).float()]
-        logits = [
-            self._linear(self.norm(feature, model.fc_norm), head, taps)
-            for feature, head in zip(pooled, model.heads, strict=True)
-        ]
-        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
+        return [self.norm(feature, model.fc_norm) for feature in pooled]
 
     def _linear(self, x: torch.Tensor, layer: ops.Linear, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         codes = taps[f"{layer.name}.input"] = self.quantize(x, layer.input)
@@ -205,7 +215,7 @@ class ReferenceEngine:
         q = taps[f"{name}.attn.q"] = self.quantize(self.rectify(q, attention.rectify_q), attention.q)
         k = taps[f"{name}.attn.k"] = self.quantize(self.rectify(k, attention.rectify_k), attention.k)
         v = taps[f"{name}.attn.v"] = self.quantize(v, attention.v)
-        p = taps[f"{name}.attn.map"] = self.quantize(self.softmax(self.scores(q, k, attention)), attention.map)
+        p = taps[f"{name}.attn.map"] = self.quantize(exact_float.softmax(self.scores(q, k, attention)), attention.map)
         out = self.values(p, v, attention).transpose(1, 2).reshape(b, n, c)
         y = self._linear(out, block.proj, taps)
         x = x + (y if block.ls1 is None else y * self._tensor(block.ls1))

@@ -17,6 +17,7 @@ from qvit.architecture import VitArchitecture
 from qvit.errors import UnsupportedModelError
 from qvit.layers.attention import QuantAttention
 from qvit.layers.linear import QuantLinear
+from qvit.layers.mlp import QuantMlp
 from qvit.layers.patch_embed import QuantPatchProjection
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec, Operand, QuantSpec
@@ -211,8 +212,10 @@ def swap(model: Any, a: VitArchitecture, spec: ModelSpec, preprocessing: Preproc
             spec.resolve(f"{name}.weight", Operand.WEIGHT, edge),
             spec.resolve(f"{name}.input", Operand.INPUT, edge),
             tokens,
+            statistical=statistical and not edge,
         )
 
+    statistical = spec.weight_quantizer == "statsq"
     projection = "patch_embed.proj"
     model.patch_embed.proj = QuantPatchProjection(
         model.patch_embed.proj,
@@ -227,8 +230,9 @@ def swap(model: Any, a: VitArchitecture, spec: ModelSpec, preprocessing: Preproc
         def resolve(suffix: str, operand: Operand, prefix: str = f"{name}.attn") -> QuantSpec:
             return spec.resolve(f"{prefix}.{suffix}", operand)
 
-        block.attn = QuantAttention(block.attn, resolve, a.num_tokens, spec.rectify)
-        block.mlp.fc1 = layer(block.mlp.fc1, f"{name}.mlp.fc1", a.num_tokens)
-        block.mlp.fc2 = layer(block.mlp.fc2, f"{name}.mlp.fc2", a.num_tokens)
+        block.attn = QuantAttention(block.attn, resolve, a.num_tokens, spec.rectify, statistical)
+        fc1 = layer(block.mlp.fc1, f"{name}.mlp.fc1", a.num_tokens)
+        fc2 = layer(block.mlp.fc2, f"{name}.mlp.fc2", a.num_tokens)
+        block.mlp = QuantMlp(block.mlp, fc1, fc2, a.activation)
     for head in a.heads:
         setattr(model, head, layer(getattr(model, head), head, None, edge=True))

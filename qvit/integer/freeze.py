@@ -107,9 +107,9 @@ def _tensors_of(module: nn.Module) -> dict[str, np.ndarray]:
     """What a module itself, without its children, adds to the file."""
     if isinstance(module, (QuantLinear, QuantPatchProjection)):
         weight = module.effective_weight() if isinstance(module, QuantPatchProjection) else module.weight
-        codes = module.weight_quantizer(weight).codes.to(torch.int16).cpu().numpy()
-        spec = module.weight_quantizer.spec
-        out = {"weight": pack(codes, spec.bits), "weight_scale": _stored(module.weight_quantizer.effective_scale())}
+        quantized = module.weight_quantizer(weight)
+        codes = quantized.codes.to(torch.int16).cpu().numpy()
+        out = {"weight": pack(codes, quantized.spec.bits), "weight_scale": _stored(quantized.scale)}
         if module.bias is not None:
             out["bias"] = _stored(module.bias)
         return {**out, **_point(module.input_quantizer, "input")} if isinstance(module, QuantLinear) else out

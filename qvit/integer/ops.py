@@ -7,6 +7,7 @@ against. Sums are exact integers, so engines agree bit for bit up to the float s
     quantize          float [.., C] -> codes [.., C]                      clamp(round_half_even((x - offset) / scale), qn, qp)
     norm + quantize   float [.., C] -> codes [.., C]                      quantize(LayerNorm(x))
     linear            codes [.., K] x codes [M, K] -> int32 sums [.., M]  sum_k code_x[k] * code_w[m, k]
+    (half-step W)     the same                                            the same + 1/2 sum_k code_x[k]; see `Weight`
     epilogue float    sums (+ residual) -> float [.., M]                  sums * (scale_x * scale_w[m]) + folded_bias[m]
     epilogue codes    sums -> codes [.., M]                               quantize(epilogue float)
     epilogue gelu     sums -> codes [.., M]                               quantize(GELU(epilogue float))
@@ -51,6 +52,13 @@ class Quantizer:
 class Weight:
     """A weight as it lies in the file: packed codes of [M, K].
 
+    Its values are ``scale * code`` or, with a half-step offset (StatsQ), ``scale * (code + 1/2)``. A linear layer then gives
+
+        y[m] = scale_x * scale_w[m] * (sum_k code_x[k] code_w[m, k] + 1/2 sum_k code_x[k]) + folded_bias[m]
+
+    The bracket is half of the whole number ``2 * sums + sum_k code_x[k]`` and is rounded to float32 once, as sums without the
+    half are; whether an engine adds the sum of the input's codes or multiplies by ``2 code_w + 1`` makes no difference then.
+
     Attributes:
         spec: bits and granularity.
         shape: (M, K).
@@ -63,9 +71,21 @@ class Weight:
     packed: np.ndarray
     scale: np.ndarray
 
+    @property
+    def half_step(self) -> bool:
+        """Whether values lie at ``scale * (code + 1/2)``."""
+        return isinstance(self.spec.offset, HalfStep)
+
     def codes(self) -> np.ndarray:
         """int8 [M, K]."""
         return unpack(self.packed, self.shape[0] * self.shape[1], self.spec.bits, signed=True).reshape(self.shape)
+
+    def values(self) -> np.ndarray:
+        """float64 [M, K]."""
+        scale = self.scale.astype(np.float64)
+        if isinstance(self.spec.scale, PerGroup):
+            scale = np.repeat(scale, self.spec.scale.size, axis=1)
+        return (self.codes().astype(np.float64) + (0.5 if self.half_step else 0)) * scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +108,7 @@ class Linear:
         """``bias[m] + sum_k value_w[m, k] * offset_x[k]``, float32 [M], summed in float64; ``None`` if it is zero."""
         if self.input.offset is None:
             return self.bias
-        scale = self.weight.scale.astype(np.float64)
-        if isinstance(self.weight.spec.scale, PerGroup):
-            scale = np.repeat(scale, self.weight.spec.scale.size, axis=1)
-        values = self.weight.codes().astype(np.float64) * scale
+        values = self.weight.values()
         folded = values @ np.broadcast_to(self.input.offset.astype(np.float64), values.shape[1:])
         return (folded if self.bias is None else folded + self.bias).astype(np.float32)
 

@@ -11,17 +11,29 @@ from __future__ import annotations
 import torch
 
 from qvit.quantizers.exact_matmul import exact_matmul
-from qvit.quantizers.fusion import fusible
 from qvit.quantizers.lsq import Quantized, repeat_groups
 from qvit.spec import HalfStep, PerGroup, QuantSpec
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor, spec_a: QuantSpec, spec_b: QuantSpec) -> torch.Tensor:
+def _matmul(
+    a: torch.Tensor, b: torch.Tensor, spec_a: QuantSpec, spec_b: QuantSpec, largest_b: int | None = None
+) -> torch.Tensor:
     """Sums [.., N, M] of codes a [.., N, K] and b [.., K, M]: exact, in float32 or float64; bfloat16 under autocast."""
     if a.dtype in (torch.bfloat16, torch.float16):
         with torch.autocast(a.device.type, enabled=False):
             return torch.matmul(a, b)
-    return exact_matmul(a, b, max(-spec_a.qn, spec_a.qp), max(-spec_b.qn, spec_b.qp))
+    return exact_matmul(a, b, max(-spec_a.qn, spec_a.qp), largest_b or max(-spec_b.qn, spec_b.qp))
+
+
+def whole_weight(w: Quantized) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A weight as whole numbers times a scale: (numbers [M, K], scale, their largest magnitude).
+
+    Where its levels lie at odd half steps, these are ``2 c + 1`` and half the step (exact in bfloat16 as well: 8 bits), so that
+    no sum of the input's codes is needed; else the codes and the step.
+    """
+    if isinstance(w.spec.offset, HalfStep):
+        return 2 * w.codes + 1, w.scale * 0.5, 2 * w.spec.qp + 1
+    return w.codes, w.scale, max(-w.spec.qn, w.spec.qp)
 
 
 def folded_bias(w: Quantized, offset: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -31,12 +43,12 @@ def folded_bias(w: Quantized, offset: torch.Tensor | None, bias: torch.Tensor | 
     """
     if offset is None:
         return bias
-    values = w.codes.double() * repeat_groups(w.scale.double(), w.spec)
+    codes, scale, _ = whole_weight(w)
+    values = codes.double() * repeat_groups(scale.double(), w.spec)
     folded = values @ offset.double().expand(values.shape[1])
     return (folded if bias is None else folded + bias.double()).float()
 
 
-@fusible
 def _scaled(sums: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The float epilogue: ``sums * scale + shift``."""
     y = sums.float() * scale
@@ -52,8 +64,9 @@ class _CodeLinear(torch.autograd.Function):
         if isinstance(x.spec.scale, PerGroup) or isinstance(w.spec.scale, PerGroup):
             y = _grouped_sums(x, w)
             return _scaled(y, y.new_ones(()), shift, x_value.dtype)
-        sums = _matmul(x.codes, w.codes.t(), x.spec, w.spec)
-        return _scaled(sums, x.scale * w.scale.flatten(), shift, x_value.dtype)
+        codes, scale, largest = whole_weight(w)
+        sums = _matmul(x.codes, codes.t(), x.spec, w.spec, largest)
+        return _scaled(sums, x.scale * scale.flatten(), shift, x_value.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -74,11 +87,12 @@ def _grouped_sums(x: Quantized, w: Quantized) -> torch.Tensor:
     """``sum over groups g of scale_x[g] * scale_w[m, g] * sums[g]``, the groups added in order in float32."""
     size = (x.spec.scale if isinstance(x.spec.scale, PerGroup) else w.spec.scale).size  # type: ignore[union-attr]
     y: torch.Tensor | None = None
+    codes, scale, largest = whole_weight(w)
     for group in range(x.codes.shape[-1] // size):
         part = slice(group * size, (group + 1) * size)
-        sums = _matmul(x.codes[..., part], w.codes[:, part].t(), x.spec, w.spec).float()
+        sums = _matmul(x.codes[..., part], codes[:, part].t(), x.spec, w.spec, largest).float()
         scale_x = x.scale[group] if isinstance(x.spec.scale, PerGroup) else x.scale
-        scale_w = w.scale[:, group] if isinstance(w.spec.scale, PerGroup) else w.scale.flatten()
+        scale_w = scale[:, group] if isinstance(w.spec.scale, PerGroup) else scale.flatten()
         term = sums * (scale_x * scale_w)
         y = term if y is None else y + term
     assert y is not None
@@ -99,7 +113,6 @@ def code_linear(x: Quantized, w: Quantized, bias: torch.Tensor | None) -> torch.
     return _CodeLinear.apply(x.value, w.value, bias, x, w)
 
 
-@fusible
 def _half_step_scores(sums: torch.Tensor, k_sums: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """sums [B, H, N, N], sums of k's codes [B, H, 1, N] -> scores where q has a half-step offset."""
     return (sums.float() + 0.5 * k_sums) * scale

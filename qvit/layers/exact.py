@@ -1,9 +1,7 @@
-"""Float steps that are the same on every device: LayerNorm, GELU, softmax and IRM's standardisation, evaluated in float64.
+"""Where a student keeps to the exact float steps (`qvit.quantizers.exact_float`): in float32, without gradients.
 
-Two float32 implementations of one formula differ in the last bit, which flips a code in some 10^7; a low-bit network then makes
-of one flipped code thousands. The integer model therefore defines these steps as the float32 nearest to the real value
-(`qvit.engines.reference`). A student keeps to it wherever its codes are compared or its accuracy is measured: in float32
-without gradients. Training steps compute as fast as they can.
+There its codes are compared and its accuracy is measured. Training steps, and evaluation under autocast, compute as fast as
+they can.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from timm.layers import LayerNorm, activations
 from torch import nn
 from torch.nn import functional as F
 
+from qvit.quantizers import exact_float
+
 
 def exact(x: torch.Tensor) -> bool:
     """Whether a step on ``x`` is evaluated in float64: no gradients, no autocast, and a device that has float64."""
@@ -24,15 +24,13 @@ def exact(x: torch.Tensor) -> bool:
 
 def softmax(x: torch.Tensor) -> torch.Tensor:
     """Over the last dimension."""
-    return x.double().softmax(dim=-1).float() if exact(x) else x.softmax(dim=-1)
+    return exact_float.softmax(x) if exact(x) else x.softmax(dim=-1)
 
 
 def standardise(x: torch.Tensor, eps: float) -> torch.Tensor:
     """Mean 0 and variance 1 over the last dimension, float32."""
     x = x.float()
-    if exact(x):
-        return F.layer_norm(x.double(), (x.shape[-1],), eps=eps).float()
-    return F.layer_norm(x, (x.shape[-1],), eps=eps)
+    return exact_float.standardise(x, eps) if exact(x) else F.layer_norm(x, (x.shape[-1],), eps=eps)
 
 
 class _ExactNorm:
@@ -41,14 +39,14 @@ class _ExactNorm:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if not exact(x):
             return super().forward(x)  # type: ignore[misc]
-        return F.layer_norm(x.double(), self.normalized_shape, self.weight.double(), self.bias.double(), self.eps).float()
+        return exact_float.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class _ExactActivation:
     """Mixed in before an activation class."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.double()).float() if exact(x) else super().forward(x)  # type: ignore[misc]
+        return exact_float.activation(x, self.exact_name) if exact(x) else super().forward(x)  # type: ignore[misc]
 
 
 class _PlainNorm(_ExactNorm, nn.LayerNorm):
@@ -60,19 +58,21 @@ class _TimmNorm(_ExactNorm, LayerNorm):
 
 
 class _PlainGELU(_ExactActivation, nn.GELU):
-    pass
+    @property
+    def exact_name(self) -> str:
+        return "gelu_tanh" if self.approximate == "tanh" else "gelu"
 
 
 class _TimmGELU(_ExactActivation, activations.GELU):
-    pass
+    exact_name = "gelu"
 
 
 class _GELUTanh(_ExactActivation, activations.GELUTanh):
-    pass
+    exact_name = "gelu_tanh"
 
 
 class _QuickGELU(_ExactActivation, activations.QuickGELU):
-    pass
+    exact_name = "quick_gelu"
 
 
 _EXACT: dict[type, type] = {

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qvit.kernels import switch
 from qvit.layers.code_matmul import code_linear
 from qvit.quantizers.lsq import LSQQuantizer
-from qvit.spec import Dims, PerGroup, QuantSpec, SpecError
+from qvit.quantizers.statsq import StatsQuantizer
+from qvit.spec import Dims, PerGroup, PerTensor, QuantSpec, SpecError
 
 
 class QuantLinear(nn.Module):
@@ -18,12 +20,20 @@ class QuantLinear(nn.Module):
         linear: the float layer, weight [M, K].
         weight_spec, input_spec: how to quantize its operands.
         tokens: N, the number of tokens of its input; ``None`` where the input is [B, K].
+        statistical: the weight's step follows from the weight (`StatsQuantizer`) instead of being learned.
 
     Raises:
         SpecError: weight and input both have group scales, of different sizes.
     """
 
-    def __init__(self, linear: nn.Linear, weight_spec: QuantSpec, input_spec: QuantSpec, tokens: int | None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec,
+        tokens: int | None,
+        statistical: bool = False,
+    ) -> None:
         super().__init__()
         both_grouped = isinstance(weight_spec.scale, PerGroup) and isinstance(input_spec.scale, PerGroup)
         if both_grouped and weight_spec.scale != input_spec.scale:
@@ -31,14 +41,35 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         self.weight = linear.weight
         self.bias = linear.bias
-        self.weight_quantizer = LSQQuantizer(weight_spec, Dims(channels=self.in_features, rows=self.out_features))
+        weight_quantizer = StatsQuantizer if statistical else LSQQuantizer
+        self.weight_quantizer = weight_quantizer(weight_spec, Dims(channels=self.in_features, rows=self.out_features))
         self.input_quantizer = LSQQuantizer(input_spec, Dims(channels=self.in_features, rows=tokens))
+
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether `fused` stands in for the plain modules now: in a fused step, with one scale for the whole input."""
+        return self.input_quantizer.enabled and isinstance(self.input_quantizer.spec.scale, PerTensor) and switch.active(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [.., K] -> [.., M]."""
+        if self.fuses(x):
+            return self.fused(x, "none")
         if not self.input_quantizer.enabled:
             return F.linear(self.input_quantizer.observe(x), self.weight, self.bias)
+        if not self.weight_quantizer.enabled:
+            return F.linear(self.input_quantizer(x).value, self.weight, self.bias)
         return code_linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+    def fused(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """``forward(activation(x))`` with the kernel of `qvit.kernels.linear`; ``activation`` by name, or ``none``."""
+        from qvit.kernels.linear import quantized_linear  # needs Triton
+
+        quantizer = self.input_quantizer
+        scale, offset = quantizer.learned_parameters()
+        offset = scale.new_zeros(self.in_features) if offset is None else offset.expand(self.in_features)
+        weight = self.weight_quantizer(self.weight).value if self.weight_quantizer.enabled else self.weight
+        qn, qp = quantizer.spec.qn, quantizer.spec.qp
+        dtype = switch.training_dtype(x.device)
+        return quantized_linear(x, scale, offset.contiguous(), weight, self.bias, qn, qp, activation, dtype)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

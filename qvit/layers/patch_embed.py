@@ -62,8 +62,10 @@ class QuantPatchProjection(nn.Module):
         """images [B, C, H, W], normalised -> [B, M, H / ph, W / pw], as the convolution gives them."""
         if not self.input_quantizer.enabled:
             return F.conv2d(images, self.weight, self.bias, stride=self.patch)
-        y = code_linear(
-            self.input_quantizer(patches_of(images, self.patch)), self.weight_quantizer(self.effective_weight()), self.bias
-        )
+        source, weight = self.input_quantizer(patches_of(images, self.patch)), self.effective_weight()
+        if self.weight_quantizer.enabled:
+            y = code_linear(source, self.weight_quantizer(weight), self.bias)
+        else:
+            y = F.linear(source.value, weight, self.bias)
         rows, columns = images.shape[2] // self.patch[0], images.shape[3] // self.patch[1]
         return y.transpose(1, 2).unflatten(2, (rows, columns))

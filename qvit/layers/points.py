@@ -15,17 +15,16 @@ from torch import nn
 
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.pixel import PixelQuantizer
+from qvit.quantizers.statsq import StatsQuantizer
 
 _ENDING = "_quantizer"
 
+Quantizer = LSQQuantizer | StatsQuantizer | PixelQuantizer
 
-def quantization_points(model: nn.Module) -> dict[str, LSQQuantizer | PixelQuantizer]:
+
+def quantization_points(model: nn.Module) -> dict[str, Quantizer]:
     """Name -> quantizer, in the order of the model's modules."""
-    return {
-        name.removesuffix(_ENDING): module
-        for name, module in model.named_modules()
-        if isinstance(module, (LSQQuantizer, PixelQuantizer))
-    }
+    return {name.removesuffix(_ENDING): module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from qvit.errors import NotCalibratedError
-from qvit.quantizers.fusion import fusible
 from qvit.spec import Dims, HalfStep, PerGroup, QuantSpec
 
 
@@ -42,7 +41,6 @@ def repeat_groups(scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     return scale.repeat_interleave(spec.scale.size, dim=-1) if isinstance(spec.scale, PerGroup) else scale
 
 
-@fusible
 def _forward(
     x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, qn: int, qp: int, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +50,6 @@ def _forward(
     return value.to(out_dtype), codes.to(out_dtype)
 
 
-@fusible
 def _backward(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, qn: int, qp: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -106,6 +103,17 @@ class _LearnedScale(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
+def learned_parameters(
+    scale: torch.Tensor, offset: torch.Tensor | None, spec: QuantSpec, grad_factor: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and offset as a quantizer uses them: the scale positive and with LSQ's gradient factor, a half step derived.
+
+    The arguments are those of `lsq_quantize`.
+    """
+    own_scale = _LearnedScale.apply(scale, grad_factor)
+    return own_scale, own_scale * 0.5 if isinstance(spec.offset, HalfStep) else offset
+
+
 def lsq_quantize(
     x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, spec: QuantSpec, grad_factor: float = 1.0
 ) -> Quantized:
@@ -120,9 +128,7 @@ def lsq_quantize(
 
     Source: Esser et al. 2020, equations 1 to 3; Bhalgat et al. 2020; Q-ViT, section 3.1.
     """
-    own_scale = _LearnedScale.apply(scale, grad_factor)
-    if isinstance(spec.offset, HalfStep):
-        offset = own_scale * 0.5
+    own_scale, offset = learned_parameters(scale, offset, spec, grad_factor)
     device = x.device.type
     out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scale.dtype
     with torch.autocast(device, enabled=False):
@@ -188,12 +194,24 @@ class LSQQuantizer(nn.Module):
         """The scale that the forward uses: never zero or negative, whatever an optimizer did. Shape of `scale`."""
         return self.scale.clamp_min(_SMALLEST_SCALE)
 
-    def forward(self, x: torch.Tensor) -> Quantized:
-        """x [.., rows, channels] -> the same shape, quantized."""
+    def learned_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and offset as the forward uses them, with gradients; what a fused kernel is given.
+
+        Raises:
+            NotCalibratedError: run before calibration.
+        """
+        self._check_calibrated()
+        return learned_parameters(self.scale, self.offset, self.spec, self.grad_factor)
+
+    def _check_calibrated(self) -> None:
         if not self._calibrated:
             raise NotCalibratedError(
                 "The quantized model is not calibrated: run qvit.calibrate(model, loader) before using it."
             )
+
+    def forward(self, x: torch.Tensor) -> Quantized:
+        """x [.., rows, channels] -> the same shape, quantized."""
+        self._check_calibrated()
         return lsq_quantize(x, self.scale, self.offset, self.spec, self.grad_factor)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]

@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file each, described by JSON in its header; never a pickle.
 
 Tensors are called ``model.<state dict key>`` and, in a checkpoint that training resumes from, ``optimizer.state.<parameter
-number>.<key>`` and ``optimizer.group.<group number>.<key>``; the optimizer's plain numbers are in the header.
+number>.<key>`` and ``optimizer.group.<group number>.<key>``; the optimizer's plain numbers are in the header. The teacher's
+cached logits are ``targets.<key>``.
 """
 
 from __future__ import annotations
@@ -94,17 +95,24 @@ class Metadata:
         )
 
 
-def save_checkpoint(path: Path, model: nn.Module, metadata: Metadata, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Writes a checkpoint beside ``path`` and then puts it in its place at once.
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    metadata: Metadata,
+    optimizer: torch.optim.Optimizer | None = None,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a checkpoint beside ``path`` and then puts it in its place at once; ``more``: further tensors to keep.
 
     Raises:
         InputError: the file cannot be written; what was at ``path`` before is still there.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= more or {}
     header: dict[str, Any] = metadata.to_dict()
     if optimizer is not None:
-        header["optimizer"], more = _pack_optimizer(optimizer)
-        tensors |= more
+        header["optimizer"], state = _pack_optimizer(optimizer)
+        tensors |= state
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, safetensors.torch.save(contiguous, {_HEADER: json.dumps(header)}))
 

@@ -29,7 +29,7 @@ class SampleKey(NamedTuple):
 
     Attributes:
         image: its index in its source.
-        epoch: of training.
+        epoch: whose augmentation it has.
         repeat: number of its appearance within the epoch (repeated augmentation).
     """
 
@@ -49,26 +49,39 @@ class EpochSampler(Sampler[SampleKey]):
         step_size: images a step, over all processes.
         seed: of the order.
         repeats: appearances of an image.
+        crops: after so many epochs the images' augmentation starts again; 0 for never. The order stays another one each epoch.
+
+    Attributes:
+        epoch: that the next iteration yields.
     """
 
-    def __init__(self, images: int, step_size: int, seed: int, repeats: int = 1) -> None:
-        self.images, self.step_size, self.seed, self.repeats = images, step_size, seed, repeats
+    def __init__(self, images: int, step_size: int, seed: int, repeats: int = 1, crops: int = 0) -> None:
+        self.images, self.step_size, self.seed, self.repeats, self.crops = images, step_size, seed, repeats, crops
         self.steps = images // step_size
-        self._epoch, self._first_step = 0, 0
+        self.epoch, self._first_step = 0, 0
 
     def start(self, epoch: int, step: int = 0) -> None:
         """Sets what the next iteration yields: the given epoch from the given step on."""
-        self._epoch, self._first_step = epoch, step
+        self.epoch, self._first_step = epoch, step
+
+    @property
+    def crop_epoch(self) -> int:
+        """The epoch whose augmentation the images have."""
+        return self.epoch % self.crops if self.crops else self.epoch
 
     def __len__(self) -> int:
         return self.steps * self.step_size
 
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the next iteration yields, as arrays: images and repeats, int64 [n], of the rest of ``epoch``."""
+        order = np.random.default_rng(derive_seed(self.seed, self.epoch)).permutation(self.images)
+        images, repeats = np.divmod(np.arange(self._first_step * self.step_size, len(self)), self.repeats)
+        return order[images], repeats
+
     def __iter__(self) -> Iterator[SampleKey]:
-        order = np.random.default_rng(derive_seed(self.seed, self._epoch)).permutation(self.images)
-        epoch = self._epoch
-        for position in range(self._first_step * self.step_size, len(self)):
-            image, repeat = divmod(position, self.repeats)
-            yield SampleKey(int(order[image]), epoch, repeat)
+        epoch = self.crop_epoch
+        for image, repeat in zip(*self.positions(), strict=True):
+            yield SampleKey(int(image), epoch, int(repeat))
 
 
 class TrainingSet(Dataset[tuple[torch.Tensor, int]]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +11,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from qvit.errors import InputError, TrainingError
+from qvit.errors import InputError, RecipeError, TrainingError
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.logs import RunLog
 from qvit.training.loop import TrainingLoop
@@ -68,14 +70,60 @@ def fit(
 
     Raises:
         QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
-        TrainingError: the loss is not a number, or the disk is full; the last good checkpoint is kept.
+        TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
+    with _out_of_memory():
+        loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+        with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
+            return loop.run(log)
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """Outside of steps, which say which batch would fit, a full GPU is at least named."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        detail = str(error).partition(". ")[0]
+        raise TrainingError(
+            f"The GPU's memory is full ({detail}): lower batch_size or, if it is set, leave out data.cache."
+        ) from None
+
+
+def open_loop(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    model: nn.Module | None = None,
+    teacher: nn.Module | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainingLoop:
+    """All of `fit` up to the first step: the model is there and calibrated, the images are open.
+
+    Args: as those of `fit`.
+
+    Raises:
+        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
+    """
+    if recipe.needs_gpu and not torch.cuda.is_available():
+        raise RecipeError(
+            "The recipe needs a GPU and PyTorch finds none: run it on a machine with one, or set needs_gpu=false to train on "
+            "the CPU all the same."
+        )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is entered here, so that evaluation runs without it
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                # While weights stay floating point, their scales have no gradient.
+                find_unused_parameters=recipe.quantized and recipe.activations_first.epochs > 0,
+            )
+        ],
     )
     output = Path(output)
     resumed = _checkpoint_of(output, resume)
@@ -86,9 +134,7 @@ def fit(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    loop = TrainingLoop(recipe, accelerator, setup, output, resumed)
-    with RunLog(output, loop.step, loop.total_steps, accelerator.is_main_process, progress) as log:
-        return loop.run(log)
+    return TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
 
 
 def _checkpoint_of(output: Path, resume: bool) -> Checkpoint | None:

@@ -20,8 +20,9 @@ METRICS = "metrics.jsonl"
 class RunLog:
     """The log of a run, written by its main process; a context manager.
 
-    A line of ``metrics.jsonl`` is a flat JSON object with ``kind`` (``train``, ``epoch`` or ``eval``), ``step`` (steps done)
-    and ``epoch`` (epochs done). The same numbers go to TensorBoard, if it is installed.
+    A line of ``metrics.jsonl`` is a flat JSON object with ``kind`` (``train``, ``epoch``, ``eval``, or ``eval_activations``
+    while weights are floating point), ``step`` (steps done) and ``epoch`` (epochs done). The same numbers go to TensorBoard,
+    if it is installed.
 
     Args:
         output: folder of the run.

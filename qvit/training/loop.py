@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
+from qvit.distill.features import FeatureTap
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
-from qvit.quantizers.fusion import fused
+from qvit.kernels.switch import fused
+from qvit.training.annealing import Annealing
+from qvit.training.averaging import average_gradients
 from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
-from qvit.training.data import (
-    BatchMixer,
-    EpochSampler,
-    TrainingSet,
-    batches_of,
-    evaluation_loader,
-    loader_options,
-    training_transform,
-)
+from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
+from qvit.training.graphed import GraphedBackward
 from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
+from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
+from qvit.training.memory import DeviceMemory, fitting_batch
 from qvit.training.meters import LossWindow, Stopwatch
-from qvit.training.optim import build_optimizer, learning_rate, set_learning_rate
+from qvit.training.optim import anneal_start, build_optimizer, learning_rate, set_learning_rate
+from qvit.training.oscillation import OscillationPenalty, penalty_weight
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.seeding import seed_everything
 from qvit.training.setup import Setup
+from qvit.training.stages import Stages
+from qvit.training.targets import CachedTargets
 
 
 class _Stop(Exception):
@@ -56,28 +57,43 @@ class TrainingLoop:
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, setup: Setup, output: Path, resumed: Checkpoint | None
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        setup: Setup,
+        output: Path,
+        resumed: Checkpoint | None,
+        progress: bool = False,
     ) -> None:
         self.recipe, self.accelerator, self.setup, self.output = recipe, accelerator, setup, output
         self.device = accelerator.device
         self.model: Any = setup.model
         step_size = recipe.batch_size * accelerator.num_processes
-        self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation)
+        crops = recipe.distill.cached_crops if recipe.quantized else 0
+        self.sampler = EpochSampler(len(setup.train), step_size, recipe.seed, recipe.data.repeated_augmentation, crops)
         self.steps_per_epoch = self.sampler.steps
         self.total_steps = self.steps_per_epoch * recipe.schedule.epochs
         if not self.steps_per_epoch:
             raise InputError(f"A step takes {step_size} training images and there are {len(setup.train)}: lower batch_size.")
-        loader, self.val_loader = self._loaders()
+        self.loader, self.val_loader = build_loaders(recipe, setup, accelerator, self.sampler, progress)
         self.mix = BatchMixer(recipe.data, len(setup.train.classes))
+        self.targets = self._cached_targets(resumed) if crops else None
+        self.stages = Stages(recipe, self.model, setup.loss, self.steps_per_epoch)
+        self.penalty = OscillationPenalty(self.model) if recipe.quantized and recipe.oscillation.weight else None
+        self.annealing = Annealing(self.model, recipe.anneal.width) if recipe.quantized and recipe.anneal.share else None
+        self.anneal_from = anneal_start(self.steps_per_epoch, recipe.schedule, recipe.anneal)
         optimizer = build_optimizer(self.model, recipe.optim)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
-        self.parallel, self.optimizer, self.loader = accelerator.prepare(self.model, optimizer, loader)
+        self.optimizer = accelerator.prepare(optimizer)
         # A float distilled DeiT answers with the mean of its heads; a student learns labels and teacher on one head each.
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
 
-        self.fuse = self.bf16 and self.device.type == "cuda"  # compiling pays on a GPU; float32 runs stay exact
+        self.fuse = self.bf16 and self.device.type == "cuda"  # float32 runs stay exact
+
+        graphed = recipe.cuda_graph and self.device.type == "cuda"
+        self.backward = GraphedBackward(self._backward, self.model.parameters(), graphed)
 
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
@@ -89,33 +105,31 @@ class TrainingLoop:
             torch.cuda.reset_peak_memory_stats()
         self.session = Stopwatch()
 
-    def _loaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        recipe, setup, processes = self.recipe, self.setup, self.accelerator.num_processes
-        mode = "L" if setup.preprocessing.input_size[0] == 1 else "RGB"
-        train = TrainingSet(setup.train, training_transform(recipe.data, setup.preprocessing), mode, recipe.seed)
-        options = loader_options(recipe.data.workers, self.device)
-        loader = DataLoader(train, batch_size=recipe.batch_size, sampler=self.sampler, drop_last=True, **options)
-        # Every process evaluates a share of its own, so no image is padded in or counted twice.
-        mine = range(self.accelerator.process_index, len(setup.val), processes)
-        workers = recipe.data.workers
-        return loader, evaluation_loader(setup.val, setup.preprocessing, recipe.batch_size, workers, mine, self.device)
+    def _cached_targets(self, resumed: Checkpoint | None) -> CachedTargets:
+        targets = CachedTargets(
+            self.sampler,
+            len(self.setup.train),
+            len(self.setup.train.classes),
+            self.recipe.batch_size,
+            self.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if resumed is not None:
+            targets.load(resumed.tensors)
+        return targets
 
     def run(self, log: RunLog) -> TrainingResult:
         """Trains to the end.
 
         Raises:
-            TrainingError: the loss is not a number, or a checkpoint cannot be written.
+            TrainingError: the loss is not a number, a step's memory is full, or a checkpoint cannot be written.
             TrainingInterrupted: Ctrl-C; the state is saved.
         """
         self.log = log
         with ExitStack() as stack:
             self.guard = stack.enter_context(InterruptGuard(self.accelerator.num_processes))
-            if self.setup.loss.needs_taps:
-                assert self.setup.teacher is not None
-                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
-                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
-            # Accelerate marks the models that it prepared; this one may be trained again, in another run.
-            stack.callback(lambda: vars(self.model).pop("_is_accelerate_prepared", None))
+            stack.enter_context(self.stepping())
             try:
                 while self.epochs < self.recipe.schedule.epochs:
                     self._run_epoch()
@@ -126,15 +140,36 @@ class TrainingLoop:
                 ) from None
         return self._result()
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Within it the model is in training mode, and `train_step` finds what the loss reads of student and teacher."""
+        with ExitStack() as stack:
+            if self.setup.loss.needs_taps:
+                assert self.setup.teacher is not None
+                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
+                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
+            if self.stages.needs_features:
+                assert self.setup.teacher is not None
+                every = self.recipe.distill.feature_blocks == "all"
+                self.student_features = stack.enter_context(FeatureTap(self.model, every))
+                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, every))
+            self._train_mode()
+            yield
+
+    def _train_mode(self) -> None:
+        self.loss = self.stages.enter(self.epochs, self.step, self.accelerator)
+        self.model.train()
+        if self.two_heads:
+            self.model.set_distilled_training(True)
+
     def _run_epoch(self) -> None:
         watch = Stopwatch()
         self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
-        self.parallel.train()
-        if self.two_heads:
-            self.model.set_distilled_training(True)
+        if self.targets is not None:
+            self.targets.start()
+        self._train_mode()
         for images, labels in watch.watch(batches_of(self.loader)):
-            with fused(self.fuse):
-                self._train_step(images, labels)
+            self.train_step(images, labels)
             epoch_done = self.step % self.steps_per_epoch == 0
             log_due = epoch_done or self.step % self.recipe.log_every == 0
             if log_due:
@@ -145,29 +180,99 @@ class TrainingLoop:
             self._stop_if_asked(agreed=log_due)
         self._finish_epoch(watch)
 
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """One optimizer step on images [B, C, H, W] and labels [B] on the device; within `stepping`."""
+        with suppress(torch.OutOfMemoryError), fused(self.fuse):
+            self._train_step(images, labels)
+            return
+        # Only here is the traceback gone, which held what the step had computed.
+        raise TrainingError(self._out_of_memory(images, labels))
+
+    def _out_of_memory(self, images: torch.Tensor, labels: torch.Tensor) -> str:
+        for tap in ("student_taps", "teacher_taps", "student_features", "teacher_features"):
+            if hasattr(self, tap):
+                getattr(self, tap).clear()
+        self.backward.clear()
+
+        def probe(count: int) -> None:
+            with fused(self.fuse):
+                total, _ = self._losses(*self._mixed(images[:count], labels[:count]), None)
+                torch.autograd.grad(total, [p for p in self.model.parameters() if p.requires_grad], allow_unused=True)
+
+        states = 1 if self.optimizer.state_dict()["state"] else 3
+        fits = fitting_batch(len(images), probe, self.model, states, DeviceMemory())
+        advice = f"batch_size={fits} should fit" if fits else "not even one image fits beside the model"
+        return f"The GPU's memory is full at step {self.step} with batch_size={len(images)}: {advice}; {self._kept()}."
+
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """One optimizer step on images [B, C, H, W] and labels [B]."""
-        recipe, setup = self.recipe, self.setup
-        seed_everything(recipe.seed, self.step, self.accelerator.process_index)
-        images, targets = self.mix(images, labels)
-        teacher_logits = teacher_taps = student_taps = None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            if setup.teacher is not None:
-                with torch.no_grad():
-                    teacher_logits = setup.teacher(images)
-            logits = self.parallel(images)
-            if setup.loss.needs_taps:
-                teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
-            total, terms = setup.loss(logits, targets, teacher_logits, student_taps, teacher_taps)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(total)
+        recipe = self.recipe
+        images, targets = self._mixed(images, labels)
+        answer = None
+        if self.targets is not None and self.setup.teacher is not None:
+            answer = self._ask(partial(self.targets.next, teacher=self.setup.teacher), images)
+        total, terms = self.backward(images, targets, answer, key=self.stages.activations_only(self.epochs))
+        average_gradients(self.model.parameters(), self.accelerator.num_processes)
+        if self.penalty is not None:
+            terms = {**terms, "oscillation": self._add_penalty(self.penalty)}
         if recipe.optim.clip_grad is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
-        self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule)
+        self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule, recipe.anneal)
         set_learning_rate(self.optimizer, self.lr)
-        self.optimizer.step()
+        with self.annealing.holding() if self.annealing and self.step >= self.anneal_from else nullcontext():
+            self.optimizer.step()
         self.window.add(total, terms)
         self.step += 1
+
+    def _mixed(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of this step, and the seed of everything that is drawn in it."""
+        seed_everything(self.recipe.seed, self.step, self.accelerator.process_index)
+        return self.mix(images, labels)
+
+    @torch.no_grad()
+    def _ask(self, teacher: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [B, classes]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return teacher(images)
+
+    def _backward(
+        self, images: torch.Tensor, targets: torch.Tensor, answer: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward and backward pass; adds to the gradients of the parameters.
+
+        Args:
+            images: [B, C, H, W].
+            targets: labels [B], or probabilities [B, classes].
+            answer: the teacher's logits [B, classes]; ``None`` to ask it.
+
+        Returns:
+            The loss and its terms, without gradient.
+        """
+        total, terms = self._losses(images, targets, answer)
+        total.backward()
+        return total.detach(), terms
+
+    def _losses(
+        self, images: torch.Tensor, targets: torch.Tensor, answer: torch.Tensor | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss and its terms; the arguments are those of `_backward`."""
+        teacher_taps = student_taps = teacher_features = student_features = None
+        if answer is None and self.setup.teacher is not None:
+            answer = self._ask(self.setup.teacher, images)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(images)
+            if self.loss.needs_taps:
+                teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
+            if self.stages.needs_features:
+                teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
+            return self.loss(logits, targets, answer, student_taps, teacher_taps, student_features, teacher_features)
+
+    def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
+        """Adds the gradients of the oscillation penalty; returns what it adds to the loss, a scalar."""
+        section = self.recipe.oscillation
+        factor = penalty_weight(self.step, self.total_steps, section.weight, section.start)
+        if not factor or self.stages.activations_only(self.epochs):
+            return torch.zeros((), device=self.device)
+        return factor * penalty.add_gradients(factor)
 
     def _flush(self) -> None:
         """Logs the mean loss of the steps since the last time; raises `TrainingError` where it is not a number."""
@@ -181,9 +286,11 @@ class TrainingLoop:
         self.log.write("train", self.step, self.epochs, {**values, "lr": self.lr})
 
     def _not_a_number(self, what: str) -> str:
+        return f"The {what} is not a finite number at step {self.step}: lower optim.lr or set optim.clip_grad; {self._kept()}."
+
+    def _kept(self) -> str:
         last = self.output / LAST
-        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was due yet"
-        return f"The {what} is not a finite number at step {self.step}: lower optim.lr or set optim.clip_grad; {kept}."
+        return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was due yet"
 
     def _stop_if_asked(self, agreed: bool) -> None:
         """Raises `_Stop` after Ctrl-C: in a run of many processes only where all of them ask (``agreed``)."""
@@ -206,9 +313,11 @@ class TrainingLoop:
         line = f"epoch {epoch}/{self.recipe.schedule.epochs}: {rate:.0f} images/s, {watch.idle:.0%} waiting for images"
         improved = False
         if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.schedule.epochs:
-            improved = self._evaluate(epoch)
-            line += f", top-1 {self.metrics['top1']:.2f}"
+            top1, improved = self._evaluate(epoch)
+            line += f", top-1 {top1:.2f}"
         self.epochs = epoch
+        if self.targets is not None:
+            self.targets.share()
         self._check_weights()
         if improved:
             self._save(BEST)
@@ -216,21 +325,29 @@ class TrainingLoop:
         self._save(LAST, self.optimizer)
         self.log.print(line)
 
-    def _evaluate(self, epoch: int) -> bool:
-        """Top-1 over all validation images, in float32, each counted once; returns whether it is the best so far."""
+    def _evaluate(self, epoch: int) -> tuple[float, bool]:
+        """Top-1 over all validation images, in float32, each counted once, and whether it is the best so far.
+
+        With weights in floating point it is only logged: the model is not yet what the run is to give.
+        """
         self.model.eval()
         mine = count_correct(self.model, self._stoppable(self.val_loader), self.device)
         if self.setup.loss.needs_taps:
             self.student_taps.clear()
+        if self.stages.needs_features:
+            self.student_features.clear()
         counts = torch.tensor([mine.correct, mine.images], device=self.device)
         correct, images = self.accelerator.reduce(counts, "sum").tolist()
         top1 = 100 * correct / images
+        if self.stages.activations_only(epoch - 1):
+            self.log.write("eval_activations", self.step, epoch, {"top1": top1, "images": images})
+            return top1, False
         self.metrics |= {"top1": top1, "images": images}
         self.log.write("eval", self.step, epoch, {"top1": top1, "images": images})
-        if top1 <= self.metrics.get("best_top1", -1):
-            return False
-        self.metrics |= {"best_top1": top1, "best_epoch": epoch}
-        return True
+        improved = top1 > self.metrics.get("best_top1", -1)
+        if improved:
+            self.metrics |= {"best_top1": top1, "best_epoch": epoch}
+        return top1, improved
 
     def _stoppable(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
@@ -239,6 +356,8 @@ class TrainingLoop:
 
     def _save_last(self) -> None:
         self._flush()
+        if self.targets is not None:
+            self.targets.share()
         self._check_weights()
         self._save(LAST, self.optimizer)
 
@@ -258,7 +377,8 @@ class TrainingLoop:
                 processes=self.accelerator.num_processes,
                 metrics=self.metrics,
             )
-            save_checkpoint(self.output / name, self.model, metadata, optimizer)
+            targets = self.targets.state() if self.targets is not None and optimizer is not None else None
+            save_checkpoint(self.output / name, self.model, metadata, optimizer, targets)
 
     def _result(self) -> TrainingResult:
         if self.two_heads:

@@ -13,7 +13,7 @@ from qvit.errors import RecipeError
 from qvit.layers.points import quantization_points
 from qvit.layers.rectify import Rectify
 from qvit.quantizers.lsq import LSQQuantizer
-from qvit.training.sections import OptimSection, ScheduleSection
+from qvit.training.sections import AnnealSection, OptimSection, ScheduleSection
 
 
 def parameter_groups(model: Any, weight_decay: float, scale_lr_ratio: float) -> list[dict[str, Any]]:
@@ -55,6 +55,8 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     if section.betas is not None:
         arguments["betas"] = section.betas
     groups = parameter_groups(model, section.weight_decay, section.scale_lr_ratio)
+    if section.name in ("adam", "adamw") and all(p.is_cuda for group in groups for p in group["params"]):
+        arguments.setdefault("fused", True)  # one kernel for all of a group's parameters
     try:
         optimizer = create_optimizer_v2(groups, opt=section.name, lr=section.lr, weight_decay=section.weight_decay, **arguments)
     except (TypeError, ValueError, AssertionError) as error:
@@ -66,13 +68,28 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     return optimizer
 
 
-def learning_rate(step: int, steps_per_epoch: int, lr: float, schedule: ScheduleSection) -> float:
-    """The learning rate of a step, counted from 0: linear warm-up to ``lr``, then half a cosine down to ``schedule.min_lr``."""
+def anneal_start(steps_per_epoch: int, schedule: ScheduleSection, anneal: AnnealSection) -> int:
+    """The first step in which settled weights are held; the number of steps of the run where there is none."""
+    total = schedule.epochs * steps_per_epoch
+    return total - math.ceil(anneal.share * total)
+
+
+def learning_rate(
+    step: int, steps_per_epoch: int, lr: float, schedule: ScheduleSection, anneal: AnnealSection | None = None
+) -> float:
+    """The learning rate of a step, counted from 0: linear warm-up to ``lr``, then half a cosine down to ``schedule.min_lr``.
+
+    Where the run ends in annealing, the cosine ends with its first step, at a hundredth of ``lr`` if ``min_lr`` is 0, and that
+    rate stays.
+    """
+    least, end = schedule.min_lr, schedule.epochs * steps_per_epoch
+    if anneal is not None and anneal.share:
+        least, end = least or lr / 100, anneal_start(steps_per_epoch, schedule, anneal)
     warmup = schedule.warmup_epochs * steps_per_epoch
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(schedule.epochs * steps_per_epoch - warmup, 1)
-    return schedule.min_lr + (lr - schedule.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = min((step - warmup) / max(end - warmup, 1), 1)
+    return least + (lr - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

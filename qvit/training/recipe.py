@@ -17,10 +17,13 @@ from qvit.errors import RecipeError
 from qvit.spec import ModelSpec
 from qvit.training.recipe_errors import sentence
 from qvit.training.sections import (
+    ActivationsFirstSection,
+    AnnealSection,
     DataSection,
     DistillSection,
     ModelSection,
     OptimSection,
+    OscillationSection,
     QuantSection,
     ScheduleSection,
     Section,
@@ -37,7 +40,9 @@ class Recipe(Section):
         teacher: the float model as it was before quantization, where this is left out.
         batch_size: images a step and process.
         seed: of everything that is drawn.
+        needs_gpu: refuse to start where there is no GPU, rather than train for weeks on a CPU.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 on a GPU, fp32 on a CPU.
+        cuda_graph: on a GPU, record a step once and replay it (`qvit.training.graphed`).
         log_every: steps between two lines of the log.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between two checkpoints within an epoch; one is always written at the end of an epoch.
@@ -51,9 +56,14 @@ class Recipe(Section):
     distill: DistillSection = DistillSection()
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
+    activations_first: ActivationsFirstSection = ActivationsFirstSection()
+    oscillation: OscillationSection = OscillationSection()
+    anneal: AnnealSection = AnnealSection()
     batch_size: Annotated[int, Field(ge=1)] = 128
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    needs_gpu: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    cuda_graph: bool = True
     log_every: Annotated[int, Field(ge=1)] = 50
     eval_every: Annotated[int, Field(ge=1)] = 1
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
@@ -68,9 +78,30 @@ class Recipe(Section):
             raise ValueError(f"batch_size is {self.batch_size}, but mixup and cutmix pair up images: use an even number")
         if self.schedule.warmup_epochs > self.schedule.epochs:
             raise ValueError(f"schedule.warmup_epochs is more than schedule.epochs ({self.schedule.epochs})")
+        if self.quantized and self.distill.cached_crops:
+            self._check_cached_crops()
+        first = self.activations_first.epochs
+        if first and first >= self.schedule.epochs * (1 - self.anneal.share):
+            raise ValueError(
+                f"activations_first.epochs is {first}, which leaves no epoch of {self.schedule.epochs} for the weights to join "
+                "(and anneal): use fewer"
+            )
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr is more than optim.lr ({self.optim.lr})")
         return self
+
+    def _check_cached_crops(self) -> None:
+        reason = None
+        if self.dgd_weight:
+            reason = "DGD reads the teacher's q and k: set distill.dgd to 0, or choose another method"
+        elif self.needs_features:
+            reason = "feature matching reads the teacher's features: set distill.feature and activations_first.feature to 0"
+        elif self.mixes:
+            reason = "mixed images are new in every step: set data.mixup and data.cutmix to 0"
+        elif not (self.distill.hard or self.distill.soft):
+            reason = "the loss reads no teacher: set distill.soft or distill.hard"
+        if reason is not None:
+            raise ValueError(f"distill.cached_crops keeps the teacher's logits alone, but {reason}")
 
     @property
     def quantized(self) -> bool:
@@ -87,6 +118,12 @@ class Recipe(Section):
         """The weight of DGD: ``distill.dgd`` where the method has it, else 0."""
         return self.distill.dgd if self.method in ("dgd", "qvit") else 0.0
 
+    @property
+    def needs_features(self) -> bool:
+        """Whether the features of student and teacher are matched in some epoch."""
+        first = self.activations_first
+        return self.quantized and bool(self.distill.feature or (first.epochs and first.feature))
+
     def model_spec(self) -> ModelSpec:
         """How the model is quantized.
 
@@ -100,6 +137,7 @@ class Recipe(Section):
             edge_bits=q.edge_bits,
             rectify=self.method in ("irm", "qvit") if q.rectify is None else q.rectify,
             equalise=q.equalise,
+            weight_quantizer=q.weight_quantizer,
             overrides=q.overrides,
         )
 

@@ -7,11 +7,14 @@ import difflib
 from pydantic import BaseModel, ValidationError
 
 from qvit.training.sections import (
+    ActivationsFirstSection,
+    AnnealSection,
     AugmentSection,
     DataSection,
     DistillSection,
     ModelSection,
     OptimSection,
+    OscillationSection,
     QuantSection,
     ScheduleSection,
 )
@@ -25,6 +28,9 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "distill": DistillSection,
     "optim": OptimSection,
     "schedule": ScheduleSection,
+    "activations_first": ActivationsFirstSection,
+    "oscillation": OscillationSection,
+    "anneal": AnnealSection,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qvit.errors import TrainingError
+from qvit.errors import RecipeError, TrainingError
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.recipe import Recipe
 
@@ -16,6 +16,8 @@ _FREE = (
     "data.workers",
     "model.checkpoint",
     "teacher.checkpoint",
+    "quant.start_from",
+    "needs_gpu",
     "log_every",
     "eval_every",
     "checkpoint_every",
@@ -23,8 +25,11 @@ _FREE = (
 
 
 def check_same_run(checkpoint: Checkpoint, recipe: Recipe, processes: int) -> None:
-    """Raises `TrainingError`, naming the first difference, if the recipe or the number of processes is another one."""
-    before, now = dict(_flat(checkpoint.metadata.recipe)), dict(_flat(recipe.to_dict()))
+    """Raises `TrainingError`, naming the first difference, if the recipe or the number of processes is another one.
+
+    A key that is newer than the checkpoint had its default then.
+    """
+    before, now = dict(_flat(_completed(checkpoint.metadata.recipe))), dict(_flat(recipe.to_dict()))
     for key in sorted(before.keys() | now.keys()):
         if key not in _FREE and before.get(key) != now.get(key):
             raise TrainingError(
@@ -36,6 +41,13 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, processes: int) -> No
             f"The run in {checkpoint.path.parent} was started with {checkpoint.metadata.processes} processes, now there are "
             f"{processes}: resume with as many."
         )
+
+
+def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return Recipe.from_dict(values).to_dict()
+    except RecipeError:  # keys that are gone by now; they will be named as the difference
+        return values
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -63,6 +63,10 @@ class DataSection(Section):
         train, val: a folder of class folders, a tar file of class folders or a list of such, or ``digits`` (scikit-learn's).
             ``val`` is ``train`` where it is left out; a folder or tar may hold ``train`` and ``val`` folders.
         workers: loader processes, each of every training process; 0 loads in the training process.
+        cache: ``device`` decodes all images once, before training, keeps their pixels on the training device and crops and
+            flips them there; it knows no other augmentation. Left out, loader processes read images as they are needed.
+        cache_size: side of the square that ``cache`` resizes and crops training images to first; needed where they differ in
+            size.
         augment: of training images.
         mixup, cutmix: alpha of the Beta distribution, 0 for none.
         label_smoothing: share of a label spread over all classes.
@@ -74,6 +78,8 @@ class DataSection(Section):
     train: str | list[str] | None = None
     val: str | list[str] | None = None
     workers: Annotated[int, Field(ge=0, le=256)] = 4
+    cache: Literal["device"] | None = None
+    cache_size: Annotated[int, Field(ge=1, le=4096)] | None = None
     augment: AugmentSection = AugmentSection()
     mixup: Weight = 0.0
     cutmix: Weight = 0.0
@@ -85,6 +91,20 @@ class DataSection(Section):
     crop_mode: Literal["center", "squash"] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
 
+    @model_validator(mode="after")
+    def _cacheable(self) -> DataSection:
+        if self.cache is None and self.cache_size is not None:
+            raise ValueError("data.cache_size is read where data.cache is device: set that, or remove data.cache_size")
+        a = self.augment
+        unknown = {"auto_augment": a.auto_augment, "color_jitter": a.color_jitter, "erase": a.erase}
+        unknown["interpolation"] = a.interpolation if a.interpolation == "random" else None
+        if self.cache is not None and (name := next((name for name, value in unknown.items() if value), None)):
+            raise ValueError(
+                f"data.augment.{name}={unknown[name]!r} does not go with data.cache=device, which crops and flips alone: "
+                "remove one of them"
+            )
+        return self
+
 
 class QuantSection(Section):
     """How the model is quantized (`qvit.spec.ModelSpec`); not read where the method is ``float``.
@@ -94,8 +114,11 @@ class QuantSection(Section):
         edge_bits: of the patch embedding and the classification heads.
         rectify: insert IRM; decided by the method where it is left out.
         equalise: balance channels before calibration.
+        weight_quantizer: of the blocks' weights, ``lsq`` (learned steps) or ``statsq`` (their mean magnitude).
         overrides: name pattern -> bits or fields of a `qvit.spec.QuantSpec`.
         calibration_images: training images, not augmented, that calibration sees.
+        start_from: checkpoint of a student of the same model at more bits, whose weights are taken over
+            (`qvit.training.cascade`); the float model is only the teacher then.
     """
 
     bits: Bits = 4
@@ -104,8 +127,10 @@ class QuantSection(Section):
     edge_bits: Bits = 8
     rectify: bool | None = None
     equalise: bool = True
+    weight_quantizer: Literal["lsq", "statsq"] = "lsq"
     overrides: dict[str, int | dict[str, Any]] = {}
     calibration_images: Annotated[int, Field(ge=1)] = 64
+    start_from: Path | None = None
 
 
 class DistillSection(Section):
@@ -116,6 +141,10 @@ class DistillSection(Section):
         hard: cross-entropy with the teacher's most likely class.
         soft: divergence from the teacher's probabilities at ``temperature``.
         dgd: distances of the similarity matrices of q and k, where the method is ``dgd`` or ``qvit``.
+        feature: distance of the features behind the last block (`qvit.distill.features`).
+        feature_blocks: behind which blocks features are matched: the ``last`` or ``all``.
+        cached_crops: fixed crops of each image, for which the teacher's logits are computed once and kept
+            (`qvit.training.targets`); 0 augments anew in every epoch. Only where the loss reads nothing else of the teacher.
     """
 
     label: Weight = 0.5
@@ -123,6 +152,9 @@ class DistillSection(Section):
     soft: Weight = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     dgd: Weight = 1.0
+    feature: Weight = 0.0
+    feature_blocks: Literal["last", "all"] = "last"
+    cached_crops: Annotated[int, Field(ge=0, le=1024)] = 0
 
 
 class OptimSection(Section):
@@ -159,3 +191,41 @@ class ScheduleSection(Section):
     epochs: Annotated[int, Field(ge=1)] = 10
     warmup_epochs: Weight = 0.0
     min_lr: Weight = 0.0
+
+
+class ActivationsFirstSection(Section):
+    """A first stage that quantizes activations alone (`qvit.training.stages`); not read where the method is ``float``.
+
+    Attributes:
+        epochs: of the stage, the first ones of ``schedule.epochs``; 0 for none.
+        feature: weight of feature matching in it, in place of ``distill.feature``.
+    """
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    feature: Weight = 1.0
+
+
+class OscillationSection(Section):
+    """Oscillation regularisation (`qvit.training.oscillation`); not read where the method is ``float``.
+
+    Attributes:
+        weight: of the penalty at the end of training (the source's is 0.01); 0 for none.
+        start: share of training that is done when the weight begins to rise from 0, by half a cosine.
+    """
+
+    weight: Weight = 0.0
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.25
+
+
+class AnnealSection(Section):
+    """Confidence-guided annealing (`qvit.training.annealing`); not read where the method is ``float``.
+
+    Attributes:
+        share: of all steps, the last ones, in which settled weights are held; 0 for none (the source's is about 0.1). The
+            learning rate of these steps is constant: ``schedule.min_lr`` or, where that is 0, a hundredth of ``optim.lr``, and
+            the cosine ends there.
+        width: distance to a rounding threshold, in steps, within which a weight may still move.
+    """
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    width: Annotated[float, Field(gt=0, le=0.5)] = 0.005

@@ -20,11 +20,13 @@ from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.sources import ImageSource
+from qvit.training.cascade import take_over
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.data import check_classes, evaluation_loader, open_split
 from qvit.training.models import adjusted, build_model, top1_of
 from qvit.training.recipe import Recipe
 from qvit.training.seeding import derive_seed, seed_everything
+from qvit.training.teachers import check_teacher
 
 _CALIBRATION_BATCH = 32
 
@@ -80,7 +82,7 @@ def set_up(
         model = quantize(original, spec=recipe.model_spec(), preprocessing=preprocessing)
     elif not recipe.quantized and original is None:
         raise RecipeError("The method float trains a float model, but the model is quantized: choose another method.")
-    if loss.needs_teacher:
+    if loss.needs_teacher or recipe.needs_features:
         teacher = _teacher(recipe, teacher, original, model, preprocessing).to(accelerator.device).eval()
     else:
         teacher = None
@@ -90,7 +92,11 @@ def set_up(
         _restore(model, resumed)
     else:
         if recipe.quantized and accelerator.is_main_process and not _calibrated(model):
-            calibrate(model, _calibration_batches(recipe, train, preprocessing), images=recipe.quant.calibration_images)
+            start = recipe.quant.start_from
+            if start is not None:
+                take_over(model, start)
+            batches = _calibration_batches(recipe, train, preprocessing)
+            calibrate(model, batches, images=recipe.quant.calibration_images, scales_only=start is not None)
         if accelerator.num_processes > 1:
             share_state(model)
     return Setup(model, teacher, loss, preprocessing, train, val, float_top1)
@@ -101,7 +107,7 @@ def loss_of(recipe: Recipe) -> DistillationLoss:
     if not recipe.quantized:
         return DistillationLoss(label=1, hard=0)
     d = recipe.distill
-    return DistillationLoss(d.label, d.hard, d.soft, d.temperature, recipe.dgd_weight)
+    return DistillationLoss(d.label, d.hard, d.soft, d.temperature, recipe.dgd_weight, d.feature)
 
 
 def _start(recipe: Recipe, model: Any | None) -> tuple[Any, Preprocessing]:
@@ -126,11 +132,9 @@ def _teacher(recipe: Recipe, teacher: Any | None, original: Any | None, model: A
             )
     teacher = original if teacher is None else teacher
     if teacher is None:
-        raise RecipeError("The loss needs a teacher: pass a float model, or set distill.hard, soft and dgd to 0.")
-    if teacher.num_classes != model.num_classes:
-        raise RecipeError(
-            f"The teacher has {teacher.num_classes} classes, the student {model.num_classes}: use another teacher."
-        )
+        raise RecipeError("The loss needs a teacher: pass a float model, or set distill.hard, soft, dgd and feature to 0.")
+    features = recipe.distill.feature_blocks if recipe.needs_features else None
+    check_teacher(teacher, model, bool(recipe.dgd_weight), features)
     return teacher
 
 

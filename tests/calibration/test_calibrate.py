@@ -8,6 +8,7 @@ import qvit
 from qvit.errors import InputError, NotCalibratedError, UnsupportedModelError
 from qvit.layers.points import float_mode, quantization_points
 from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.statsq import StatsQuantizer
 from qvit.spec import ModelSpec
 
 
@@ -35,6 +36,16 @@ def test_equalisation_keeps_the_float_function(small_vit, options):
     assert moved > 10
     with torch.no_grad(), float_mode(student):
         assert _relative(student(images), model(images)) < 1e-5
+
+
+def test_statsq_needs_no_weight_scales(small_vit):
+    student = qvit.quantize(small_vit(), spec=ModelSpec(weight_quantizer="statsq")).eval()
+    images = _images(student)
+    qvit.calibrate(student, [images], images=8)
+    assert all(q.calibrated for q in quantization_points(student).values() if isinstance(q, LSQQuantizer))
+    assert isinstance(student.blocks[0].mlp.fc1.weight_quantizer, StatsQuantizer)
+    assert isinstance(student.head.weight_quantizer, LSQQuantizer)
+    assert torch.isfinite(student(images)).all()
 
 
 def test_without_equalisation_the_weights_stay(small_vit):

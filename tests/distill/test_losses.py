@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qvit.distill import DistillationLoss, tap_queries_keys
+from qvit.distill.features import feature_distance
 from qvit.errors import RecipeError, TrainingError
 
 STUDENT = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
@@ -83,6 +84,17 @@ def test_dgd_has_its_weight_and_leaves_the_teacher_alone() -> None:
     assert teacher[0][0].grad is None
 
 
+def test_features_have_their_weight_and_need_a_teacher_but_not_its_answer() -> None:
+    student, teacher = torch.randn(2, 5, 4, requires_grad=True), torch.randn(2, 5, 4)
+    loss = DistillationLoss(label=1, hard=0, feature=3.0)
+    assert loss.needs_teacher
+    assert not loss.needs_taps
+    total, parts = loss(STUDENT, LABELS, student_features=[student], teacher_features=[teacher])
+    want = feature_distance(student, teacher).item()
+    assert parts["feature"].item() == pytest.approx(want, rel=1e-5)
+    assert total.item() == pytest.approx((parts["label"] + 3 * parts["feature"]).item(), rel=1e-6)
+
+
 def test_terms_of_weight_zero_are_not_computed() -> None:
     nan = torch.full_like(TEACHER, math.nan)
     total, parts = DistillationLoss(label=1, hard=0, soft=0, dgd=0)(STUDENT, LABELS, nan)
@@ -105,9 +117,10 @@ def test_half_precision_logits_are_lifted_to_float32() -> None:
     [
         {"label": -1.0},
         {"dgd": -0.1},
+        {"feature": -0.1},
         {"temperature": 0.0},
         {"temperature": -1.0},
-        {"label": 0, "hard": 0, "soft": 0, "dgd": 0},
+        {"label": 0, "hard": 0, "soft": 0, "dgd": 0, "feature": 0},
         {"soft": math.nan},
         {"soft": math.inf},
         {"hard": "half"},
@@ -127,6 +140,7 @@ def test_bad_weights_are_refused_in_one_sentence(weights: dict) -> None:
         ({"label": 0, "hard": 0, "soft": 1}, (STUDENT, None, None)),
         ({"hard": 0, "dgd": 1}, (STUDENT, LABELS, TEACHER)),
         ({"label": 1}, (STUDENT, None, TEACHER)),
+        ({"hard": 0, "feature": 1}, (STUDENT, LABELS, TEACHER)),
         ({"hard": 1}, (STUDENT, LABELS, TEACHER[:, :2])),
     ],
 )

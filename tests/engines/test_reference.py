@@ -24,7 +24,7 @@ from qvit.integer.model import IntegerModel
 from qvit.integer.packing import pack
 from qvit.layers.points import quantization_points, record_codes
 from qvit.preprocessing import Preprocessing
-from qvit.spec import ModelSpec, Operand, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
+from qvit.spec import HalfStep, ModelSpec, Operand, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
 
 Factory = Callable[..., Any]
 _SMALL: dict[str, Any] = {"embed_dim": 24, "num_heads": 3, "depth": 2, "img_size": 32, "num_classes": 5}
@@ -88,6 +88,13 @@ _GRANULARITIES: dict[str, dict[str, Any]] = {
     "v without offset": {"overrides": {"*.v": {"offset": "none"}}},
     "map per row": {"overrides": {"*.map": {"scale": "per_token"}}},
     "map per tensor": {"overrides": {"*.map": {"scale": "per_tensor"}}},
+    "statsq": {"weight_quantizer": "statsq"},
+    "statsq per tensor, input signed without offset": {
+        "weight_quantizer": "statsq",
+        "overrides": {"blocks.*.weight": {"scale": "per_tensor"}, "blocks.*.input": {"offset": "none", "signed": True}},
+    },
+    "statsq, input per token": {"weight_quantizer": "statsq", "overrides": {"blocks.*.input": {"scale": "per_token"}}},
+    "learned steps, weights at odd half steps": {"overrides": {"blocks.*.weight": {"offset": "half_step"}}},
     "mixed widths": {
         "weight_bits": 3,
         "act_bits": 5,
@@ -102,6 +109,13 @@ def test_every_granularity(
     fields: dict[str, Any], make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path
 ) -> None:
     student = perturb(make_student(small_vit(**_SMALL), **fields))
+    _assert_same(student, _images(student), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_statsq_at_every_end(bits: int, make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path) -> None:
+    model = small_vit(**_SMALL | {"embed_dim": 120, "num_heads": 5})
+    student = perturb(make_student(model, weight_bits=bits, act_bits=bits, weight_quantizer="statsq"))
     _assert_same(student, _images(student), tmp_path)
 
 
@@ -173,14 +187,14 @@ def test_the_comparison_can_fail(make_student: Factory, small_vit: Factory, pert
 # --- single operations against NumPy in wide integers ------------------------------------------------------------------
 
 
-def _layer(rng: np.random.Generator, m: int, k: int, bits: int, scale_x: Any, scale_w: Any) -> ops.Linear:
+def _layer(rng: np.random.Generator, m: int, k: int, bits: int, scale_x: Any, scale_w: Any, offset_w: Any = None) -> ops.Linear:
     tokens = 5
     shapes = {PerTensor: (1,), PerToken: (tokens, 1), PerGroup: (k // 64,)}
     shapes_w = {PerTensor: (1,), PerChannel: (m, 1), PerGroup: (m, k // 64)}
     source = ops.Quantizer(
         QuantSpec(bits, scale=scale_x), rng.uniform(0.5, 2, shapes[type(scale_x)]).astype(np.float32), offset=None
     )
-    spec = QuantSpec(bits, signed=True, scale=scale_w, operand=Operand.WEIGHT)
+    spec = QuantSpec(bits, signed=True, scale=scale_w, offset=offset_w, operand=Operand.WEIGHT)
     codes = rng.integers(spec.qn, spec.qp + 1, (m, k))
     weight = ops.Weight(spec, (m, k), pack(codes, bits), rng.uniform(0.5, 2, shapes_w[type(scale_w)]).astype(np.float32))
     return ops.Linear("layer", source, weight, rng.normal(size=m).astype(np.float32))
@@ -209,6 +223,19 @@ def test_linear_against_numpy(bits: int, scale_x: Any, scale_w: Any) -> None:
     x = codes * _wide(layer.input.scale, scale_x, 64)
     w = layer.weight.codes().astype(np.int64) * _wide(layer.weight.scale, scale_w, 64)
     assert layer.bias is not None
+    np.testing.assert_allclose(y, x @ w.T + layer.bias, rtol=1e-5, atol=1e-4 * float(np.abs(x @ w.T).max()))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("scale_x", [PerTensor(), PerToken(), PerGroup(64)])
+@pytest.mark.parametrize("scale_w", [PerTensor(), PerChannel()])
+def test_linear_with_weights_at_odd_half_steps_against_numpy(bits: int, scale_x: Any, scale_w: Any) -> None:
+    rng = np.random.default_rng(bits)
+    layer = _layer(rng, 7, 128, bits, scale_x, scale_w, HalfStep())
+    codes = rng.integers(0, layer.input.spec.qp + 1, (2, 5, 128))
+    y = _engine_for(layer).linear(torch.from_numpy(codes).to(torch.int16), layer).numpy()
+    x = codes * _wide(layer.input.scale, scale_x, 64)
+    w = (layer.weight.codes() + 0.5) * layer.weight.scale.astype(np.float64)
     np.testing.assert_allclose(y, x @ w.T + layer.bias, rtol=1e-5, atol=1e-4 * float(np.abs(x @ w.T).max()))
 
 
@@ -269,3 +296,25 @@ def test_real_teacher_on_real_images(bits: int, data_dir: Path, set_plausible_sc
     measured = agreement(student, ReferenceEngine(qvit.freeze(student)), loader)
     assert measured.images >= 3
     assert measured.holds, measured
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg", "fc_norm": False}),
+    ],
+)
+def test_features_are_what_timm_gives_before_the_head(
+    small_vit: Factory, make_student: Factory, name: str, options: dict[str, Any]
+) -> None:
+    student = make_student(small_vit(name, **_SMALL, **options))
+    images = _images(student)
+    features = ReferenceEngine(qvit.freeze(student)).features(images)
+    with torch.no_grad():
+        expected = student.forward_head(student.forward_features(images), pre_logits=True)
+    assert features.shape == (3, 24)
+    # timm averages tokens in float32, the integer model in float64.
+    torch.testing.assert_close(features, expected, rtol=1e-6 if "global_pool" in options else 0.0, atol=0.0)

@@ -78,6 +78,22 @@ def test_codes_and_scales_are_the_students(student: Any) -> None:
             assert (layers[name].input.offset == module.input_quantizer.offset.detach().numpy()).all()
 
 
+def test_statistical_steps_are_the_float16_values_that_training_used(
+    make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    student = perturb(make_student(small_vit(img_size=32, embed_dim=24, depth=1), weight_bits=2, weight_quantizer="statsq"))
+    fc1 = student.blocks[0].mlp.fc1
+    before = fc1.weight_quantizer(fc1.weight)
+    model = freeze(student)
+    weight = model.blocks[0].fc1.weight
+    assert model.tensors["blocks.0.mlp.fc1.weight_scale"].dtype == np.float16
+    assert weight.half_step
+    assert (weight.scale == before.scale.numpy()).all()
+    assert (weight.codes() == before.codes.detach().numpy()).all()
+    assert (weight.values() == before.value.detach().double().numpy()).all()
+    assert not model.heads[0].weight.half_step
+
+
 def test_round_to_half_rounds_vectors_and_keeps_weights(student: Any) -> None:
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     round_to_half(student)

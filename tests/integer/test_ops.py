@@ -57,6 +57,22 @@ def test_weight_codes_are_unpacked_row_by_row() -> None:
     assert weight.codes().dtype == np.int8
 
 
+def test_values_of_weights_at_odd_half_steps() -> None:
+    spec = QuantSpec(2, signed=True, scale=PerChannel(), offset=HalfStep(), operand=Operand.WEIGHT)
+    codes = np.asarray([[-2, -1, 0, 1], [1, 0, -1, -2]])
+    weight = Weight(spec, (2, 4), pack(codes, 2), np.asarray([[0.5], [2.0]], np.float32))
+    assert weight.half_step
+    assert weight.values().tolist() == [[-0.75, -0.25, 0.25, 0.75], [3.0, 1.0, -1.0, -3.0]]
+    source = Quantizer(QuantSpec(4, offset=PerTensor()), np.asarray([0.25], np.float32), np.asarray([0.5], np.float32))
+    folded = Linear("layer", source, weight, np.asarray([1.0, 2.0], np.float32)).folded_bias()
+    assert folded is not None
+    assert folded.tolist() == [1.0, 2.0]
+    lopsided = Weight(spec, (2, 4), pack(np.ones_like(codes), 2), weight.scale)
+    folded = Linear("layer", source, lopsided, None).folded_bias()
+    assert folded is not None
+    assert folded.tolist() == [0.5 * 4 * 0.75, 0.5 * 4 * 3.0]
+
+
 def test_half_step_is_told_from_a_learned_offset() -> None:
     scale = np.ones((3, 1, 1), np.float32)
     half = QuantSpec(4, signed=True, scale=PerHead(), offset=HalfStep(), operand=Operand.QUERY)

@@ -79,6 +79,18 @@ def test_linear(weight, scale, offset, has_bias: bool) -> None:
         check_gradients(y, leaves, plain, leaves)
 
 
+@pytest.mark.parametrize("scale", [PerTensor(), PerChannel()])
+@pytest.mark.parametrize(("x_scale", "offset"), INPUTS)
+def test_linear_with_weights_at_odd_half_steps(scale, x_scale, offset) -> None:
+    for bits in (2, 4, 8):
+        x = quantized(torch.randn(2, 5, 128), QuantSpec(bits, False, x_scale, offset), Dims(128, 5))
+        w = quantized(torch.randn(7, 128), QuantSpec(bits, True, scale, HalfStep(), Operand.WEIGHT), Dims(128, 7))
+        bias = torch.randn(7, requires_grad=True)
+        y = code_linear(x, w, bias)
+        close(y, exact_value(x) @ exact_value(w).t() + bias.double(), 1e-5)
+        check_gradients(y, [x.value, w.value], lambda a, b: a @ b.t(), [x.value, w.value])
+
+
 @pytest.mark.parametrize("offset", [None, PerTensor(), PerChannel()])
 def test_linear_without_tokens(offset) -> None:
     """As in a classification head: [B, K]."""
@@ -100,6 +112,9 @@ def test_linear_sums_are_exact_beyond_float32() -> None:
     sums = (x_codes.double() @ w_codes.double().t()).float()  # one rounding, at the end
     assert torch.equal(y, sums)
     assert y[0, 0, 0] != y[0, 0, 1]
+    half = QuantSpec(8, True, PerTensor(), HalfStep(), Operand.WEIGHT)
+    y = code_linear(Quantized(x_codes, x_codes, one, None, spec), Quantized(w_codes, w_codes, one, one / 2, half), None)
+    assert torch.equal(y, (x_codes.double() @ (w_codes.double() + 0.5).t()).float())
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -112,6 +127,10 @@ def test_folded_bias(weight, offset) -> None:
         bias[m].item() + sum(exact_value(w)[m, k].item() * x.offset.expand(128)[k].item() for k in range(128)) for m in range(7)
     ]
     torch.testing.assert_close(folded_bias(w, x.offset, bias), torch.tensor(want), rtol=1e-6, atol=1e-6)
+    if not isinstance(weight, PerGroup):
+        w = quantized(torch.randn(7, 128), QuantSpec(4, True, weight, HalfStep(), Operand.WEIGHT), Dims(128, 7))
+        want = exact_value(w) @ x.offset.double().expand(128) + bias.double()
+        torch.testing.assert_close(folded_bias(w, x.offset, bias), want.float(), rtol=1e-6, atol=1e-6)
     assert folded_bias(w, None, bias) is bias
     assert folded_bias(w, None, None) is None
 

@@ -9,7 +9,7 @@ from torch import nn
 from qvit.errors import NotCalibratedError, SpecError
 from qvit.layers.linear import QuantLinear
 from qvit.layers.points import float_mode
-from qvit.spec import Operand, PerChannel, PerGroup, PerTensor, QuantSpec
+from qvit.spec import HalfStep, Operand, PerChannel, PerGroup, PerTensor, QuantSpec
 
 WEIGHT = QuantSpec(3, True, PerChannel(), None, Operand.WEIGHT)
 INPUT = QuantSpec(3, False, PerTensor(), PerChannel())
@@ -74,6 +74,17 @@ def test_high_bits_are_close_to_float() -> None:
     x = torch.randn(2, 5, 64)
     layer.input_quantizer.set_parameters(x.abs().amax() / 127)
     assert (layer(x) - linear(x)).abs().max() < 0.03
+
+
+def test_statistical_weights_have_no_scale_to_learn_and_all_gradients() -> None:
+    half = QuantSpec(3, True, PerChannel(), HalfStep(), Operand.WEIGHT)
+    layer = QuantLinear(nn.Linear(13, 7), half, INPUT, 5, statistical=True)
+    layer.input_quantizer.set_parameters(torch.tensor([0.6]), torch.randn(13) / 5 - 2)
+    assert set(dict(layer.named_parameters())) == {"weight", "bias", "input_quantizer.scale", "input_quantizer.offset"}
+    x, upstream = torch.randn(2, 5, 13), torch.randn(2, 5, 7)
+    layer(x).backward(upstream)
+    source = layer.input_quantizer(x).value.detach()
+    torch.testing.assert_close(layer.weight.grad, upstream.flatten(0, 1).t() @ source.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 def test_groups_of_two_sizes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,9 @@ def tiny_values(folder: Path, **changes: Any) -> dict[str, Any]:
     for key, change in changes.items():
         values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
     return values
+
+
+def environment() -> dict[str, str]:
+    """Of a program that trains on the CPU."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -21,8 +21,11 @@ import yaml
 from torch import nn
 
 import qvit.training.loop
+from qvit.analyze.agreement import agreement
 from qvit.convert import quantize
+from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, RecipeError, TrainingError, WeightsError
+from qvit.integer.freeze import freeze
 from qvit.sources import open_source
 from qvit.training.checkpoint import BEST, LAST, load_model, load_student, read_checkpoint
 from qvit.training.data import evaluation_loader
@@ -98,6 +101,22 @@ def test_the_four_methods(tiny_recipe: MakeRecipe, tmp_path: Path, method: str, 
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(student(images), result.model(images))
+
+
+def test_statsq_trains_and_its_integers_are_what_was_trained(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(quant={"bits": 2, "weight_quantizer": "statsq"}, schedule={"epochs": 8}, optim={"lr": 5e-3})
+    result = fit(recipe, tmp_path, progress=False)
+    losses = [line["loss"] for line in metrics(tmp_path, "train")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    student, metadata = load_student(tmp_path / LAST)
+    assert student.qvit.spec.weight_quantizer == "statsq"
+    frozen = freeze(student)
+    assert all(layer.weight.half_step == layer.name.startswith("blocks") for layer in frozen.linears())
+    source = open_source(metadata.recipe["data"]["train"], "val")
+    batches = list(evaluation_loader(source, metadata.preprocessing, 4))
+    measured = agreement(student, ReferenceEngine(frozen), batches)
+    assert (measured.worst_codes, measured.top1, measured.logits) == (100, 100, 0)
+    assert evaluate(ReferenceEngine(frozen).forward, batches).top1 == pytest.approx(result.top1, abs=10)
 
 
 def test_a_student_at_hand_is_trained_in_place(tiny_recipe: MakeRecipe, image_folder: Path, tmp_path: Path) -> None:

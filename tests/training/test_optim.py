@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from qvit.errors import RecipeError
-from qvit.training.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
-from qvit.training.sections import OptimSection, ScheduleSection
+from qvit.training.optim import anneal_start, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from qvit.training.sections import AnnealSection, OptimSection, ScheduleSection
 
 
 def names_of(group: dict, model: nn.Module) -> set[str]:
@@ -79,3 +80,18 @@ def test_the_schedule_warms_up_and_ends_at_its_least() -> None:
     assert rates[30] == pytest.approx(0.55)
     assert 0.1 < rates[-1] < 0.102
     assert learning_rate(0, 5, 1.0, ScheduleSection(epochs=1)) == 1.0
+
+
+def test_annealing_ends_the_cosine_and_keeps_its_last_rate() -> None:
+    schedule, anneal = ScheduleSection(epochs=10, warmup_epochs=1, min_lr=0.02), AnnealSection(share=0.2)
+    assert anneal_start(5, schedule, anneal) == 40
+    rates = [learning_rate(step, 5, 1.0, schedule, anneal) for step in range(50)]
+    assert rates[40:] == [0.02] * 10
+    assert rates[39] == pytest.approx(0.02, rel=0.2)
+    assert all(a > b for a, b in itertools.pairwise(rates[5:41]))
+    assert rates[:40] == [learning_rate(step, 5, 1.0, schedule.model_copy(update={"epochs": 8})) for step in range(40)]
+    # Nothing would move at a rate of 0.
+    assert learning_rate(49, 5, 1.0, ScheduleSection(epochs=10), anneal) == 0.01
+    assert anneal_start(5, schedule, AnnealSection()) == 50
+    assert learning_rate(49, 5, 1.0, schedule, AnnealSection()) == learning_rate(49, 5, 1.0, schedule)
+    assert anneal_start(7, ScheduleSection(epochs=1), AnnealSection(share=0.01)) == 6

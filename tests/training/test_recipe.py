@@ -36,6 +36,26 @@ def test_the_method_is_one_line(method: str, rectify: bool, dgd: float) -> None:
     assert recipe.dgd_weight == dgd
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["quant.weight_quantizer=statsq"],
+        ["quant.overrides={'blocks.*.weight': {offset: half_step}}"],
+        ["quant.start_from=runs/w4a4/last.safetensors"],
+        ["anneal.share=0.1", "anneal.width=0.005"],
+        ["oscillation.weight=0.01", "oscillation.start=0.25"],
+        ["activations_first.epochs=1", "activations_first.feature=1"],
+        ["distill.feature=1", "distill.feature_blocks=all"],
+        ["distill.dgd=0", "distill.cached_crops=4"],
+    ],
+)
+def test_every_lever_is_a_line_or_two_on_a_shipped_recipe(changes: list[str]) -> None:
+    recipe = Recipe.load("imagenette", ["quant.bits=2", *changes])
+    assert recipe != Recipe.load("imagenette", ["quant.bits=2"])
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.model_spec().weight_bits == 2
+
+
 def test_an_explicit_rectify_wins_over_the_method() -> None:
     recipe = Recipe.from_dict({"method": "qvit", "quant": {"rectify": False}})
     assert recipe.model_spec().rectify is False
@@ -78,6 +98,19 @@ def test_overrides_are_dotted_and_yaml(tmp_path: Path) -> None:
         ({"data": {"label_smoothing": 1}}, ["at least 0 and less than 1"]),
         ({"optim": {"lr": 0}}, ["optim.lr=0", "more than 0"]),
         ({"optim": {"lr": float("nan")}}, ["optim.lr=nan"]),
+        ({"quant": {"weight_quantiser": "lsq"}}, ["did you mean 'quant.weight_quantizer'"]),
+        ({"quant": {"weight_quantizer": "magic"}}, ["quant.weight_quantizer='magic'", "statsq"]),
+        ({"anneal": {"share": 1}}, ["anneal.share=1", "at least 0 and less than 1"]),
+        ({"anneal": {"width": 0.7}}, ["anneal.width=0.7", "more than 0 and at most 0.5"]),
+        ({"anneal": {"shore": 0.1}}, ["did you mean 'anneal.share'"]),
+        ({"oscillation": {"weight": -1}}, ["oscillation.weight=-1", "at least 0"]),
+        ({"oscillation": {"begin": 0.5}}, ["'oscillation.begin'", "keys here are weight, start"]),
+        ({"activations_first": {"epochs": -1}}, ["activations_first.epochs=-1", "at least 0"]),
+        ({"activation_first": {"epochs": 1}}, ["did you mean 'activations_first'"]),
+        ({"distill": {"cached_crops": -1}}, ["distill.cached_crops=-1", "at least 0 and at most 1024"]),
+        ({"distill": {"cached_crop": 2}}, ["did you mean 'distill.cached_crops'"]),
+        ({"distill": {"feature_blocks": "some"}}, ["distill.feature_blocks='some'", "'last' or 'all'"]),
+        ({"needs_gpus": True}, ["did you mean 'needs_gpu'"]),
         ({"schedule": {"epochs": 0}}, ["schedule.epochs=0", "at least 1"]),
         ({"schedule": {"epochs": 1, "warmup_epochs": 2}}, ["warmup_epochs", "more than schedule.epochs (1)"]),
         ({"schedule": {"min_lr": 1.0}}, ["min_lr", "more than optim.lr"]),

@@ -54,7 +54,7 @@ class CpuEngine:
             from qvit.engines.cpu import _native
         except ImportError as error:
             raise MissingDependencyError(
-                f"The CPU engine's compiled module is missing ({error}): install qvit with pip on a machine with a C++ compiler."
+                f"The CPU engine's compiled module is missing ({error}): install qvit with pip where there is a C++ compiler."
             ) from None
         from qvit.engines.cpu.build import build
 

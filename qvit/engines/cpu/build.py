@@ -50,7 +50,8 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
         raise UnsupportedModelError(f"Heads of {a.head_dim} channels are too wide for the CPU engine: use engine='reference'.")
     if a.num_tokens > _MOST_TOKENS:
         raise UnsupportedModelError(
-            f"The model has {a.num_tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or larger patches."
+            f"The model has {a.num_tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or "
+            "larger patches."
         )
     b = kind(isa, _shape(model))
     _pixels(b, model)

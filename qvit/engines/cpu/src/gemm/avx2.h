@@ -18,9 +18,13 @@ struct Bytes256 {
     static Vector either(Vector a, Vector b) { return _mm256_or_si256(a, b); }
     static Vector minus(Vector a, Vector b) { return _mm256_sub_epi8(a, b); }
     template <int n>
-    static Vector down(Vector a) { return _mm256_srli_epi16(a, n); }
+    static Vector down(Vector a) {
+        return _mm256_srli_epi16(a, n);
+    }
     template <int n>
-    static Vector up(Vector a) { return _mm256_slli_epi16(a, n); }
+    static Vector up(Vector a) {
+        return _mm256_slli_epi16(a, n);
+    }
 };
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -18,9 +18,13 @@ struct Bytes512 {
     static Vector either(Vector a, Vector b) { return _mm512_or_si512(a, b); }
     static Vector minus(Vector a, Vector b) { return _mm512_sub_epi8(a, b); }
     template <int n>
-    static Vector down(Vector a) { return _mm512_srli_epi16(a, n); }
+    static Vector down(Vector a) {
+        return _mm512_srli_epi16(a, n);
+    }
     template <int n>
-    static Vector up(Vector a) { return _mm512_slli_epi16(a, n); }
+    static Vector up(Vector a) {
+        return _mm512_slli_epi16(a, n);
+    }
 };
 
 // sum + dot products of groups of 4: the instruction itself, since GCC copies the sums of _mm512_dpbusd_epi32 around.

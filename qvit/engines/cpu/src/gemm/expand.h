@@ -1,6 +1,6 @@
 // Expansion of packed panels with shifts and masks, for any vector width. `Bytes` wraps a vector of bytes: `size`, `Vector`,
-// load, store, fill (one byte everywhere), both (and), either (or), minus, down<n> and up<n> (shifts of words or bytes). All of it has
-// internal linkage, so that no file runs a copy compiled for another's instructions.
+// load, store, fill (one byte everywhere), both (and), either (or), minus, down<n> and up<n> (shifts of words or bytes). All of
+// it has internal linkage, so that no file runs a copy compiled for another's instructions.
 #pragma once
 
 #include "packed_codes.h"
@@ -28,7 +28,8 @@ inline void expand_fields(const uint8_t* packed, size_t count, int offset, uint8
             } else {
                 const V v1 = Bytes::load(packed + 64 + j), v2 = Bytes::load(packed + 128 + j);
                 // The two top bits of a vector, brought down to bits 0 and 1.
-                const V top0 = Bytes::both(Bytes::template down<6>(v0), two), top1 = Bytes::both(Bytes::template down<6>(v1), two);
+                const V top0 = Bytes::both(Bytes::template down<6>(v0), two),
+                        top1 = Bytes::both(Bytes::template down<6>(v1), two);
                 put(0, Bytes::both(v0, mask));
                 if constexpr (bits == 6) {
                     const V top2 = Bytes::both(Bytes::template down<6>(v2), two);

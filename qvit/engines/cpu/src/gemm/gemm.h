@@ -6,11 +6,12 @@
 //
 //     const GemmKernel& kernel = choose_kernel(weight_bits, act_bits, isa);
 //     PackedWeight weight = kernel.pack(codes, M, K, weight_bits);                 // at load time; stays packed in memory
-//     kernel.prepare(a, lda, rows, K, prepared, kernel.row_bytes(K));              // once a layer, or a row as soon as it is there
-//     for each panel p:
+//     kernel.prepare(a, lda, rows, K, prepared, kernel.row_bytes(K));              // once a layer, or a row as soon as it is
+//     there for each panel p:
 //         const uint8_t* panel = kernel.unpack(weight, p, scratch);                // scratch of kernel.scratch_bytes(K)
 //         for each tile of rows:
-//             kernel.sums(prepared + row * pitch, pitch, count, panel, K, out, ld_out);   // then the epilogue, `out` still in L1
+//             kernel.sums(prepared + row * pitch, pitch, count, panel, K, out, ld_out);   // then the epilogue, `out` still in
+//             L1
 #pragma once
 
 #include <cstddef>
@@ -41,8 +42,9 @@ struct PackedWeight {
     int panels() const { return (M + panel - 1) / panel; }
 };
 
-// Starts to bring part `part` of the `parts` equal parts of packed panel p (if there is one) into the second-level cache. Called
-// for the next panel between the row tiles of this one, it hides the memory: a model's weights do not stay in the caches.
+// Starts to bring part `part` of the `parts` equal parts of packed panel p (if there is one) into the second-level cache.
+// Called for the next panel between the row tiles of this one, it hides the memory: a model's weights do not stay in the
+// caches.
 static inline void prefetch_panel(const PackedWeight& weight, int p, int part, int parts) {
     const size_t start = weight.panel_bytes * static_cast<size_t>(p);
     if (start >= weight.bytes) return;
@@ -62,8 +64,8 @@ struct GemmKernel {
     size_t (*row_bytes)(int K);
 
     // Brings activation codes, uint8 [rows][lda], lda >= K, nothing read behind the K codes of a row, into the form that sums
-    // reads: out [rows][pitch], pitch >= row_bytes(K) and a multiple of 64, out 64-byte aligned. Rows are independent. Null where
-    // sums reads plain codes: the caller then may pass sums its own rows, if row_bytes(K) bytes of each can be read (what
+    // reads: out [rows][pitch], pitch >= row_bytes(K) and a multiple of 64, out 64-byte aligned. Rows are independent. Null
+    // where sums reads plain codes: the caller then may pass sums its own rows, if row_bytes(K) bytes of each can be read (what
     // lies behind the K codes may hold anything).
     void (*prepare)(const uint8_t* a, ptrdiff_t lda, int rows, int K, uint8_t* out, ptrdiff_t pitch);
 
@@ -77,7 +79,8 @@ struct GemmKernel {
 
     // Exact sums of `rows` prepared rows times one panel: out int32 [rows][ld_out], ld_out >= panel, in channel order. All
     // channels of the panel are written; of those behind M, any or none, with any value. Fastest if out is 64-byte aligned.
-    void (*sums)(const uint8_t* prepared, ptrdiff_t pitch, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out);
+    void (*sums)(const uint8_t* prepared, ptrdiff_t pitch, int rows, const uint8_t* panel, int K, int32_t* out,
+                 ptrdiff_t ld_out);
 };
 
 // Whether this build and this processor have a path, and the best that they have.
@@ -88,7 +91,8 @@ Isa best_isa();
 // Throws std::invalid_argument where the build or the processor lacks `isa`, or for other widths.
 const GemmKernel& choose_kernel(int weight_bits, int act_bits, Isa isa);
 
-// Kernel number `index` of those that run here and are exact at these widths, or null behind the last: for tests and benchmarks.
+// Kernel number `index` of those that run here and are exact at these widths, or null behind the last: for tests and
+// benchmarks.
 const GemmKernel* kernel_at(int index, int weight_bits, int act_bits);
 
 }  // namespace qvit::cpu

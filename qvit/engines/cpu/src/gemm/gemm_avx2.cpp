@@ -16,9 +16,7 @@ using Layout = QuadLayout<Bytes256>;
 // sum + products, as instructions: from intrinsics GCC makes a loop that copies and spills the sums.
 inline void add_bytes(__m256i& sum, __m256i unsigned_bytes, __m256i signed_bytes) {
     __m256i products;
-    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
-        : "+x"(sum), "=&x"(products)
-        : "x"(unsigned_bytes), "x"(signed_bytes));
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(unsigned_bytes), "x"(signed_bytes));
 }
 inline void add_words(__m256i& sum, __m256i a, __m256i b) {
     __m256i products;
@@ -89,8 +87,7 @@ const uint8_t* wide_unpack(const PackedWeight& weight, int p, uint8_t* scratch) 
     const uint8_t* panel = Layout::unpack(weight, p, scratch + 64 + round_up(2 * fields, 64));
     for (int i = 0; i < 64; i += 32) store(scratch + i, load(panel + i));
     for (size_t i = 0; i < fields; i += 16)
-        store(scratch + 64 + 2 * i,
-              _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + 64 + i))));
+        store(scratch + 64 + 2 * i, _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(panel + 64 + i))));
     return scratch;
 }
 
@@ -134,7 +131,7 @@ void wide_sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel
 const GemmKernel avx2_4x4_kernel = Layout::kernel("maddubs 4x4", Isa::avx2, 6, sums<4, 4>);
 const GemmKernel avx2_4x8_kernel = Layout::kernel("maddubs 4x8", Isa::avx2, 6, sums<4, 8>);
 const GemmKernel avx2_8x7_kernel = Layout::kernel("maddubs 8x7", Isa::avx2, 6, sums<8, 7>);
-const GemmKernel avx2_kernel = {"maddwd",         Isa::avx2,          64,          6,        wide_row_bytes, wide_prepare,
+const GemmKernel avx2_kernel = {"maddwd",     Isa::avx2,          64,          6,        wide_row_bytes, wide_prepare,
                                 Layout::pack, wide_scratch_bytes, wide_unpack, wide_sums};
 
 }  // namespace qvit::cpu

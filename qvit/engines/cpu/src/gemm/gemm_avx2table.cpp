@@ -1,8 +1,9 @@
 // The kernel of 2-bit weights and activations for AVX2: products of two codes at a time by lookup.
 //
 // Two activation codes pick one of 16 constant tables, two weight codes one of its 16 bytes (vpshufb): the sum of their two
-// products, plus 12 so that it is in [0, 18]; 14 of them fit into a byte. Then the bytes go to 16 bits: `pairs` sums them as words,
-// `high` their upper halves, so that the lower halves' sums are pairs - 256 high. gemm_avx512table.cpp does it with three codes.
+// products, plus 12 so that it is in [0, 18]; 14 of them fit into a byte. Then the bytes go to 16 bits: `pairs` sums them as
+// words, `high` their upper halves, so that the lower halves' sums are pairs - 256 high. gemm_avx512table.cpp does it with
+// three codes.
 #include "avx2.h"
 #include "kernels.h"
 #include "row_steps.h"
@@ -69,8 +70,7 @@ inline void add_lookup(__m256i& sum, __m256i table, __m256i index) {
 
 // `rows` rows times `vectors` vectors of channels; lookups of the panel are `width` bytes apart.
 template <int rows, int vectors>
-void tile(const uint8_t* a, ptrdiff_t pitch, const uint8_t* w, int width, int count, bool add, int32_t* out,
-          ptrdiff_t ld_out) {
+void tile(const uint8_t* a, ptrdiff_t pitch, const uint8_t* w, int width, int count, bool add, int32_t* out, ptrdiff_t ld_out) {
     __m256i pairs[rows][vectors], high[rows][vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r)
@@ -88,7 +88,8 @@ void tile(const uint8_t* a, ptrdiff_t pitch, const uint8_t* w, int width, int co
             for (int v = 0; v < vectors; ++v) index[v] = load(w + size * v);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; ++r) {
-                const __m256i table = _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(tables.bytes[0] + a[r * pitch]));
+                const __m256i table =
+                    _mm256_broadcastsi128_si256(*reinterpret_cast<const __m128i*>(tables.bytes[0] + a[r * pitch]));
 #pragma GCC unroll 16
                 for (int v = 0; v < vectors; ++v) add_lookup(sum[r][v], table, index[v]);
             }
@@ -124,9 +125,11 @@ void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* unpacked, 
         row_steps<4>(rows, [&](auto step, int row) {
             for (int done = 0; done < lookups(K); done += block) {
                 const int left = lookups(K) - done;
-                (width - channel > size ? tile<step.value, 2> : tile<step.value, 1>)(
-                    a + row * pitch + done, pitch, unpacked + 64 + static_cast<ptrdiff_t>(done) * width + channel, width,
-                    left < block ? left : block, done > 0, out + row * ld_out + channel, ld_out);
+                (width - channel > size ? tile<step.value, 2>
+                                        : tile<step.value, 1>)(a + row * pitch + done, pitch,
+                                                               unpacked + 64 + static_cast<ptrdiff_t>(done) * width + channel,
+                                                               width, left < block ? left : block, done > 0,
+                                                               out + row * ld_out + channel, ld_out);
             }
         });
     }

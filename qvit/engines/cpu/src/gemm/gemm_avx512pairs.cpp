@@ -4,13 +4,14 @@
 //
 //     (a0 + w1) (a1 + w0) = a0 w0 + a1 w1 + a0 a1 + w0 w1,
 //
-// trades one multiplication for two additions, and byte additions run on all vector pipes, vpdpbusd on half of them. With weights
-// stored biased, w' = w + b, b = 2^(bits-1), both factors are bytes without sign, small enough for vpdpbusd's signed operand:
+// trades one multiplication for two additions, and byte additions run on all vector pipes, vpdpbusd on half of them. With
+// weights stored biased, w' = w + b, b = 2^(bits-1), both factors are bytes without sign, small enough for vpdpbusd's signed
+// operand:
 //
 //     sum a w  =  sum (a0 + w1') (a1 + w0')  -  [sum w0' w1']  -  [sum a0 a1 + b sum a]
 //
-// The first bracket is a channel's term, kept with the weights; the second a row's, kept behind the prepared codes of the row. a0
-// and a1 are groups of 4 consecutive codes.
+// The first bracket is a channel's term, kept with the weights; the second a row's, kept behind the prepared codes of the row.
+// a0 and a1 are groups of 4 consecutive codes.
 #include "avx512.h"
 #include "kernels.h"
 #include "row_steps.h"
@@ -81,8 +82,7 @@ void tile(const uint8_t* a, ptrdiff_t pitch, ptrdiff_t term, const uint8_t* pane
             __builtin_memcpy(group, codes + r * pitch, 8);
             const __m512i a0 = _mm512_set1_epi32(group[0]), a1 = _mm512_set1_epi32(group[1]);
 #pragma GCC unroll 16
-            for (int v = 0; v < vectors; ++v)
-                dot(sum[r][v], _mm512_add_epi8(a0, w1[v]), _mm512_add_epi8(a1, w0[v]));
+            for (int v = 0; v < vectors; ++v) dot(sum[r][v], _mm512_add_epi8(a0, w1[v]), _mm512_add_epi8(a1, w0[v]));
         }
     }
 #pragma GCC unroll 16
@@ -104,10 +104,14 @@ void panel_sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* pane
 
 void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel, int K, int32_t* out, ptrdiff_t ld_out) {
     switch (*reinterpret_cast<const int*>(panel)) {
-        case 64: return panel_sums<4, 4>(a, pitch, rows, panel, K, out, ld_out);
-        case 48: return panel_sums<3, 6>(a, pitch, rows, panel, K, out, ld_out);
-        case 32: return panel_sums<2, 8>(a, pitch, rows, panel, K, out, ld_out);
-        default: return panel_sums<1, 8>(a, pitch, rows, panel, K, out, ld_out);
+        case 64:
+            return panel_sums<4, 4>(a, pitch, rows, panel, K, out, ld_out);
+        case 48:
+            return panel_sums<3, 6>(a, pitch, rows, panel, K, out, ld_out);
+        case 32:
+            return panel_sums<2, 8>(a, pitch, rows, panel, K, out, ld_out);
+        default:
+            return panel_sums<1, 8>(a, pitch, rows, panel, K, out, ld_out);
     }
 }
 

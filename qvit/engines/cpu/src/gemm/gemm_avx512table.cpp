@@ -1,9 +1,9 @@
 // The kernel of 2-bit weights and activations: products of three codes at a time by lookup.
 //
-// Three activation codes pick one of 64 constant tables, three weight codes one of its 64 bytes (vpermb): the sum of their three
-// products, plus 18 so that it is in [0, 27]. One lookup and one byte addition thus do 192 multiply-adds, and 9 of them fit into
-// a byte. Then the bytes go to 16 bits: `pairs` sums them as 16-bit words, `high` their upper halves, so that the lower halves'
-// sums are pairs - 256 high.
+// Three activation codes pick one of 64 constant tables, three weight codes one of its 64 bytes (vpermb): the sum of their
+// three products, plus 18 so that it is in [0, 27]. One lookup and one byte addition thus do 192 multiply-adds, and 9 of them
+// fit into a byte. Then the bytes go to 16 bits: `pairs` sums them as 16-bit words, `high` their upper halves, so that the
+// lower halves' sums are pairs - 256 high.
 #include "avx512.h"
 #include "kernels.h"
 #include "row_steps.h"
@@ -12,8 +12,8 @@ namespace qvit::cpu {
 namespace {
 
 constexpr int panel_channels = 128;
-constexpr int run = 9;              // lookups that fit into a byte: 9 * 27 < 256
-constexpr int block = 269 * run;    // lookups that fit into 16 bits: 2421 * 27 < 65536
+constexpr int run = 9;            // lookups that fit into a byte: 9 * 27 < 256
+constexpr int block = 269 * run;  // lookups that fit into 16 bits: 2421 * 27 < 65536
 constexpr int offset = 18;
 
 struct Tables {
@@ -51,7 +51,8 @@ void prepare(const uint8_t* a, ptrdiff_t lda, int rows, int K, uint8_t* out, ptr
             // A code above 3 would point outside the tables.
             const __m512i code = _mm512_and_si512(_mm512_maskz_loadu_epi8(here, a + k), three);
             const __m512i triple = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_permutexvar_epi8(index, code), places);
-            _mm256_store_si256(reinterpret_cast<__m256i*>(out + k / 3 * 2), _mm512_cvtepi32_epi16(_mm512_slli_epi32(triple, 6)));
+            _mm256_store_si256(reinterpret_cast<__m256i*>(out + k / 3 * 2),
+                               _mm512_cvtepi32_epi16(_mm512_slli_epi32(triple, 6)));
         }
     }
 }
@@ -150,6 +151,7 @@ void sums(const uint8_t* a, ptrdiff_t pitch, int rows, const uint8_t* panel, int
 
 }  // namespace
 
-const GemmKernel avx512table_kernel = {"table3", Isa::avx512vnni, panel_channels, 4, row_bytes, prepare, pack, scratch_bytes, unpack, sums};
+const GemmKernel avx512table_kernel = {"table3", Isa::avx512vnni, panel_channels, 4,   row_bytes, prepare,
+                                       pack,     scratch_bytes,   unpack,         sums};
 
 }  // namespace qvit::cpu

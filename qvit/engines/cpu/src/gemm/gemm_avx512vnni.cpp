@@ -46,10 +46,14 @@ void sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* panel, int K
     __builtin_memcpy(&width, panel, sizeof width);
     const int groups = (K + 3) / 4;
     switch (width) {
-        case 64: return panel_sums<4, 6>(a, lda, rows, panel + 64, groups, out, ld_out);
-        case 48: return panel_sums<3, 8>(a, lda, rows, panel + 64, groups, out, ld_out);
-        case 32: return panel_sums<2, 12>(a, lda, rows, panel + 64, groups, out, ld_out);
-        default: return panel_sums<1, 12>(a, lda, rows, panel + 64, groups, out, ld_out);
+        case 64:
+            return panel_sums<4, 6>(a, lda, rows, panel + 64, groups, out, ld_out);
+        case 48:
+            return panel_sums<3, 8>(a, lda, rows, panel + 64, groups, out, ld_out);
+        case 32:
+            return panel_sums<2, 12>(a, lda, rows, panel + 64, groups, out, ld_out);
+        default:
+            return panel_sums<1, 12>(a, lda, rows, panel + 64, groups, out, ld_out);
     }
 }
 

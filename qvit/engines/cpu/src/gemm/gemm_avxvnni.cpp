@@ -42,7 +42,8 @@ void sums(const uint8_t* a, ptrdiff_t lda, int rows, const uint8_t* panel, int K
     __builtin_memcpy(&width, panel, sizeof width);
     for (int channel = 0; channel < width; channel += 16)
         row_steps<6>(rows, [&](auto step, int row) {
-            tile<step.value>(a + row * lda, lda, panel + 64 + 4 * channel, width, (K + 3) / 4, out + row * ld_out + channel, ld_out);
+            tile<step.value>(a + row * lda, lda, panel + 64 + 4 * channel, width, (K + 3) / 4, out + row * ld_out + channel,
+                             ld_out);
         });
 }
 

@@ -1,7 +1,8 @@
-// The kernel of the dot product instruction of aarch64 (sdot, armv8.2-a+dotprod): 4 products of signed bytes to each of 4 int32.
+// The kernel of the dot product instruction of aarch64 (sdot, armv8.2-a+dotprod): 4 products of signed bytes to each of 4
+// int32.
 //
-// Activations of up to 7 bits are signed bytes as they are. Of 8 bits, 128 is subtracted from each, and 128 times the sum of the
-// channel's weights, found alongside as two more products with 64, added.
+// Activations of up to 7 bits are signed bytes as they are. Of 8 bits, 128 is subtracted from each, and 128 times the sum of
+// the channel's weights, found alongside as two more products with 64, added.
 #include <arm_neon.h>
 
 #include "expand.h"
@@ -22,9 +23,13 @@ struct Bytes128 {
     static Vector either(Vector a, Vector b) { return vorrq_u8(a, b); }
     static Vector minus(Vector a, Vector b) { return vsubq_u8(a, b); }
     template <int n>
-    static Vector down(Vector a) { return vshrq_n_u8(a, n); }
+    static Vector down(Vector a) {
+        return vshrq_n_u8(a, n);
+    }
     template <int n>
-    static Vector up(Vector a) { return vshlq_n_u8(a, n); }
+    static Vector up(Vector a) {
+        return vshlq_n_u8(a, n);
+    }
 };
 
 // `rows` rows times 16 channels; the panel holds `width` channels.

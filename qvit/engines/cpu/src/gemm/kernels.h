@@ -1,4 +1,5 @@
-// The kernels of the build, for gemm.cpp alone: each file of instructions defines its own. QVIT_X86 and QVIT_ARM say which exist.
+// The kernels of the build, for gemm.cpp alone: each file of instructions defines its own. QVIT_X86 and QVIT_ARM say which
+// exist.
 #pragma once
 
 #include "gemm.h"

@@ -122,7 +122,8 @@ PackedWeight pack_panels(const StreamOrder& order, const int8_t* codes, int M, i
     weight.panel = order.panel;
     weight.panel_bytes = bytes_of(order.panel);
     const int last = (weight.panels() - 1) * order.panel;
-    weight.bytes = weight.panel_bytes * static_cast<size_t>(weight.panels() - 1) + bytes_of(panel_width(M, order.panel, order.step, last));
+    weight.bytes =
+        weight.panel_bytes * static_cast<size_t>(weight.panels() - 1) + bytes_of(panel_width(M, order.panel, order.step, last));
     weight.data = aligned_bytes(weight.bytes);
     std::vector<uint8_t> fields;
     for (int first = 0; first < M; first += order.panel) {

@@ -1,16 +1,16 @@
 // How weight panels lie in memory, common to all kernels.
 //
-// A panel is a header of 64 bytes (int32 width, see panel_width; the rest zero), then `terms` int32 a channel (0 or 1, rounded up
-// to 64 bytes), then the stream of codes in the kernel's order, packed. Unpacked it is the same with the stream expanded to a byte
-// a code, so that a kernel can read 8-bit weights where they are.
+// A panel is a header of 64 bytes (int32 width, see panel_width; the rest zero), then `terms` int32 a channel (0 or 1, rounded
+// up to 64 bytes), then the stream of codes in the kernel's order, packed. Unpacked it is the same with the stream expanded to
+// a byte a code, so that a kernel can read 8-bit weights where they are.
 //
 // The packed stream is blocks of 64-byte vectors that expand with shifts and masks alone, whatever the vector width. Codes are
-// stored biased, code + 2^(bits-1), as unsigned fields of exactly `bits` bits; 8-bit codes as they are. With v_i the byte j of a
-// block's vector i and c_n the block's field n * 64 + j:
+// stored biased, code + 2^(bits-1), as unsigned fields of exactly `bits` bits; 8-bit codes as they are. With v_i the byte j of
+// a block's vector i and c_n the block's field n * 64 + j:
 //
-//     8 bits: 1 vector,  c_0          4 bits: 1 vector, c_0 | c_1 << 4         2 bits: 1 vector, c_0 | c_1 << 2 | c_2 << 4 | c_3 << 6
-//     6 bits: 3 vectors, v_i = c_i | (c_3 >> 2 i & 3) << 6
-//     3 bits: 3 vectors, v_i = c_2i | c_2i+1 << 3 | t_i << 6,  t_0 = c_6 & 3, t_1 = c_7 & 3, t_2 = c_6 >> 2 | c_7 >> 2 << 1
+//     8 bits: 1 vector,  c_0          4 bits: 1 vector, c_0 | c_1 << 4         2 bits: 1 vector, c_0 | c_1 << 2 | c_2 << 4 |
+//     c_3 << 6 6 bits: 3 vectors, v_i = c_i | (c_3 >> 2 i & 3) << 6 3 bits: 3 vectors, v_i = c_2i | c_2i+1 << 3 | t_i << 6, t_0
+//     = c_6 & 3, t_1 = c_7 & 3, t_2 = c_6 >> 2 | c_7 >> 2 << 1
 #pragma once
 
 #include "gemm.h"
@@ -50,8 +50,9 @@ struct StreamOrder {
 
 PackedWeight pack_panels(const StreamOrder& order, const int8_t* codes, int M, int K, int bits);
 
-// Orders that several kernels share. Groups of 4 consecutive k, a channel's 4 bytes together: [K / 4][width][4]. With terms: K is
-// rounded up to 8 and a channel's term is the sum over pairs of groups of the products of their biased codes (see gemm_pairs).
+// Orders that several kernels share. Groups of 4 consecutive k, a channel's 4 bytes together: [K / 4][width][4]. With terms: K
+// is rounded up to 8 and a channel's term is the sum over pairs of groups of the products of their biased codes
+// (gemm_avx512pairs.cpp says why).
 extern const StreamOrder quad_order, quad_pair_order;
 
 }  // namespace qvit::cpu

@@ -1,0 +1,41 @@
+"""A cascade: a student starts from one that was trained at more bits, instead of from the float model.
+
+The weights of such a student have learned to be quantized, and its q and k are rectified. They are taken over as they are;
+scales and offsets are calibrated anew for the new widths. The float model remains the teacher.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qvit.errors import RecipeError
+from qvit.training.checkpoint import load_student
+
+
+def take_over(student: Any, path: Path) -> None:
+    """Gives a new student, in place, all that another one learned except for the parameters of its quantizers.
+
+    Args:
+        student: what `qvit.quantize` returned, not calibrated.
+        path: a checkpoint of a student of the same architecture and preprocessing.
+
+    Raises:
+        WeightsError: the file cannot be read, or holds no student.
+        RecipeError: it is of another architecture or preprocessing, or only one of the two has IRM.
+    """
+    other: Any = load_student(path)[0]
+    theirs, own = other.qvit, student.qvit
+    if theirs.architecture != own.architecture:
+        raise RecipeError(f"quant.start_from={path} is a student of another architecture: start from one of the same model.")
+    if theirs.preprocessing != own.preprocessing:
+        raise RecipeError(
+            f"quant.start_from={path} was trained on images of another preprocessing: set data.mean, data.std and "
+            "data.crop_pct to what it had."
+        )
+    if theirs.spec.rectify != own.spec.rectify:
+        has, lacks = ("has", "lacks") if theirs.spec.rectify else ("lacks", "has")
+        raise RecipeError(f"quant.start_from={path} {has} IRM and this student {lacks} it: use the same method for both.")
+    state = student.state_dict()
+    learned = {name: value for name, value in other.state_dict().items() if "_quantizer." not in name}
+    student.load_state_dict(state | learned)

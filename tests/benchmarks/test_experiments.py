@@ -1,0 +1,89 @@
+"""Experiments: every variant is a recipe that can be made, files are found, names tell settings apart."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+from experiments import DATA_SETS, Bench, Experiment
+from harness import TITLES, VARIANTS
+
+import qvit
+from qvit.errors import InputError
+from qvit.training.recipe import Recipe
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "float"])
+@pytest.mark.parametrize("data", DATA_SETS)
+def test_every_variant_is_a_recipe_whose_model_can_be_made(data: str, variant: str) -> None:
+    recipe = Recipe.load(DATA_SETS[data].recipe, Experiment(data, variant, 3, 5).changes)
+    assert (recipe.quant.bits, recipe.seed) == (3, 5)
+    assert variant in TITLES
+    if data == "imagenette":
+        model = timm.create_model("vit_small_patch16_224", depth=1, **(recipe.model.args if recipe.model else {}))
+        assert qvit.quantize(model, spec=recipe.model_spec()).qvit.spec.weight_bits == 3
+
+
+def test_the_papers_methods_are_without_what_is_beyond_the_paper() -> None:
+    beyond = ["quant.weight_quantizer=statsq", "anneal.share=0.1", "oscillation.weight=0.01", "activations_first.epochs=1"]
+    plain = Recipe.load("imagenette", ["method=qvit"])
+    for method in ("baseline", "irm", "dgd", "qvit"):
+        recipe = Recipe.load("imagenette", [*beyond, *VARIANTS[method]])
+        assert recipe.method == method
+        assert (recipe.quant, recipe.anneal, recipe.oscillation) == (
+            plain.quant,
+            type(recipe.anneal)(),
+            type(recipe.oscillation)(),
+        )
+        assert recipe.activations_first.epochs == 0
+        assert (recipe.distill.label, recipe.distill.hard, recipe.distill.soft, recipe.distill.dgd) == (0.5, 0.5, 0, 1)
+
+
+def test_names_and_commands_tell_experiments_apart() -> None:
+    experiments = [
+        Experiment("imagenette", "ours", 2, 0),
+        Experiment("imagenette", "ours", 2, 1),
+        Experiment("imagenette", "ours", 2, 0, ("optim.lr=1e-3",)),
+        Experiment("imagenette", "qvit", 2, 0),
+        Experiment("cifar10", "ours", 2, 0),
+        Experiment("cifar10", "float", 32, 0),
+    ]
+    assert len({e.name() for e in experiments}) == len(experiments)
+    assert len({e.command() for e in experiments}) == len(experiments)
+    command = experiments[2].command()
+    assert command.startswith("qvit train imagenette --train-data imagenette224-train-0.tar --train-data imagenette224-train-1")
+    assert "--checkpoint vit_small_patch14_224_imagenette.safetensors" in command
+    assert "--set optim.lr=1e-3" in command
+    assert "--checkpoint" not in experiments[5].command()
+
+
+def test_packed_files_are_unpacked_once(tmp_path: Path) -> None:
+    data, runs = tmp_path / "data", tmp_path / "runs"
+    data.mkdir()
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("train/x/0.jpg"), io.BytesIO())
+    (data / "cifar10.tar.xz").write_bytes(lzma.compress(content.getvalue()))
+    bench = Bench(data, runs, 0)
+    path = bench.located("cifar10.tar")
+    assert path.read_bytes() == content.getvalue()
+    stamp = path.stat().st_mtime_ns
+    assert bench.located("cifar10.tar").stat().st_mtime_ns == stamp
+    assert bench.recipe(Experiment("cifar10", "ours", 4, 0)).data.train == str(path)
+    with pytest.raises(InputError, match=r"nor nothing\.tar\.xz"):
+        bench.located("nothing.tar")
+
+
+def test_files_are_those_of_the_data_folder(tmp_path: Path) -> None:
+    for name in ("imagenette224-train-0.tar", "imagenette224-train-1.tar", "imagenette224-val.tar"):
+        (tmp_path / name).touch()
+    recipe = Bench(tmp_path, tmp_path / "runs", 3).recipe(Experiment("imagenette", "irm", 3, 1))
+    assert recipe.data.train == [str(tmp_path / f"imagenette224-train-{i}.tar") for i in range(2)]
+    assert recipe.data.val == str(tmp_path / "imagenette224-val.tar")
+    assert recipe.model is not None
+    assert recipe.model.checkpoint == tmp_path / "vit_small_patch14_224_imagenette.safetensors"
+    assert recipe.data.workers == 3

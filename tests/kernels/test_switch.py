@@ -1,0 +1,79 @@
+"""A fused training step of a whole student is the plain one: loss, taps and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qvit.distill import DistillationLoss, tap_queries_keys
+from qvit.kernels import switch
+from qvit.spec import ModelSpec
+
+Factory = Callable[..., Any]
+
+
+def _step(student: nn.Module, teacher: nn.Module, images: torch.Tensor, fused: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """The full Q-ViT loss and the gradient of every parameter."""
+    student.zero_grad()
+    with switch.fused(fused), tap_queries_keys(student) as own, tap_queries_keys(teacher) as others:
+        with torch.no_grad():
+            answer = teacher(images)
+        logits = student(images)
+        loss, _ = DistillationLoss(label=0, hard=0, soft=1, dgd=0.3)(logits, None, answer, own.collect(), others.collect())
+        loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "q-vit": {},
+    "no IRM": {"rectify": False},
+    "3 bits, v a head": {"weight_bits": 3, "act_bits": 3, "overrides": {"*.v": {"scale": "per_head", "offset": "per_head"}}},
+    "q with an offset": {"overrides": {"*.q": {"offset": "per_channel"}, "*.k": {"offset": "none"}}},
+    "signed inputs": {"overrides": {"*.fc1.input": {"signed": True, "offset": "none"}}},
+    "what stays plain": {
+        "overrides": {"*.fc2.input": {"scale": "per_token"}, "blocks.0.attn.map": {"scale": "per_token"}},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_fused_step_is_the_plain_one(case: str, make_student: Factory, small_vit: Factory, device: torch.device) -> None:
+    teacher = small_vit(drop_path_rate=0.0)
+    spec = ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case]))
+    student = make_student(teacher, spec=spec).to(device)
+    images = torch.randn(3, 3, 48, 48, device=device)
+    plain, plain_grads = _step(student, teacher.to(device), images, fused=False)
+    fused, fused_grads = _step(student, teacher, images, fused=True)
+    assert fused == pytest.approx(plain, rel=2e-2)
+    assert plain_grads.keys() == fused_grads.keys()
+    # A code that falls on the other side of its threshold moves a few gradients: compare directions.
+    for name, want in plain_grads.items():
+        got = fused_grads[name]
+        if want.norm() > 1e-5:
+            cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)
+            assert cosine > 0.98, name
+            assert got.norm().item() == pytest.approx(want.norm().item(), rel=0.1), name
+
+
+def test_only_within_the_context_and_never_after_an_error() -> None:
+    x = torch.zeros(1)
+    assert not switch.active(x)
+    with switch.fused():
+        assert switch.active(x) == switch.runnable(x.device)
+    with pytest.raises(RuntimeError), switch.fused():
+        raise RuntimeError
+    assert not switch.active(x)
+    with switch.fused(), switch.fused(False):
+        assert not switch.active(x)
+
+
+def test_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not switch.runnable(torch.device("cpu"))
+    assert switch.training_dtype(torch.device("cpu")) is torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert switch.training_dtype(torch.device("cpu")) is torch.bfloat16
