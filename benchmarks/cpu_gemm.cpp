@@ -4,8 +4,8 @@
 //     for f in gemm packed_codes gemm_generic; do g++ -std=c++17 -O3 -c $S/$f.cpp; done
 //     for f in avx2 avx2table avxvnni; do g++ -std=c++17 -O3 -mavx2 -mavxvnni -c $S/gemm_$f.cpp; done
 //     for f in vnni pairs table; do g++ -std=c++17 -O3 $V -mavx512vbmi -c $S/gemm_avx512$f.cpp; done
-//     g++ -std=c++17 -O3 -I$S benchmarks/cpu_gemm.cpp *.o -o cpu_gemm && ./cpu_gemm --check && taskset -c 1 ./cpu_gemm [rounds
-//     [W4A4]]
+//     g++ -std=c++17 -O3 -I$S benchmarks/cpu_gemm.cpp *.o -o cpu_gemm
+//     ./cpu_gemm --check && taskset -c 1 ./cpu_gemm [rounds [W4A4]]
 //
 // On aarch64: gemm, packed_codes, gemm_generic, and gemm_neon with -march=armv8.2-a+dotprod.
 // One thread, its processor time. GMAC/s and, in brackets, the share of the rate of vpdpbusd on registers: medians of rounds in

@@ -21,7 +21,10 @@ import qvit
 from qvit.files import write_atomically
 
 SCHEMA = 1
-_PACKAGES = ("numpy", "safetensors", "pillow", "torch", "torchvision", "timm", "accelerate", "scikit-learn")
+_PACKAGES = (
+    *("numpy", "safetensors", "pillow", "torch", "torchvision", "timm", "accelerate", "scikit-learn"),
+    *("openvino", "nncf", "onnxruntime", "onnx", "torchao"),
+)
 
 
 def write_report(path: str | Path, rows: Sequence[Mapping[str, Any]], command: Sequence[str]) -> None:

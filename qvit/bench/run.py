@@ -69,7 +69,7 @@ def compare(
         file: the .qvit file.
         peers: to compare with; one that is not installed or fails is left out, and ``note`` says so.
         settings: how.
-        folder: an empty one for the peers' models.
+        folder: for the peers' models; those of this architecture that lie there already are used again.
         progress: called as ``progress(items, total, what)``; yields the items.
         note: takes sentences for the user.
 

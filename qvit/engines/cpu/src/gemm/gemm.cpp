@@ -31,8 +31,7 @@ bool avx512vnni() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
-// Two additions and one multiplication: on Intel's processors, where the two 512-bit pipes do both, two multiplications are
-// faster.
+// Two additions and one multiplication: slower than two multiplications on Intel's processors, whose two 512-bit pipes do both.
 bool avx512amd() { return avx512vnni() && !__builtin_cpu_is("intel"); }
 bool avx2() {
     __builtin_cpu_init();
@@ -56,9 +55,15 @@ bool dotprod() {
 
 const Entry entries[] = {
 #if QVIT_X86
-    {avx512table_kernel, 2, 2, avx512vbmi}, {avx512pairs_kernel, 4, 6, avx512amd}, {avx512vnni_kernel, 8, 8, avx512vnni},
-    {avx2table_kernel, 2, 2, avx2},         {avxvnni_kernel, 8, 8, avxvnni},       {avx2_4x4_kernel, 4, 4, avx2},
-    {avx2_4x8_kernel, 4, 8, avx2},          {avx2_8x7_kernel, 8, 7, avx2},         {avx2_kernel, 8, 8, avx2},
+    {avx512table_kernel, 2, 2, avx512vbmi},
+    {avx512pairs_kernel, 4, 6, avx512amd},
+    {avx512vnni_kernel, 8, 8, avx512vnni},
+    {avx2table_kernel, 2, 2, avx2},
+    {avxvnni_kernel, 8, 8, avxvnni},
+    {avx2_4x4_kernel, 4, 4, avx2},
+    {avx2_4x8_kernel, 4, 8, avx2},
+    {avx2_8x7_kernel, 8, 7, avx2},
+    {avx2_kernel, 8, 8, avx2},
 #elif QVIT_ARM
     {neon_kernel, 8, 7, dotprod},
     {neon8_kernel, 8, 8, dotprod},

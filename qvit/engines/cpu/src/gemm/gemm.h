@@ -5,13 +5,13 @@
 // Kernels hold no state: threads may split panels, rows or both. Use:
 //
 //     const GemmKernel& kernel = choose_kernel(weight_bits, act_bits, isa);
-//     PackedWeight weight = kernel.pack(codes, M, K, weight_bits);                 // at load time; stays packed in memory
-//     kernel.prepare(a, lda, rows, K, prepared, kernel.row_bytes(K));              // once a layer, or a row as soon as it is
-//     there for each panel p:
-//         const uint8_t* panel = kernel.unpack(weight, p, scratch);                // scratch of kernel.scratch_bytes(K)
+//     PackedWeight weight = kernel.pack(codes, M, K, weight_bits);     // at load time; stays packed in memory
+//     kernel.prepare(a, lda, rows, K, prepared, pitch);                // once a layer, or a row as soon as it is there
+//     for each panel p:
+//         const uint8_t* panel = kernel.unpack(weight, p, scratch);    // scratch of kernel.scratch_bytes(K)
 //         for each tile of rows:
-//             kernel.sums(prepared + row * pitch, pitch, count, panel, K, out, ld_out);   // then the epilogue, `out` still in
-//             L1
+//             kernel.sums(prepared + row * pitch, pitch, count, panel, K, out, ld_out);
+//             the epilogue, `out` still in the first-level cache
 #pragma once
 
 #include <cstddef>

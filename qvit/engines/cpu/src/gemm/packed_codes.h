@@ -8,9 +8,11 @@
 // stored biased, code + 2^(bits-1), as unsigned fields of exactly `bits` bits; 8-bit codes as they are. With v_i the byte j of
 // a block's vector i and c_n the block's field n * 64 + j:
 //
-//     8 bits: 1 vector,  c_0          4 bits: 1 vector, c_0 | c_1 << 4         2 bits: 1 vector, c_0 | c_1 << 2 | c_2 << 4 |
-//     c_3 << 6 6 bits: 3 vectors, v_i = c_i | (c_3 >> 2 i & 3) << 6 3 bits: 3 vectors, v_i = c_2i | c_2i+1 << 3 | t_i << 6, t_0
-//     = c_6 & 3, t_1 = c_7 & 3, t_2 = c_6 >> 2 | c_7 >> 2 << 1
+//     8 bits, 1 vector:  v_0 = c_0
+//     4 bits, 1 vector:  v_0 = c_0 | c_1 << 4
+//     2 bits, 1 vector:  v_0 = c_0 | c_1 << 2 | c_2 << 4 | c_3 << 6
+//     6 bits, 3 vectors: v_i = c_i | (c_3 >> 2 i & 3) << 6
+//     3 bits, 3 vectors: v_i = c_2i | c_2i+1 << 3 | t_i << 6,  t_0 = c_6 & 3,  t_1 = c_7 & 3,  t_2 = c_6 >> 2 | c_7 >> 2 << 1
 #pragma once
 
 #include "gemm.h"

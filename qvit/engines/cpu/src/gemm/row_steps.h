@@ -24,9 +24,8 @@ inline void row_steps(int rows, F f) {
     case n:                                             \
         if constexpr (n <= max_rows) f(Rows<n>(), row); \
         break;
-            QVIT_STEP(1)
-            QVIT_STEP(2) QVIT_STEP(3) QVIT_STEP(4) QVIT_STEP(5) QVIT_STEP(6) QVIT_STEP(7) QVIT_STEP(8) QVIT_STEP(9)
-                QVIT_STEP(10) QVIT_STEP(11) QVIT_STEP(12)
+            QVIT_STEP(1) QVIT_STEP(2) QVIT_STEP(3) QVIT_STEP(4) QVIT_STEP(5) QVIT_STEP(6)
+            QVIT_STEP(7) QVIT_STEP(8) QVIT_STEP(9) QVIT_STEP(10) QVIT_STEP(11) QVIT_STEP(12)
 #undef QVIT_STEP
         }
         row += step;
