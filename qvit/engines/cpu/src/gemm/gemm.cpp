@@ -103,7 +103,7 @@ Isa best_isa() {
 }
 
 const GemmKernel& choose_kernel(int weight_bits, int act_bits, Isa isa) {
-    if (weight_bits < 2 || weight_bits > 8 || act_bits < 1 || act_bits > 8)
+    if (weight_bits < 2 || (weight_bits > 4 && weight_bits != 8) || act_bits < 1 || act_bits > 8)
         throw std::invalid_argument("there is no kernel for " + std::to_string(weight_bits) + "-bit weights and " +
                                     std::to_string(act_bits) + "-bit activations");
     for (const Entry& entry : entries)
