@@ -13,7 +13,7 @@ ImageWorker::ImageWorker(const Model& model, const Layout& layout, ImageSpace& i
     row0_ = std::min(s_.tokens, steps * part / parts * kRowAlign);
     row1_ = std::min(s_.tokens, steps * (part + 1) / parts * kRowAlign);
     if (profile) {
-        since_ = std::chrono::steady_clock::now();
+        since_ = clock_seconds();
     }
 }
 
@@ -50,7 +50,7 @@ const uint8_t* ImageWorker::prepared(const Linear& layer, int g, const uint8_t* 
 
 template <class Epilogue>
 void ImageWorker::linear(const Linear& layer, const uint8_t* codes, int ld, int first, int last, int unit, int from, int to,
-                         Phase phase, const Epilogue& epilogue) {
+                         Phase phase, const Linear* next, const Epilogue& epilogue) {
     if (first >= last) {
         return;
     }
@@ -78,8 +78,16 @@ void ImageWorker::linear(const Linear& layer, const uint8_t* codes, int ld, int 
                 unpacked[static_cast<size_t>(p)] = kernel.unpack(layer.weights[static_cast<size_t>(g)], c0 / panel + p, own_.panels.get() + static_cast<size_t>(p) * panel_bytes);
             }
             tick(kUnpack);
+            // What is needed next comes into the second-level cache meanwhile: weights do not stay there from image to image.
+            const bool more = c0 + step < to || groups > 1;
+            const Linear* coming = more ? &layer : next;
+            const int panel0 = more ? (c0 + step) / panel : 0, coming_panels = coming ? (more ? step / panel : 1) : 0;
+            const int chunks = (last - first + kRowChunk - 1) / kRowChunk;
             for (int r = first; r < last; r += kRowChunk) {
                 const int count = std::min(kRowChunk, last - r);
+                for (int p = 0; p < coming_panels; p++) {
+                    prefetch_panel(coming->weights[0], panel0 + p, (r - first) / kRowChunk, chunks);
+                }
                 for (int p = 0; p < panels; p++) {
                     kernel.sums(rows + static_cast<ptrdiff_t>(r - first) * pitch, pitch, count, unpacked[static_cast<size_t>(p)], layer.group, sums + p * panel, step);
                 }
@@ -104,9 +112,9 @@ void ImageWorker::linear(const Linear& layer, const uint8_t* codes, int ld, int 
     }
 }
 
-void ImageWorker::residual(const Linear& layer, const uint8_t* codes, int ld, int last, const Floats& factor) {
+void ImageWorker::residual(const Linear& layer, const uint8_t* codes, int ld, int last, const Floats& factor, const Linear* next) {
     float* x = image_.x.data();
-    linear(layer, codes, ld, row0_, last, 1, 0, layer.M, kResidual, [&](const Tile& tile, const Sums& sums) {
+    linear(layer, codes, ld, row0_, last, 1, 0, layer.M, kResidual, next, [&](const Tile& tile, const Sums& sums) {
         ops_.to_floats(tile, sums, factor.data(), x, l_.ld_x, x, l_.ld_x);
     });
 }
@@ -146,7 +154,7 @@ void ImageWorker::patches(const uint8_t* pixels, const float* floats) {
         const ptrdiff_t at = static_cast<ptrdiff_t>(row) * l_.ld_x;
         std::memcpy(x + at, m_.embed.data() + at, sizeof(float) * static_cast<size_t>(l_.ld_x));
     }
-    linear(m_.patch, image_.hidden.get(), l_.ld_hidden, first, row1_, 1, 0, m_.patch.M, kPatches, [&](const Tile& tile, const Sums& sums) {
+    linear(m_.patch, image_.hidden.get(), l_.ld_hidden, first, row1_, 1, 0, m_.patch.M, kPatches, s_.depth ? &m_.blocks[0].qkv : nullptr, [&](const Tile& tile, const Sums& sums) {
         ops_.to_floats(tile, sums, nullptr, m_.embed.data(), l_.ld_x, x, l_.ld_x);
     });
     if (!m_.norm_pre.weight.empty() && row0_ < row1_) {
@@ -194,8 +202,8 @@ void ImageWorker::block(int index) {
     };
     // Steps of q alone may leave out the rows that nobody asks for.
     const int q_only = last < row1_ ? s_.dim / step * step : 0;
-    linear(b.qkv, codes, l_.ld_c, row0_, last, width, 0, q_only, kHeads, split);
-    linear(b.qkv, codes, l_.ld_c, row0_, row1_, width, q_only, b.qkv.M, kHeads, split);
+    linear(b.qkv, codes, l_.ld_c, row0_, last, width, 0, q_only, kHeads, nullptr, split);
+    linear(b.qkv, codes, l_.ld_c, row0_, row1_, width, q_only, b.qkv.M, kHeads, &b.proj, split);
     if (taps) {
         tap_heads(b, heads, *taps);
     }
@@ -208,11 +216,11 @@ void ImageWorker::block(int index) {
         tap(b.proj.input, codes, l_.ld_c, row0_, last, s_.dim, taps->proj + (static_cast<ptrdiff_t>(index_) * s_.tokens + row0_) * s_.dim);
     }
     tick(kAttention);
-    residual(b.proj, codes, l_.ld_c, last, b.ls1);
+    residual(b.proj, codes, l_.ld_c, last, b.ls1, &b.fc1);
 
     norm(b.norm2, b.fc1, last, taps ? taps->fc1 : nullptr);
     const Quantize hidden = b.fc2.input.view();
-    linear(b.fc1, codes, l_.ld_c, row0_, last, 1, 0, b.fc1.M, kGelu, [&](const Tile& tile, const Sums& sums) {
+    linear(b.fc1, codes, l_.ld_c, row0_, last, 1, 0, b.fc1.M, kGelu, &b.fc2, [&](const Tile& tile, const Sums& sums) {
         if (b.gelu.count) {
             ops_.to_threshold_codes(tile, sums, b.gelu, image_.hidden.get(), l_.ld_hidden);
         } else {
@@ -223,7 +231,8 @@ void ImageWorker::block(int index) {
         tap(b.fc2.input, image_.hidden.get(), l_.ld_hidden, row0_, last, s_.hidden,
             taps->fc2 + (static_cast<ptrdiff_t>(index_) * s_.tokens + row0_) * s_.hidden);
     }
-    residual(b.fc2, image_.hidden.get(), l_.ld_hidden, last, b.ls2);
+    const Linear* after = index + 1 < s_.depth ? &m_.blocks[static_cast<size_t>(index) + 1].qkv : nullptr;
+    residual(b.fc2, image_.hidden.get(), l_.ld_hidden, last, b.ls2, after);
 }
 
 void ImageWorker::attend(const Block& b, int index, int last) {
@@ -288,7 +297,7 @@ void ImageWorker::outputs(float* logits) {
             tap(layer.input, codes, l_.ld_c, 0, 1, C, taps_->outputs[i] + static_cast<ptrdiff_t>(index_) * C);
         }
         Floats& y = own_.logits;
-        linear(layer, codes, l_.ld_c, 0, 1, 1, 0, layer.M, kOutput, [&](const Tile& tile, const Sums& sums) {
+        linear(layer, codes, l_.ld_c, 0, 1, 1, 0, layer.M, kOutput, nullptr, [&](const Tile& tile, const Sums& sums) {
             ops_.to_floats(tile, sums, nullptr, nullptr, 0, y.data(), round_up(layer.M, kPad));
         });
         for (int c = 0; c < layer.M; c++) {

@@ -7,6 +7,10 @@
 
 namespace qvit::cpu {
 
+inline double clock_seconds() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 class ImageWorker {
    public:
     ImageWorker(const Model& model, const Layout& layout, ImageSpace& image, ThreadSpace& own, bool profile, const Taps* taps,
@@ -21,19 +25,21 @@ class ImageWorker {
     void attend(const Block& block, int index, int last);
     void outputs(float* logits);
 
-    // The product of a layer with rows [first, last) of `codes` (row = token), and `epilogue(tile, sums)` on each tile.
+    // The product of a layer with rows [first, last) of `codes` (row = token), for output channels [from, to), which begin and
+    // end at multiples of `unit`, and `epilogue(tile, sums)` on each tile. next: the layer after it, to be fetched, or null.
     template <class Epilogue>
     void linear(const Linear& layer, const uint8_t* codes, int ld, int first, int last, int unit, int from, int to, Phase phase,
-                const Epilogue& epilogue);
+                const Linear* next, const Epilogue& epilogue);
     const uint8_t* prepared(const Linear& layer, int g, const uint8_t* codes, int ld, int first, int last, int& pitch);
-    void residual(const Linear& layer, const uint8_t* codes, int ld, int last, const Floats& factor);
+    void residual(const Linear& layer, const uint8_t* codes, int ld, int last, const Floats& factor,
+                  const Linear* next);
 
     void tap(const InputCodes& input, const uint8_t* codes, int ld, int first, int last, int channels, int16_t* to) const;
     void tap_heads(const Block& block, const HeadLayout& layout, const Taps::OfBlock& to) const;
     void tick(Phase phase) {
         if (profile_) {
-            const auto now = std::chrono::steady_clock::now();
-            own_.times[phase] += std::chrono::duration<double>(now - since_).count();
+            const double now = clock_seconds();
+            own_.times[phase] += now - since_;
             since_ = now;
         }
     }
@@ -49,7 +55,7 @@ class ImageWorker {
     const int index_;  // of the image in the batch
     const int parts_;
     int row0_, row1_;
-    std::chrono::steady_clock::time_point since_;
+    double since_ = 0.0;
 };
 
 }  // namespace qvit::cpu
