@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint soak sanitize aarch64 clean
+.PHONY: demo test lint base-install soak sanitize aarch64 clean
 
 demo: $(VENV)/.train
 	rm -rf demo
@@ -18,6 +18,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A fresh environment without the extras: no PyTorch, and models run.
+base-install: $(VENV)/.dev
+	PYTHON=$(BIN)/python .ci/base_install.sh
 
 # The tests of tests/robustness for minutes instead of moments.
 soak: $(VENV)/.dev

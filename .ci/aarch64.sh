@@ -48,9 +48,9 @@ rm -f "$out"/site/qvit/engines/cpu/_native*
 cp "$out"/build/_native*.so "$out/site/qvit/engines/cpu/_native.so"
 
 echo "== Whole models"
-"$python" .ci/aarch64_cases.py "$out/cases"
+"$python" .ci/engine_cases.py "$out/cases"
 lib=$root/lib/aarch64-linux-gnu:$root/usr/lib/aarch64-linux-gnu
 for isa in neon generic; do
     qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu -E "LD_LIBRARY_PATH=$lib" -E "PYTHONHOME=$root/usr" \
-        -E "PYTHONPATH=$out/site" -E "QVIT_ISA=$isa" "$root/usr/bin/python$version" .ci/aarch64_check.py "$out/cases" $isa
+        -E "PYTHONPATH=$out/site" -E "QVIT_ISA=$isa" "$root/usr/bin/python$version" .ci/engine_check.py "$out/cases" $isa
 done

@@ -1,6 +1,6 @@
-"""Writes small integer models with images, codes and logits of the reference engine, for `aarch64_check.py` to compare with.
+"""Writes small integer models with images, codes and logits of the reference engine, for `engine_check.py` to compare with.
 
-python .ci/aarch64_cases.py FOLDER
+    python .ci/engine_cases.py FOLDER
 """
 
 from __future__ import annotations
