@@ -3,6 +3,8 @@
     pip install '.[train,bench]'
     python benchmarks/cpu.py --ceiling 233 --json benchmarks/results/cpu-epyc-zen4-2cores.json
 
+    python benchmarks/cpu.py --tables benchmarks/results/cpu-epyc-zen4-2cores.json       # prints the tables of the docs
+
 Takes about a quarter of an hour on two cores; nothing else may run meanwhile. Models have random weights. `--parts` takes some
 of: `small`, DeiT-S at 4 and 2 bits; `widths`, at 3 and 8; `torch`, against PyTorch; `others`, DeiT-T and DeiT-B; `profile`.
 """
@@ -10,6 +12,7 @@ of: `small`, DeiT-S at 4 and 2 bits; `widths`, at 3 and 8; `torch`, against PyTo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -60,6 +63,9 @@ PARTS = {
 
 def main() -> None:
     options = _options()
+    if options.tables:
+        print(_tables(json.loads(options.tables.read_text())["rows"]))
+        return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="qvit-bench-") as scratch:
         for name in options.parts:
@@ -139,6 +145,38 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _tables(rows: list[dict[str, Any]]) -> str:
+    """The rows of a result file as Markdown: a comparison for each batch size and number of threads, then the phases."""
+    lines = [
+        "| | batch | threads | | ms (10 to 90 %) | images/s | ratio (10 to 90 %) | memory, MB | start, s | file, MB |",
+        "|" + "---|" * 10,
+    ]
+    for row in rows:
+        if "phase" in row:
+            continue
+        own = "peer" not in row
+        lines.append(
+            f"| {row['model']} W{row['weight_bits']}A{row['act_bits']} | {row['batch']} | {row['threads']} "
+            f"| {'**qvit**' if own else row['title']} | {row['ms_median']:.2f} ({row['ms_p10']:.2f} to {row['ms_p90']:.2f}) "
+            f"| {row['images_per_s']:.1f} "
+            + ("| " if own else f"| {row['ratio_to_peer']:.2f} ({row['ratio_p10']:.2f} to {row['ratio_p90']:.2f}) ")
+            + f"| {row.get('rss_mb', 0):.0f} | {row['start_seconds']:.2f} | {row['file_bytes'] / 1e6:.1f} |"
+        )
+    profiles = [row for row in rows if "phase" in row]
+    widths = list(dict.fromkeys(row["weight_bits"] for row in profiles))
+    lines += ["", "| phase | " + " | ".join(f"W{bits}A{bits}, ms" for bits in widths) + " |", "|---|" + "---|" * len(widths)]
+    for phase in dict.fromkeys(row["phase"] for row in profiles):
+        of_phase = [row for row in profiles if row["phase"] == phase]
+        lines.append(f"| {phase} | " + " | ".join(f"{row['ms']:.2f} ({row['percent']:.0f} %)" for row in of_phase) + " |")
+    rates = [
+        f"{row['gmac_per_s']:.0f} ({row['kernel']}, {row.get('of_vpdpbusd_ceiling', 0):.2f})"
+        for row in profiles
+        if "kernel" in row
+    ]
+    lines.append("| GMAC/s of the linear layers (kernel, share of vpdpbusd's ceiling) | " + " | ".join(rates) + " |")
+    return "\n".join(lines)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=[*PARTS, "profile"], choices=[*PARTS, "profile"])
@@ -147,6 +185,7 @@ def _options() -> argparse.Namespace:
         "--ceiling", type=float, help="GMAC/s of vpdpbusd on the registers of one core, as benchmarks/cpu_gemm.cpp prints it"
     )
     parser.add_argument("--json", type=Path, help="result file to write")
+    parser.add_argument("--tables", type=Path, help="result file to print as tables, instead of measuring")
     return parser.parse_args()
 
 
