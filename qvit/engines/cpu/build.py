@@ -136,9 +136,12 @@ def _linear(b: Any, which: str, index: int, layer: ops.Linear) -> None:
 
 
 def _margin(spec: QuantSpec, shift: np.ndarray, row_scale: np.ndarray | None) -> float:
-    """How near to the boundary between two codes a float32 result is computed again in float64: its error stays below."""
+    """How near to the boundary between two codes a float32 result is computed again in float64: its error stays below.
+
+    Half a step and more, where steps are tiny beside the values: always.
+    """
     largest = float(np.abs(shift).max()) / (1.0 if row_scale is None else float(row_scale.min()))
-    return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + largest), 0.25)
+    return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + largest), 1.0)
 
 
 def _norm_codes(b: Any, which: str, index: int, norm: ops.LayerNorm, quantizer: ops.Quantizer) -> None:
@@ -152,7 +155,7 @@ def _norm_codes(b: Any, which: str, index: int, norm: ops.LayerNorm, quantizer: 
 
 
 def _gelu(b: Any, index: int, quantizer: ops.Quantizer) -> None:
-    b.set_gelu(index, min(_ULPS * (quantizer.spec.qp - quantizer.spec.qn + 1) + 3e-7 / float(quantizer.scale.min()), 0.25))
+    b.set_gelu(index, min(_ULPS * (quantizer.spec.qp - quantizer.spec.qn + 1) + 3e-7 / float(quantizer.scale.min()), 1.0))
 
 
 def _attention(b: Any, index: int, attention: ops.Attention, tokens: int) -> None:

@@ -98,10 +98,9 @@ struct CodeValue {
         const auto g = V::sub(activate<V, kActivation>(input(t)), V::load(q.offset + c));
         return V::mul(g, V::load(q.inverse + c));
     }
-    int exact(int32_t t, int lane) const {
-        const float y = static_cast<float>(t) * s.scale[c + lane] + s.bias[c + lane];
-        return exact_gelu_code(y, kActivation, q, c + lane, 1.0f);
-    }
+    float input(int32_t t, int lane) const { return static_cast<float>(t) * s.scale[c + lane] + s.bias[c + lane]; }
+    double activation(int32_t t, int lane) const { return exact_gelu(static_cast<double>(input(t, lane)), kActivation); }
+    int exact(int32_t t, int lane) const { return exact_gelu_code(input(t, lane), kActivation, q, c + lane, 1.0f); }
 };
 
 template <class V, Activation kActivation>
@@ -126,11 +125,17 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
             at = !(at > -most) ? -most : at > most ? most : at;
             lanes[i] = static_cast<int32_t>(nearbyintf(at));
         }
-        const auto least = V::iload(lanes);
         int base[V::W];
         for (int i = 0; i < some; i++) {
-            base[i] = value.exact(lanes[i], i);
+            // The whole number nearest to the least point need not be the one of least value: GELU is steeper to its right.
+            int32_t best = lanes[i];
+            for (int32_t t = lanes[i] - 1; t <= lanes[i] + 1; t++) {
+                best = t >= -reach && t <= reach && value.activation(t, i) < value.activation(best, i) ? t : best;
+            }
+            lanes[i] = best;
+            base[i] = value.exact(best, i);
         }
+        const auto least = V::iload(lanes);
         const int32_t bottom = -reach - 1, top = reach + 1;
         for (int k = 0; k < count + kMostBelow; k++) {
             // To the right: the largest t whose code is below k + 1. To the left: the smallest whose code is below base + 1 + (k - count).
@@ -155,7 +160,7 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
             for (int i = 0; i < some; i++) {
                 const int code = right ? k + 1 : base[i] + 1 + k - count;  // the code whose beginning is looked for
                 int32_t t = lanes[i];
-                if (right && code <= base[i]) {
+                if (right ? code <= base[i] : code > count) {  // passed by all, fallen short of by none
                     to[k * kPad + i] = INT32_MIN;
                     continue;
                 }
