@@ -83,7 +83,7 @@ def damage_tensor(draw: st.DataObject, tensors: Tensors) -> str:
     elif kind == "type":
         with np.errstate(all="ignore"):
             tensors[name] = array.astype(draw.draw(st.sampled_from(_TYPES)))
-    elif kind == "empty":
+    elif kind == "empty" or not array.size:
         tensors[name] = array.reshape(-1)[:0]
     elif array.dtype == np.uint8 or kind == "noise":
         noise = np.random.default_rng(draw.draw(st.integers(0, 1 << 16))).integers(0, 256, array.nbytes, dtype=np.uint8)
