@@ -9,6 +9,10 @@
 #include <optional>
 #include <stdexcept>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "engine.h"
 
 namespace nb = nanobind;
@@ -302,6 +306,9 @@ class PyEngine {
                   "a part of a block is missing");
         }
         engine_ = std::make_unique<Engine>(std::move(builder.model), threads, profile);
+#ifdef __GLIBC__
+        malloc_trim(0);  // what unpacking the weights took
+#endif
     }
 
     // images: uint8 or float32 [B, C, H, W]; logits: float32 [B, classes], written. False: the images are not finite.

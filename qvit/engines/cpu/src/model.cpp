@@ -1,5 +1,6 @@
 #include "model.h"
 
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -10,6 +11,24 @@ namespace {
 // Codes of `bits` bits of a little-endian stream, sign-extended.
 std::vector<int8_t> unpack_stream(const uint8_t* packed, size_t count, int bits) {
     std::vector<int8_t> codes(count);
+    if (bits == 2 || bits == 4 || bits == 8) {  // whole codes a byte: all codes of a byte from a table
+        const int each = 8 / bits;
+        int8_t table[256][4];
+        for (int byte = 0; byte < 256; byte++) {
+            for (int i = 0; i < each; i++) {
+                const int code = byte >> (bits * i) & ((1 << bits) - 1);
+                table[byte][i] = static_cast<int8_t>(code >= 1 << (bits - 1) ? code - (1 << bits) : code);
+            }
+        }
+        size_t i = 0;
+        for (; i + static_cast<size_t>(each) <= count; i += static_cast<size_t>(each)) {
+            std::memcpy(codes.data() + i, table[*packed++], static_cast<size_t>(each));
+        }
+        for (int part = 0; i < count; i++, part++) {
+            codes[i] = table[*packed][part];
+        }
+        return codes;
+    }
     const unsigned mask = (1u << bits) - 1, sign = 1u << (bits - 1);
     unsigned held = 0;
     int have = 0;
@@ -120,12 +139,26 @@ void build_linear(const LinearSource& s, Isa isa, Linear& out) {
         double folded = s.bias ? static_cast<double>(s.bias[m]) : 0.0;
         for (size_t g = 0; g < groups; g++) {
             const int8_t* row = codes.data() + m * K + g * group;
-            double offset = 0.0;
             int32_t sum = 0;
             for (size_t k = 0; k < group; k++) {
                 sum += row[k];
-                if (s.x_offset) {
-                    offset += (static_cast<double>(row[k]) + (s.half_step ? 0.5 : 0.0)) * static_cast<double>(s.x_offset[g * group + k]);
+            }
+            double offset = 0.0;
+            if (s.x_offset) {
+                const float* of = s.x_offset + g * group;
+                double parts[4] = {0.0, 0.0, 0.0, 0.0};  // apart, so that additions do not wait for each other
+                size_t k = 0;
+                for (; k + 4 <= group; k += 4) {
+                    for (size_t i = 0; i < 4; i++) {
+                        parts[i] += static_cast<double>(row[k + i]) * static_cast<double>(of[k + i]);
+                    }
+                }
+                for (; k < group; k++) {
+                    parts[0] += static_cast<double>(row[k]) * static_cast<double>(of[k]);
+                }
+                offset = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+                for (k = 0; s.half_step && k < group; k++) {
+                    offset += 0.5 * static_cast<double>(of[k]);
                 }
             }
             folded += offset * s.value_scale[g * M + m];
