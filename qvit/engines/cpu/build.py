@@ -175,7 +175,10 @@ def _attention(b: Any, index: int, attention: ops.Attention, tokens: int) -> Non
     # sum q k = sum stored_q stored_k + qn sum k + k_bias sum stored_q; twice that, plus sum k, for a half step of q. The last
     # term is one number a row: softmax cancels it unless k has a scale per token.
     k_per_token = isinstance(k.spec.scale, PerToken)
+    largest_q, largest_k = (max(s.qp, -s.qn) for s in (q.spec, k.spec))
     numbers = {
+        # The largest magnitude of a score's whole number, with or without that term.
+        "most_sum": dim * ((twice * largest_q + int(doubled)) * largest_k + twice * k_bias * (q.spec.qp - q.spec.qn)),
         "wide_q": int(q.spec.bits == 8),
         "wide_p": int(p.spec.bits == 8),
         "doubled": int(doubled),

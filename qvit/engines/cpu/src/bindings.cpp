@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 
@@ -250,6 +251,12 @@ class Builder {
         a.doubled = get("doubled") != 0;
         a.row_bias = get("row_bias");
         a.k_uniform = get("k_uniform") != 0 && !q_offset;
+        float largest_q = 0.0f, largest_k = 0.0f;
+        for (size_t i = 0; i < HN; i++) {
+            largest_q = std::max(largest_q, q_scale.data()[i]);
+            largest_k = std::max(largest_k, k_scale.data()[i]);
+        }
+        a.bounded = a.k_uniform && static_cast<float>(get("most_sum")) * largest_q * largest_k <= kMostScore;
         a.p_high = static_cast<float>(get("p_high"));
         check(a.p_high >= 1.0f && a.p_high <= 255.0f && (a.wide_p || a.p_high < 128.0f), "the softmax map's codes");
         a.margin = margin;

@@ -144,6 +144,33 @@ struct Exponentials {
     float total, top;  // their sum; the largest score, roughly
 };
 
+// One scale of k a head and no float correction, and scores that are known to be small (`Attention::bounded`): no shift is
+// needed to keep exp within float32.
+template <class V>
+inline Exponentials exponentials_bounded(int32_t* row, const int32_t* column, int tokens, int padded, bool doubled, float scale) {
+    const auto factor = V::set(scale * kLog2e);
+    auto total = V::set(0.0f), top = V::set(0.0f);
+    float* out = reinterpret_cast<float*>(row);
+    const auto exponential = [&](int m) {
+        const auto sum = V::iload(row + m);
+        const auto x = V::mul(V::to_float(V::iadd(doubled ? V::iadd(sum, sum) : sum, V::iload(column + m))), factor);
+        top = V::max_abs(top, x);
+        return exp2_of<V>(x);
+    };
+    int m = 0;
+    for (; m + V::W <= tokens; m += V::W) {
+        const auto e = exponential(m);
+        V::store(out + m, e);
+        total = V::add(total, e);
+    }
+    for (; m < padded; m += V::W) {
+        const auto e = tokens > m ? V::first(exponential(m), tokens - m) : V::set(0.0f);
+        V::store(out + m, e);
+        total = V::add(total, e);
+    }
+    return {V::sum(total), V::largest(V::abs(top))};
+}
+
 // One scale of k a head and no float correction: the largest score is found, and taken off, in whole numbers.
 template <class V>
 inline Exponentials exponentials_uniform(int32_t* row, const int32_t* column, int tokens, int padded, bool doubled, float scale) {
@@ -275,13 +302,14 @@ void attention_of(const Attention& a, int head, int row0, int rows, uint8_t* out
             const ScoreRow score{column, k_scale, l.q_offset ? k_float : nullptr, a.factor, q_scale[token],
                                  a.row_bias ? a.row_bias * byte_sum(q + r * ldq, l.head_dim) : 0, a.doubled};
             const float uniform = q_scale[token] * k_scale[0];
-            const Exponentials e = a.k_uniform ? exponentials_uniform<V>(row, column, l.tokens, padded, a.doubled, uniform)
+            const Exponentials e = a.bounded     ? exponentials_bounded<V>(row, column, l.tokens, padded, a.doubled, uniform)
+                                   : a.k_uniform ? exponentials_uniform<V>(row, column, l.tokens, padded, a.doubled, uniform)
                                                : exponentials_general<V>(row, score, l.tokens, padded);
             const float* exponentials = reinterpret_cast<float*>(row);
             const float inverse = 1.0f / (e.total * p_scale[token]);
             // Scores are rounded to float32 by definition: the larger they are, the coarser.
-            const float top = a.k_uniform ? e.top + static_cast<float>(score.row_term) * uniform : e.top;
-            const float margin = a.margin * (1.0f + 0.1f * fabsf(top));
+            const float top = fabsf(e.top) + (a.k_uniform ? fabsf(static_cast<float>(score.row_term) * uniform) : 0.0f);
+            const float margin = a.margin * (1.0f + 0.1f * top);
             uint8_t* row_codes = codes + static_cast<ptrdiff_t>(r) * padded;
             auto far = V::set(0.0f);
             row_sums[r] = map_codes<V>(exponentials, padded, inverse, a.p_high, row_codes, far);

@@ -12,8 +12,9 @@ constexpr int kMaxHead = 512;
 constexpr int kLd = kMaxHead + qvit::cpu::kPad;
 
 // The close calls of one rectified row of a head, again; `y` are its pre-activations, `values` what was rounded.
+template <class Code>
 inline void rectify_again(const HeadCodes& h, int head, int dim, const float* y, const float* values, float row_scale,
-                          int32_t* codes) {
+                          Code* codes) {
     const ExactMoments of = exact_moments(y, dim, h.eps);
     const ptrdiff_t at = static_cast<ptrdiff_t>(head) * h.ld;
     for (int d = 0; d < dim; d++) {
@@ -21,16 +22,22 @@ inline void rectify_again(const HeadCodes& h, int head, int dim, const float* y,
             const float z = static_cast<float>((static_cast<double>(y[d]) - of.mean) * of.rstd);
             const float x = z * h.weight[at + d] + h.bias[at + d];
             const float scale = h.scale[at + d] * row_scale;
-            codes[d] = exact_code(x, h.half_row ? 0.5f * scale : h.offset[at + d], scale, h.low, h.high) + h.stored_bias;
+            codes[d] = static_cast<Code>(exact_code(x, h.half_row ? 0.5f * scale : h.offset[at + d], scale, h.low, h.high) +
+                                         h.stored_bias);
         }
     }
 }
 
-// Codes of one head of four rows (plus the bias of stored codes), int32 [4][kLd]. Rows behind the tile's last repeat it.
-// kVectors: vectors a head is wide where the compiler is to know it, so that they stay in registers; else 0.
-template <class V, Sums::Form kForm, int kVectors>
+template <class V>
+inline void store_codes(int32_t* to, typename V::I codes) { V::istore(to, codes); }
+template <class V>
+inline void store_codes(uint8_t* to, typename V::I codes) { V::store_bytes(to, codes); }
+
+// Codes of one head of four rows (plus the bias of stored codes), [4][ld], in whole vectors. Rows behind the tile's last repeat
+// it. kVectors: vectors a head is wide where the compiler is to know it, so that they stay in registers; else 0.
+template <class V, Sums::Form kForm, int kVectors, class Code>
 inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, int j0, int dim, int head, int tokens,
-                      int32_t* codes) {
+                      Code* codes, ptrdiff_t ld) {
     const ptrdiff_t at = static_cast<ptrdiff_t>(head) * h.ld;
     const float *gain = h.gain + at, *shift = h.shift + at;
     const auto low = V::set(h.low), high = V::set(h.high);
@@ -48,7 +55,7 @@ inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, i
                 const auto offset = h.half_row ? V::set(0.5f * row_scale) : V::load(h.offset + at + d);
                 const auto v = divided<V>(rows[n](j0 + d), offset, V::mul(V::load(gain + d), own_inverse),
                                           V::mul(V::load(h.scale + at + d), own_scale));
-                V::istore(codes + n * kLd + d, V::iadd(V::to_int(V::min(V::max(v, low), high)), bias));
+                store_codes<V>(codes + n * ld + d, V::iadd(V::to_int(V::min(V::max(v, low), high)), bias));
             }
         }
         return;
@@ -60,7 +67,7 @@ inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, i
     };
     auto far = V::set(0.0f);
     const auto write = [&](int n, int d, typename V::F v) {
-        V::istore(codes + n * kLd + d, V::iadd(V::to_int(clamped<V>(v, low, high, far)), bias));
+        store_codes<V>(codes + n * ld + d, V::iadd(V::to_int(clamped<V>(v, low, high, far)), bias));
     };
     float mean[4], rstd[4];
     if constexpr (kVectors > 0) {
@@ -91,13 +98,22 @@ inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, i
             }
         }
         V::sum4(square[0], square[1], square[2], square[3], totals);
+        typename V::F own[4];
 #pragma GCC unroll 4
         for (int n = 0; n < 4; n++) {
             rstd[n] = 1.0f / sqrtf(totals[n] / static_cast<float>(dim) + static_cast<float>(h.eps));
-            const auto own = V::set(rstd[n]), own_inverse = V::set(row_constant(h.row_inverse, n));
+            own[n] = V::set(rstd[n]);
+        }
 #pragma GCC unroll 8
-            for (int i = 0; i < kVectors; i++) {
-                write(n, i * V::W, value(V::mul(y[n][i], own), i * V::W, own_inverse));
+        for (int i = 0; i < kVectors; i++) {
+            const auto g = V::load(gain + i * V::W), b = V::load(shift + i * V::W);
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; n++) {
+                auto v = V::fma(V::mul(y[n][i], own[n]), g, b);
+                if (h.row_inverse) {
+                    v = V::add(V::mul(v, V::set(row_constant(h.row_inverse, n))), half);
+                }
+                write(n, i * V::W, v);
             }
         }
     } else {
@@ -124,7 +140,7 @@ inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, i
                 V::store(y + d, x);
                 V::store(values + d, value(V::mul(V::sub(x, m), own), d, own_inverse));
             }
-            rectify_again(h, head, dim, y, values, row_constant(h.row_scale, n), codes + n * kLd);
+            rectify_again(h, head, dim, y, values, row_constant(h.row_scale, n), codes + n * ld);
         }
     }
 }
@@ -141,29 +157,37 @@ inline void write_q(const int32_t* codes, int token, int head, const HeadLayout&
     }
 }
 
-// Four tokens of a group of four channels lie together: 16 bytes.
+// Four tokens of a group of four channels lie together: 16 bytes. bytes: [4][kBytes].
+constexpr int kBytes = kMaxHead + 64;
+
 template <class V>
-inline void write_k(const int32_t* codes, int token, int head, const HeadLayout& l) {
-    alignas(64) uint8_t bytes[4][kMaxHead + 64];
-    for (int n = 0; n < 4; n++) {
-        for (int d = 0; d < l.head_dim; d += V::W) {
-            V::store_bytes(bytes[n] + d, V::iload(codes + n * kLd + d));
-        }
-        memset(bytes[n] + l.head_dim, 0, static_cast<size_t>(4 * l.dim4 - l.head_dim));
-    }
+inline void write_k_bytes(const uint8_t* bytes, int token, int head, const HeadLayout& l) {
     const ptrdiff_t step = 4 * static_cast<ptrdiff_t>(l.tokens_padded);
     int8_t* to = l.k + static_cast<ptrdiff_t>(head) * l.dim4 * step + 4 * token;
     for (int g = 0; g < l.dim4;) {
+        const uint8_t* from = bytes + 4 * g;
         if (l.dim4 - g >= V::W) {
-            V::store_transposed(bytes[0] + 4 * g, bytes[1] + 4 * g, bytes[2] + 4 * g, bytes[3] + 4 * g, to + g * step, step);
+            V::store_transposed(from, from + kBytes, from + 2 * kBytes, from + 3 * kBytes, to + g * step, step);
             g += V::W;
             continue;
         }
         for (int n = 0; n < 4; n++) {
-            memcpy(to + g * step + 4 * n, bytes[n] + 4 * g, 4);
+            memcpy(to + g * step + 4 * n, from + n * kBytes, 4);
         }
         g++;
     }
+}
+
+template <class V>
+inline void write_k(const int32_t* codes, int token, int head, const HeadLayout& l) {
+    alignas(64) uint8_t bytes[4 * kBytes];
+    for (int n = 0; n < 4; n++) {
+        for (int d = 0; d < l.head_dim; d += V::W) {
+            V::store_bytes(bytes + n * kBytes + d, V::iload(codes + n * kLd + d));
+        }
+        memset(bytes + n * kBytes + l.head_dim, 0, static_cast<size_t>(4 * l.dim4 - l.head_dim));
+    }
+    write_k_bytes<V>(bytes, token, head, l);
 }
 
 // A word of four tokens' bytes a channel.
@@ -186,17 +210,23 @@ void head_codes_of(const Tile& t, const Sums& s, int which, int first_head, cons
     for (int i = 0; i < t.cols / D; i++) {
         const int head = first_head + i;
         for (int r = 0; r < t.rows; r += 4) {
-            if (D == 64) {
-                four_rows<V, kForm, 64 / V::W>(t, s, h, r, i * D, D, head, l.tokens, codes);
+            const int token = t.row0 + r;
+            if (D == 64 && which == 0) {
+                const ptrdiff_t ld = 64 * static_cast<ptrdiff_t>(l.heads);
+                four_rows<V, kForm, 64 / V::W>(t, s, h, r, i * D, D, head, l.tokens, l.q + token * ld + 64 * head, ld);
+            } else if (D == 64 && which == 1) {
+                alignas(64) uint8_t bytes[4 * kBytes];
+                four_rows<V, kForm, 64 / V::W>(t, s, h, r, i * D, D, head, l.tokens, bytes, kBytes);
+                write_k_bytes<V>(bytes, token, head, l);
             } else {
-                four_rows<V, kForm, 0>(t, s, h, r, i * D, D, head, l.tokens, codes);
-            }
-            if (which == 0) {
-                write_q<V>(codes, t.row0 + r, head, l);
-            } else if (which == 1) {
-                write_k<V>(codes, t.row0 + r, head, l);
-            } else {
-                write_v<V>(codes, t.row0 + r, head, l);
+                four_rows<V, kForm, 0>(t, s, h, r, i * D, D, head, l.tokens, codes, kLd);
+                if (which == 0) {
+                    write_q<V>(codes, token, head, l);
+                } else if (which == 1) {
+                    write_k<V>(codes, token, head, l);
+                } else {
+                    write_v<V>(codes, token, head, l);
+                }
             }
         }
     }

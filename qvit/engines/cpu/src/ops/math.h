@@ -7,15 +7,14 @@ namespace {
 // Polynomial of degree 5 on [-1/2, 1/2], fitted by Lawson's weighted least squares: relative error below 2e-7 with rounding.
 template <class V>
 inline typename V::F exp2_of(typename V::F x) {
-    const auto n = V::round(x);
-    const auto f = V::sub(x, n);
+    const auto f = V::off_grid(x);
     auto p = V::set(1.3276472454890609e-3f);
     p = V::fma(p, f, V::set(9.675541892647743e-3f));
     p = V::fma(p, f, V::set(5.550713092088699e-2f));
     p = V::fma(p, f, V::set(2.4022120237350464e-1f));
     p = V::fma(p, f, V::set(6.931469440460205e-1f));
     p = V::fma(p, f, V::set(1.0f));
-    return V::scale2(p, n);
+    return V::scale2(p, V::sub(x, f));
 }
 
 // GELU(x) = max(x, 0) - u * Phi(-u), u = |x|; log2 Phi(-u) is a polynomial of degree 6 in u, fitted for the least absolute

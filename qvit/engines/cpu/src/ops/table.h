@@ -99,6 +99,8 @@ struct HeadLayout {
     const float* q_offset;  // [H][DP] or null
 };
 
+constexpr float kMostScore = 60.0f;  // exp of it, 65,536 times, is a float32
+
 struct Attention {
     HeadLayout layout;
     bool wide_q;          // q's stored codes take 8 bits
@@ -109,6 +111,7 @@ struct Attention {
     const float* q_scale;  // [H][N] scale_q * factor (half of it where doubled)
     const float* k_scale;  // [H][NP] scale_k
     bool k_uniform;        // k_scale has one value a head, and no float correction: the fast path
+    bool bounded;          // and no score lies beyond +-kMostScore
     const float* p_scale;  // [H][N]
     float p_high;
     float margin;
