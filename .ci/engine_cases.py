@@ -1,6 +1,6 @@
 """Writes small integer models with images, codes and logits of the reference engine, for `engine_check.py` to compare with.
 
-    python .ci/engine_cases.py FOLDER
+Usage: ``python .ci/engine_cases.py FOLDER``.
 """
 
 from __future__ import annotations
