@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint base-install soak sanitize aarch64 clean
 
 demo: $(VENV)/.train
 	rm -rf demo
@@ -18,6 +18,22 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A fresh environment without the extras: no PyTorch, and models run.
+base-install: $(VENV)/.dev
+	PYTHON=$(BIN)/python .ci/base_install.sh
+
+# The tests of tests/robustness for minutes instead of moments.
+soak: $(VENV)/.dev
+	QVIT_SOAK=1 $(BIN)/python -X faulthandler -m pytest tests/robustness
+
+# The CPU engine under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/.dev
+	PYTHON=$(BIN)/python .ci/sanitize.sh
+
+# The CPU engine cross-compiled for aarch64, under qemu; see the script for what it needs.
+aarch64: $(VENV)/.dev
+	PYTHON=$(BIN)/python .ci/aarch64.sh
 
 # Each stamp stands for one set of extras, and is older than pyproject.toml when it has to be installed again.
 $(VENV)/.train: pyproject.toml

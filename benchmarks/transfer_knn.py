@@ -34,12 +34,12 @@ from qvit.errors import InputError, QvitError
 from qvit.integer.model import IntegerModel
 from qvit.preprocessing import Preprocessing
 from qvit.report_file import write_report
+from qvit.sources import open_source
 from qvit.training.device_data import AsStored, Normaliser
 from qvit.training.models import build_model
 from qvit.training.pixels import PixelStore, load_pixels
 from qvit.training.recipe import Recipe
 from qvit.training.resample import resized_crops
-from qvit.training.sources import open_source
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # of the votes

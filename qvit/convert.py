@@ -13,6 +13,7 @@ from torch import nn
 from qvit.architecture import VitArchitecture
 from qvit.errors import SpecError, UnsupportedModelError
 from qvit.families import vit
+from qvit.layers.exact import make_exact
 from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
@@ -110,6 +111,7 @@ def quantize(
         raise SpecError(f"The preprocessing gives an input_size of {preprocessing.input_size}, but the model takes {takes}.")
     student: Any = copy.deepcopy(model)
     family.swap(student, architecture, spec, preprocessing)
+    make_exact(student)
     spec.check_overrides(list(quantization_points(student)))
     student.qvit = StudentInfo(architecture, spec, preprocessing)
     return student.to(next(model.parameters()).device).train(model.training)

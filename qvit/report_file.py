@@ -21,7 +21,10 @@ import qvit
 from qvit.files import write_atomically
 
 SCHEMA = 1
-_PACKAGES = ("numpy", "safetensors", "pillow", "torch", "torchvision", "timm", "accelerate", "scikit-learn")
+_PACKAGES = (
+    *("numpy", "safetensors", "pillow", "torch", "torchvision", "timm", "accelerate", "scikit-learn"),
+    *("openvino", "nncf", "onnxruntime", "onnx", "torchao"),
+)
 
 
 def write_report(path: str | Path, rows: Sequence[Mapping[str, Any]], command: Sequence[str]) -> None:
@@ -79,9 +82,13 @@ def usable_cores() -> int:
 
 
 def _cpu_name() -> str:
+    """The processor's name, with its family and model where the name alone does not say which generation it is."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware"))]
-    return next(iter(names), "") or platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = fields.get("model name") or fields.get("Hardware") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= set(fields):
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name

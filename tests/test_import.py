@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import qvit
+from qvit.batches import PixelBatches
+from qvit.preprocessing import Preprocessing
+from qvit.sources import open_source
 
 _BLOCKED = ("torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "tensorboard")
 _ROOT = Path(__file__).parents[1]
+_PIXELS = Preprocessing((1, 8, 8), mean=(0.5,), std=(0.5,))
 
 
 def _run(code: str, *arguments: object, blocked: tuple[str, ...] = _BLOCKED) -> subprocess.CompletedProcess[str]:
@@ -31,18 +40,21 @@ def test_import_and_public_names() -> None:
     assert done.stdout.split() == ["0.1.0", "IntegerModel", "4"]
 
 
-def test_a_file_loads_and_an_engine_says_what_it_needs(frozen_file: Path) -> None:
+def test_a_file_runs(frozen_file: Path) -> None:
     done = _run(
-        "import qvit\n"
-        "model = qvit.IntegerModel.load(sys.argv[1])\n"
-        "print(model.name, len(model.classes), model.blocks[0].fc1.weight.codes().shape)\n"
-        "try: qvit.load(sys.argv[1])\n"
+        "import numpy as np, qvit\n"
+        "runner = qvit.load(sys.argv[1])\n"
+        "images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)\n"
+        "print(runner.engine.name, *runner(images).argmax(1))\n"
+        "try: qvit.load(sys.argv[1], engine='reference')\n"
         "except qvit.QvitError as error: print(type(error).__name__, error)",
         frozen_file,
     )
     assert (done.returncode, done.stderr) == (0, "")
+    images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)
+    expected = qvit.load(frozen_file, engine="reference")(images).argmax(1)  # type: ignore[union-attr]
     assert done.stdout.splitlines() == [
-        "vit_tiny_patch16_224 10 (48, 12)",
+        "cpu " + " ".join(map(str, expected)),
         "MissingDependencyError The reference engine needs PyTorch: pip install 'qvit[train]'.",
     ]
 
@@ -73,15 +85,45 @@ def test_inspect(frozen_file: Path) -> None:
     assert "blocks.1.mlp.fc2" in done.stdout
 
 
-@pytest.mark.parametrize("command", [("predict", "FILE", "IMAGE"), ("eval", "FILE", "--data", "digits")])
-def test_commands_that_run_the_integers_name_what_is_missing(
-    frozen_file: Path, tmp_path: Path, command: tuple[str, ...]
-) -> None:
-    from PIL import Image
+def _images(folder: Path) -> Path:
+    """A folder of ten classes with two greyscale images each."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(2):
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / str(label) / f"{number}.png")
+    return folder
 
-    image = tmp_path / "image.png"
-    Image.new("L", (8, 8)).save(image)
-    done = _cli(*(str(frozen_file) if part == "FILE" else str(image) if part == "IMAGE" else part for part in command))
+
+def test_predict_and_eval(frozen_file: Path, tmp_path: Path) -> None:
+    folder = _images(tmp_path / "images")
+    report = tmp_path / "report.json"
+    done = _cli("predict", frozen_file, folder / "3" / "0.png", "--top", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cpu engine" in done.stdout
+    done = _cli("eval", frozen_file, "--data", folder, "--batch", 7, "--json", report)
+    assert (done.returncode, done.stderr) == (0, "")
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["engine"], row["images"]) == ("cpu", 20)
+    pixels, labels = zip(*(batch for batch in PixelBatches(open_source(folder, "val"), _PIXELS, 20)), strict=True)
+    expected = qvit.load(frozen_file, engine="reference")(pixels[0]).argmax(1)  # type: ignore[union-attr]
+    assert row["integer_top1"] == 100 * (expected == labels[0]).mean()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("predict", "FILE", "IMAGE", "--engine", "reference"),
+        ("predict", "FILE", "IMAGE", "--device", "cuda"),
+        ("eval", "FILE", "--data", "IMAGES", "--engine", "reference"),
+        ("eval", "checkpoint.safetensors", "--data", "IMAGES"),
+        ("bench", "deit_tiny_patch16_224"),
+    ],
+)
+def test_commands_that_need_pytorch_say_so(frozen_file: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    folder = _images(tmp_path / "images")
+    names = {"FILE": str(frozen_file), "IMAGES": str(folder), "IMAGE": str(folder / "0" / "0.png")}
+    done = _cli(*(names.get(part, part) for part in command))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.endswith(": pip install 'qvit[train]'.\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from timm.data import create_transform
 
 from qvit.errors import FileFormatError, InputError
 from qvit.preprocessing import Preprocessing, open_image
+from qvit.sources import open_source
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -101,9 +103,64 @@ def test_colour_modes(mode: str, channels: int) -> None:
     check(picture(61, 50, mode), p)
 
 
-@pytest.mark.parametrize("interpolation", ["nearest", "lanczos"])
-def test_other_filters(interpolation: str) -> None:
-    check(picture(61, 50), Preprocessing((3, 40, 40), 0.9, "center", interpolation))
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("crop_pct", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_filters(interpolation: str, crop_pct: float, mode: str) -> None:
+    for size in ((61, 50), (20, 90), (40, 40)):
+        check(picture(*size, mode), Preprocessing((3, 40, 40), crop_pct, "center", interpolation))
+        check(picture(*size, mode), Preprocessing((1, 33, 41), crop_pct, "center", interpolation, MEAN[:1], STD[:1]))
+
+
+@pytest.mark.parametrize("size", [(4000, 3), (3, 4000), (1, 999), (999, 2), (2048, 31)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "nearest"])
+def test_panoramas_and_towers(size: tuple[int, int], interpolation: str) -> None:
+    for crop_pct in (0.875, 1.0):
+        check(picture(*size), Preprocessing((3, 32, 32), crop_pct, "center", interpolation))
+        check(picture(*size), Preprocessing((3, 31, 33), crop_pct, "squash", interpolation))
+
+
+def _transparent_palette(folder: Path) -> Image.Image:
+    image = picture(61, 50, "P")
+    image.save(folder / "palette.png", transparency=3)
+    return open_image(folder / "palette.png")
+
+
+def _sixteen_bits(folder: Path) -> Image.Image:
+    Image.fromarray(np.arange(61 * 50, dtype=np.uint16).reshape(50, 61) * 20).save(folder / "deep.png")
+    return open_image(folder / "deep.png")
+
+
+def _rotated_by_exif(folder: Path) -> Image.Image:
+    image, exif = picture(61, 50), Image.Exif()
+    exif[0x0112] = 6
+    image.save(folder / "rotated.jpg", exif=exif)
+    return open_image(folder / "rotated.jpg")
+
+
+def _animation(folder: Path) -> Image.Image:
+    frames = [picture(61, 50, seed=seed) for seed in range(3)]
+    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
+    return open_image(folder / "moving.gif")
+
+
+def _cmyk(folder: Path) -> Image.Image:
+    picture(61, 50, "CMYK").save(folder / "print.jpg")
+    return open_image(folder / "print.jpg")
+
+
+@pytest.mark.parametrize("make", [_transparent_palette, _sixteen_bits, _rotated_by_exif, _animation, _cmyk])
+def test_unusual_files(tmp_path: Path, make: Callable[[Path], Image.Image]) -> None:
+    check(make(tmp_path), Preprocessing((3, 40, 40), 0.875))
+
+
+def test_real_photographs(data_dir: Path) -> None:
+    """Imagenette's own sizes and, enlarged and squeezed by Pillow, others."""
+    source = open_source(data_dir / "imagenette224-val.tar", "val")
+    for index in range(0, len(source), 199):
+        image = source[index][0]
+        check(image, Preprocessing((3, 224, 224), 0.9, "center", "bicubic", MEAN, STD))
+        check(image.resize((300, 411)), Preprocessing((3, 224, 224), 0.875, "center", "bilinear", MEAN, STD))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp"])

@@ -49,3 +49,15 @@ def test_versions_import_nothing() -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         report_file.write_report(tmp_path, [], ["qvit"])
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: 17\n\nmodel name\t: other\n", "AMD EPYC (family 25, model 17)"),
+        ("Hardware\t: Raspberry Pi\n", "Raspberry Pi"),
+    ],
+)
+def test_the_generation_of_the_processor_is_told(monkeypatch: pytest.MonkeyPatch, cpuinfo: str, name: str) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, **_options: cpuinfo)
+    assert report_file.hardware()["cpu"] == name

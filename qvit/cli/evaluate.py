@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
 from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in
-from qvit.cli.images import device_of, name_of, open_evaluation
+from qvit.cli.engines import open_runner
+from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
 from qvit.cli.show import count, progress, show_facts
 from qvit.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
+    from qvit.accuracy import Evaluation
     from qvit.engines import Runner
-    from qvit.preprocessing import Preprocessing
-
-Predict = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
 def command(
@@ -31,9 +29,10 @@ def command(
     data: options.EvaluationData,
     limit: options.Limit = None,
     batch: options.Batch = 32,
-    workers: options.Workers = 0,
-    engine: options.Engine = "reference",
+    workers: options.Workers = None,
+    engine: options.Engine = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     against: Annotated[
         Path | None,
         typer.Option("--against", help="Also compare a .qvit file with the checkpoint (or run) that it was frozen from."),
@@ -42,7 +41,8 @@ def command(
 ) -> None:
     """Measure the top-1 accuracy of a frozen file or a checkpoint.
 
-    A .qvit file is run on its integers. A quantized checkpoint is run as it was trained, in floating point.
+    A .qvit file is run on its integers, images being read while it computes. A quantized checkpoint is run as it was trained,
+    in floating point.
 
     Example:
 
@@ -51,19 +51,11 @@ def command(
     integers = file.suffix == INTEGER_SUFFIX
     if against is not None and not integers:
         raise InputError(f"--against compares a .qvit file with its checkpoint, and {file} is none.")
-    runner = _load_integers(file, engine, device) if integers else None
-
-    from qvit.training.evaluate import evaluate
-
-    target = device_of(device)
-    if runner is not None:
-        predict, classes, preprocessing, facts = _of_integers(runner, file)
-    else:
-        predict, classes, preprocessing, facts = _of_checkpoint(file, target)
-    source, loader = open_evaluation(data, classes, preprocessing, batch, limit, workers)
+    subject = _Integers(open_runner(file, engine, device, threads), file) if integers else _Checkpoint(file, device)
+    classes, preprocessing, facts = subject.classes, subject.preprocessing, subject.facts
+    source, batches = open_evaluation(data, classes, preprocessing, batch, limit, workers)
     start = time.perf_counter()
-    # Integer engines move the images themselves, so the counting stays on the CPU.
-    result = evaluate(predict, progress(loader, len(loader), "evaluating"), "cpu" if integers else target)
+    result = subject.evaluate(progress(batches, len(batches), "evaluating"))
     seconds = time.perf_counter() - start
     accuracy = "integer_top1" if integers else "fake_top1" if facts["weight_bits"] < 32 else "float_top1"
     row = {
@@ -85,47 +77,58 @@ def command(
     )
     if list(classes) != list(source.classes):
         print("note: the classes have other names in the model than in the data; they are matched in sorted order")
-    if against is not None and runner is not None:
-        measured = _compare(runner, checkpoint_in(against), progress(loader, len(loader), "comparing"), target)
+    if against is not None and isinstance(subject, _Integers):
+        shown = progress(batches, len(batches), "comparing")
+        measured = _compare(subject.runner, checkpoint_in(against), as_tensors(shown, preprocessing), device_of(device))
         show_agreement(measured)
         row |= measured.to_row()
     write_results(json, [row])
 
 
-def _load_integers(file: Path, engine: str, device: str | None) -> Runner:
-    """The frozen file on its engine; a damaged file is refused before PyTorch is asked for."""
-    from qvit.engines import Runner, create_engine
-    from qvit.integer.model import IntegerModel
+class _Integers:
+    """A frozen file on its engine; needs PyTorch only where the engine does."""
 
-    model = IntegerModel.load(file)
-    return Runner(model, create_engine(model, engine, device_of(device)))
+    def __init__(self, runner: Runner, file: Path) -> None:
+        self.runner = runner
+        self.classes: Sequence[str] = runner.model.classes
+        self.preprocessing = runner.model.preprocessing
+        weight_bits, act_bits = runner.model.block_bits()
+        self.facts: dict[str, Any] = {
+            "model": runner.model.name,
+            "weight_bits": weight_bits,
+            "act_bits": act_bits,
+            "engine": runner.engine.name,
+            "file_bytes": file.stat().st_size,
+        }
+
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Evaluation:
+        from qvit.accuracy import top1_of_arrays
+
+        return top1_of_arrays(self.runner, batches)  # type: ignore[arg-type]
 
 
-def _of_integers(runner: Runner, file: Path) -> tuple[Predict, Sequence[str], Preprocessing, dict[str, Any]]:
-    model = runner.model
-    weight_bits, act_bits = model.block_bits()
-    facts = {
-        "model": model.name,
-        "weight_bits": weight_bits,
-        "act_bits": act_bits,
-        "engine": runner.engine.name,
-        "file_bytes": file.stat().st_size,
-    }
-    return runner, model.classes, model.preprocessing, facts  # type: ignore[return-value]
+class _Checkpoint:
+    """A float or quantized checkpoint in PyTorch."""
 
+    def __init__(self, file: Path, device: str | None) -> None:
+        from qvit.training.checkpoint import load_model
 
-def _of_checkpoint(file: Path, device: str) -> tuple[Predict, Sequence[str], Preprocessing, dict[str, Any]]:
-    from qvit.training.checkpoint import load_model
+        self.device = device_of(device)
+        self.model, metadata = load_model(checkpoint_in(file))
+        self.classes: Sequence[str] = metadata.classes
+        self.preprocessing = metadata.preprocessing
+        spec = metadata.student.spec if metadata.student else None
+        self.facts: dict[str, Any] = {
+            "model": metadata.architecture.name,
+            "method": metadata.recipe.get("method"),
+            "weight_bits": spec.weight_bits if spec else 32,
+            "act_bits": spec.act_bits if spec else 32,
+        }
 
-    model, metadata = load_model(checkpoint_in(file))
-    spec = metadata.student.spec if metadata.student else None
-    facts = {
-        "model": metadata.architecture.name,
-        "method": metadata.recipe.get("method"),
-        "weight_bits": spec.weight_bits if spec else 32,
-        "act_bits": spec.act_bits if spec else 32,
-    }
-    return model.to(device), metadata.classes, metadata.preprocessing, facts
+    def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Evaluation:
+        from qvit.training.evaluate import evaluate
+
+        return evaluate(self.model.to(self.device), as_tensors(batches, self.preprocessing), self.device)
 
 
 def _compare(runner: Runner, checkpoint: Path, batches: Any, device: str) -> Any:

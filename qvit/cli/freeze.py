@@ -10,7 +10,7 @@ import typer
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
 from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names, provenance_of
-from qvit.cli.images import device_of, name_of, open_evaluation
+from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
 from qvit.cli.show import count, progress, show_facts
 from qvit.errors import InputError, TrainingError
@@ -22,8 +22,8 @@ def command(
     data: options.OptionalEvaluationData = None,
     limit: options.Limit = None,
     batch: options.Batch = 32,
-    workers: options.Workers = 0,
-    engine: options.Engine = "reference",
+    workers: options.Workers = None,
+    engine: Annotated[str, typer.Option("--engine", help="What runs the integers that are verified.")] = "reference",
     device: options.Device = None,
     classes: Annotated[
         Path | None, typer.Option("--classes", help="Text file with the names of the classes, one a line.")
@@ -57,9 +57,10 @@ def command(
         from qvit.analyze.agreement import agreement
 
         target = device_of(device)
-        _, loader = open_evaluation(data, names, model.preprocessing, batch, limit, workers)
+        _, batches = open_evaluation(data, names, model.preprocessing, batch, limit, workers)
         runner = create_engine(model, engine, target)
-        measured = agreement(student.to(target), runner, progress(loader, len(loader), "comparing"))
+        shown = progress(batches, len(batches), "comparing")
+        measured = agreement(student.to(target), runner, as_tensors(shown, model.preprocessing))
         if not measured.holds:
             raise TrainingError(
                 f"The integers do not compute what was trained ({measured.worst_codes:.3f} % of the codes are equal at "

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qvit.batches import PixelBatches
 from qvit.errors import InputError
 from qvit.preprocessing import Preprocessing
+from qvit.report_file import usable_cores
+from qvit.sources import ImageSource, open_source
 
 if TYPE_CHECKING:
     import torch
 
-    from qvit.training.sources import ImageSource
-
 
 def location_of(data: Sequence[str]) -> str | list[str]:
-    """What ``--data`` said, as `qvit.training.sources.open_source` takes it."""
+    """What ``--data`` said, as `qvit.sources.open_source` takes it."""
     return data[0] if len(data) == 1 else list(data)
 
 
@@ -28,9 +29,14 @@ def name_of(data: Sequence[str]) -> str:
 
 
 def open_evaluation(
-    data: Sequence[str], classes: Sequence[str], preprocessing: Preprocessing, batch: int, limit: int | None, workers: int
-) -> tuple[ImageSource, torch.utils.data.DataLoader[Any]]:
-    """The validation images of ``--data`` and a loader of batches (images [B, C, H, W], class indices [B]).
+    data: Sequence[str],
+    classes: Sequence[str],
+    preprocessing: Preprocessing,
+    batch: int,
+    limit: int | None,
+    workers: int | None,
+) -> tuple[ImageSource, PixelBatches]:
+    """The validation images of ``--data``, also as batches of pixels.
 
     Args:
         data: locations.
@@ -38,14 +44,11 @@ def open_evaluation(
         preprocessing: of the model.
         batch: images a batch.
         limit: use this many, evenly spaced; all by default.
-        workers: processes that read images.
+        workers: threads that read images; one a core by default.
 
     Raises:
         InputError: there are no such images, another number of classes, or a number is out of range.
     """
-    from qvit.training.data import evaluation_loader
-    from qvit.training.sources import open_source
-
     at_least_one("--batch", batch)
     source = open_source(location_of(data), "val")
     if len(source.classes) != len(classes):
@@ -54,9 +57,17 @@ def open_evaluation(
             "use images of the model's classes."
         )
     indices = None if limit is None else spaced(len(source), at_least_one("--limit", limit))
-    if workers < 0:
-        raise InputError(f"--workers {workers} is out of range: use 0 or more.")
-    return source, evaluation_loader(source, preprocessing, batch, workers, indices)
+    return source, PixelBatches(source, preprocessing, batch, workers_of(workers), indices)
+
+
+def as_tensors(
+    batches: Iterable[tuple[np.ndarray, np.ndarray]], preprocessing: Preprocessing
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of pixels as PyTorch models take them: (normalised float32 images [B, C, H, W], class indices [B])."""
+    import torch
+
+    for pixels, labels in batches:
+        yield torch.from_numpy(preprocessing.normalise(pixels)), torch.from_numpy(labels)
 
 
 def spaced(total: int, limit: int) -> list[int]:
@@ -73,6 +84,19 @@ def at_least_one(option: str, value: int) -> int:
     if value < 1:
         raise InputError(f"{option} {value} is out of range: use 1 or more.")
     return value
+
+
+def workers_of(workers: int | None) -> int:
+    """Threads that read images, as ``--workers`` says, by default one a core.
+
+    Raises:
+        InputError: it is less than zero.
+    """
+    if workers is None:
+        return usable_cores()
+    if workers < 0:
+        raise InputError(f"--workers {workers} is out of range: use 0 or more.")
+    return workers
 
 
 def device_of(device: str | None) -> str:

@@ -24,6 +24,7 @@ _COMMANDS = {
     "freeze": "freeze",
     "predict": "predict",
     "inspect": "inspect",
+    "bench": "bench",
 }
 
 

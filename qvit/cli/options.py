@@ -18,6 +18,10 @@ CalibrationData = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", help="Use this many images, evenly spaced; all by default.")]
 Batch = Annotated[int, typer.Option("--batch", help="Images that are computed at once.")]
-Workers = Annotated[int, typer.Option("--workers", help="Processes that read images.")]
-Engine = Annotated[str, typer.Option("--engine", help="What runs the integers: reference.")]
+Workers = Annotated[int | None, typer.Option("--workers", help="Threads that read images; one a core by default.")]
+Engine = Annotated[
+    str | None,
+    typer.Option("--engine", help="What runs the integers: cpu, or reference (PyTorch, slow); cpu by default where it can."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the cpu engine; one a core by default.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]

@@ -8,11 +8,13 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from qvit.batches import in_batches, map_ahead, prepare
 from qvit.cli import options
-from qvit.cli.images import at_least_one
+from qvit.cli.engines import open_runner
+from qvit.cli.images import at_least_one, workers_of
 from qvit.cli.results import write_results
 from qvit.cli.show import progress, show_table
-from qvit.errors import InputError
+from qvit.preprocessing import open_image
 
 
 def command(
@@ -20,37 +22,31 @@ def command(
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
     top: Annotated[int, typer.Option("--top", help="Classes to show for each image.")] = 5,
     batch: options.Batch = 32,
-    engine: options.Engine = "reference",
+    workers: options.Workers = None,
+    engine: options.Engine = None,
     device: options.Device = None,
+    threads: options.Threads = None,
     json: options.Json = None,
 ) -> None:
     """Classify images with a frozen model.
 
-    All images are read before anything is printed.
+    Images are read while others are computed. Nothing is printed before all are done.
 
     Example:
 
         qvit predict deit_small_w4a4.qvit cat.jpg dog.png --top 3
     """
-    from qvit.engines import Runner, create_engine
-    from qvit.integer.model import IntegerModel
-    from qvit.preprocessing import open_image
-
     at_least_one("--top", top)
     at_least_one("--batch", batch)
-    model = IntegerModel.load(file)
-    # Pixels take a quarter of normalised floats, so many files fit into memory.
-    pixels = []
-    for path in progress(images, len(images), "reading"):
-        try:
-            pixels.append(model.preprocessing.pixels(open_image(path)))
-        except InputError:
-            raise
-        except (OSError, ValueError, MemoryError) as error:
-            raise InputError(f"{path} cannot be prepared for the model ({error}): use another image.") from None
-    runner = Runner(model, create_engine(model, engine, device))
-    parts = range(0, len(pixels), batch)
-    logits = [runner(np.stack(pixels[i : i + batch])) for i in progress(parts, len(parts), "classifying")]
+    readers = workers_of(workers)
+    runner = open_runner(file, engine, device, threads)
+    model = runner.model
+
+    def pixels(path: Path) -> np.ndarray:
+        return prepare(model.preprocessing, open_image(path), path)
+
+    shown = progress(map_ahead(pixels, images, readers, ahead=2 * batch), len(images), "classifying")
+    logits = [runner(np.stack(part)) for part in in_batches(shown, batch)]
     probabilities = softmax(np.concatenate(logits))  # type: ignore[arg-type]
     rows = [
         {"model": model.name, "image": str(path), "rank": rank + 1, "class": model.classes[i], "probability": float(values[i])}

@@ -75,8 +75,8 @@ def command(
     import numpy as np
 
     import qvit
+    from qvit.sources import open_source
     from qvit.training.data import check_classes, evaluation_loader
-    from qvit.training.sources import open_source
 
     target = device_of(device)
     source = open_source(location_of(data), "train")

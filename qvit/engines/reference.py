@@ -2,16 +2,20 @@
 
 Other engines are tested against it code by code; it is tested against the training graph the same way. It reads only the
 `IntegerModel`, never the student.
+
+The float steps (LayerNorm, softmax, GELU, the standardisation of IRM, the average of tokens) are by definition the float32
+nearest to the real value, for which they are evaluated in float64 (`qvit.quantizers.exact_float`), so that every engine that
+keeps to it computes the same codes, bit for bit.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
+from qvit.quantizers import exact_float
 from qvit.quantizers.exact_matmul import exact_matmul
 from qvit.spec import PerGroup, QuantSpec
 
@@ -68,7 +72,7 @@ class ReferenceEngine:
         """LayerNorm over the last dimension, float32 [.., C]."""
         if norm is None:
             return x
-        return F.layer_norm(x, (x.shape[-1],), self._tensor(norm.weight), self._tensor(norm.bias), norm.eps)
+        return exact_float.layer_norm(x, self._tensor(norm.weight), self._tensor(norm.bias), norm.eps)
 
     def linear(self, codes: Codes, layer: ops.Linear) -> torch.Tensor:
         """codes [.., K] -> float [.., M]: int32 sums, then the float epilogue."""
@@ -97,16 +101,13 @@ class ReferenceEngine:
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
         """The activation between fc1 and fc2."""
-        kind = self.model.architecture.activation
-        if kind == "quick_gelu":
-            return x * torch.sigmoid(1.702 * x)
-        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+        return exact_float.activation(x, self.model.architecture.activation)
 
     def rectify(self, x: torch.Tensor, rectify: ops.Rectify | None) -> torch.Tensor:
         """IRM, float [B, H, N, D]."""
         if rectify is None:
             return x
-        z = F.layer_norm(x, (x.shape[-1],), eps=rectify.eps)
+        z = exact_float.standardise(x, rectify.eps)
         return z * self._tensor(rectify.weight)[:, None] + self._tensor(rectify.bias)[:, None]
 
     def scores(self, q: Codes, k: Codes, attention: ops.Attention) -> torch.Tensor:
@@ -120,7 +121,7 @@ class ReferenceEngine:
             return doubled.float() * 0.5 * scale
         scores = sums.float() * scale
         if attention.q.offset is not None:
-            column = (k.float() * self._tensor(attention.q.offset)).sum(-1)[..., None, :]
+            column = (k.double() * self._tensor(attention.q.offset)).sum(-1).float()[..., None, :]
             scores = scores + column * (scale_k * attention.factor)
         return scores
 
@@ -175,7 +176,7 @@ class ReferenceEngine:
         elif a.global_pool == "token":
             pooled = [x[:, 0]]
         else:
-            pooled = [(x if a.pool_include_prefix else x[:, a.num_prefix_tokens :]).mean(dim=1)]
+            pooled = [(x if a.pool_include_prefix else x[:, a.num_prefix_tokens :]).double().mean(dim=1).float()]
         return [self.norm(feature, model.fc_norm) for feature in pooled]
 
     def _linear(self, x: torch.Tensor, layer: ops.Linear, taps: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -214,7 +215,7 @@ class ReferenceEngine:
         q = taps[f"{name}.attn.q"] = self.quantize(self.rectify(q, attention.rectify_q), attention.q)
         k = taps[f"{name}.attn.k"] = self.quantize(self.rectify(k, attention.rectify_k), attention.k)
         v = taps[f"{name}.attn.v"] = self.quantize(v, attention.v)
-        p = taps[f"{name}.attn.map"] = self.quantize(self.scores(q, k, attention).softmax(dim=-1), attention.map)
+        p = taps[f"{name}.attn.map"] = self.quantize(exact_float.softmax(self.scores(q, k, attention)), attention.map)
         out = self.values(p, v, attention).transpose(1, 2).reshape(b, n, c)
         y = self._linear(out, block.proj, taps)
         x = x + (y if block.ls1 is None else y * self._tensor(block.ls1))

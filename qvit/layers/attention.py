@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qvit.kernels import switch
+from qvit.layers import exact
 from qvit.layers.code_matmul import code_scores, code_values
 from qvit.layers.linear import QuantLinear
 from qvit.layers.rectify import Rectify
@@ -83,7 +84,7 @@ class QuantAttention(nn.Module):
             self.tap(q, k)
         if self.q_quantizer.enabled:
             scores = code_scores(self.q_quantizer(q), self.k_quantizer(k), self.scale)
-            attention = self.attn_drop(scores.softmax(dim=-1))
+            attention = self.attn_drop(exact.softmax(scores))
             out = code_values(self.map_quantizer(attention), self.v_quantizer(v))
         else:
             q, k = self.q_quantizer.observe(q), self.k_quantizer.observe(k)

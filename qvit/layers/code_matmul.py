@@ -130,7 +130,7 @@ class _CodeScores(torch.autograd.Function):
             return _half_step_scores(sums, k.codes.sum(-1, dtype=torch.float32)[..., None, :], scale)
         column = None
         if q.offset is not None:
-            column = (k.codes.float() * q.offset).sum(-1)[..., None, :] * (scale_k * factor)
+            column = (k.codes.double() * q.offset).sum(-1).float()[..., None, :] * (scale_k * factor)
         return _scaled(sums, scale, column, torch.float32)
 
     @staticmethod

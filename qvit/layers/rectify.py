@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from qvit.layers import exact
 
 
 class Rectify(nn.Module):
@@ -32,7 +33,7 @@ class Rectify(nn.Module):
 
     def standardise(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, N, D] -> the same, each row with mean 0 and variance 1 over D, float32."""
-        return F.layer_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return exact.standardise(x, self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, H, N, D] -> the same shape, float32."""

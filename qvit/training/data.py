@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from qvit.errors import InputError, RecipeError
 from qvit.preprocessing import Preprocessing
+from qvit.sources import ImageSource, open_source
 from qvit.training.sections import DataSection
 from qvit.training.seeding import derive_seed, seed_sample
-from qvit.training.sources import ImageSource, open_source
 
 
 class SampleKey(NamedTuple):

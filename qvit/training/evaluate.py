@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
+from qvit.accuracy import Evaluation
 from qvit.errors import InputError
 from qvit.training.data import batches_of
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How often a model was right.
-
-    Attributes:
-        correct: images whose most likely class is theirs.
-        images: images in all.
-    """
-
-    correct: int
-    images: int
-
-    @property
-    def top1(self) -> float:
-        """Accuracy in percent."""
-        return 100 * self.correct / self.images
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qvit.errors import RecipeError
-from qvit.training.sources import ImageSource
+from qvit.sources import ImageSource
 
 Decode = Callable[[Image.Image], np.ndarray]
 

@@ -19,13 +19,13 @@ from qvit.errors import InputError, RecipeError, TrainingError
 from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
 from qvit.quantizers.lsq import LSQQuantizer
+from qvit.sources import ImageSource
 from qvit.training.cascade import take_over
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.data import check_classes, evaluation_loader, open_split
 from qvit.training.models import adjusted, build_model, top1_of
 from qvit.training.recipe import Recipe
 from qvit.training.seeding import derive_seed, seed_everything
-from qvit.training.sources import ImageSource
 from qvit.training.teachers import check_teacher
 
 _CALIBRATION_BATCH = 32

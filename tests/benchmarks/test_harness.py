@@ -7,8 +7,8 @@ from pathlib import Path
 import harness
 import pytest
 
+from qvit.sources import open_source
 from qvit.training.recipe import Recipe
-from qvit.training.sources import open_source
 
 
 def test_command_lines_lose_their_folders_alone() -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 import qvit
 from qvit.cli.main import run
 from qvit.convert import preprocessing_of
+from qvit.sources import DigitsSource
 from qvit.training.checkpoint import Metadata, save_checkpoint
 from qvit.training.data import evaluation_loader
-from qvit.training.sources import DigitsSource
 
 # A model of the digits' size, small enough to be calibrated in a moment.
 MODEL = "vit_tiny_patch16_224"

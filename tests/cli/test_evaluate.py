@@ -14,8 +14,8 @@ import torch
 import qvit
 from qvit.cli.images import name_of, spaced
 from qvit.integer.model import IntegerModel
+from qvit.sources import DigitsSource
 from qvit.training.checkpoint import load_model, load_student
-from qvit.training.sources import DigitsSource
 
 Cli = Callable[..., Any]
 
@@ -38,17 +38,31 @@ def qvit_file(checkpoints: Path, tmp_path: Path) -> Path:
 
 def test_integers_against_their_checkpoint(cli: Cli, checkpoints: Path, qvit_file: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    against = ("--against", checkpoints / "quantized.safetensors")
+    against = ("--against", checkpoints / "quantized.safetensors", "--engine", "reference")
     done = cli("eval", qvit_file, "--data", "digits", "--limit", 50, "--batch", 16, *against, "--json", report)
     assert (done.status, done.err) == (0, "")
     (row,) = json.loads(report.read_text())["rows"]
-    runner = qvit.load(qvit_file)
+    runner = qvit.load(qvit_file, engine="reference")
     expected = _top1(runner, runner.model, spaced(360, 50))
     assert row["integer_top1"] == pytest.approx(expected)
     assert f"{expected:.2f} % (integer)" in done.out
     assert (row["images"], row["weight_bits"], row["act_bits"], row["engine"]) == (50, 4, 4, "reference")
     assert row["file_bytes"] == qvit_file.stat().st_size
     assert (row["agreement"], row["codes_agreement"], row["logits_difference"]) == (100, 100, 0)
+    assert "kept" in done.out
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_cpu_engine_is_the_default(cli: Cli, checkpoints: Path, qvit_file: Path, tmp_path: Path, workers: int) -> None:
+    report = tmp_path / "report.json"
+    options = ("--limit", 50, "--batch", 16, "--threads", 1, "--workers", workers, "--json", report)
+    done = cli("eval", qvit_file, "--data", "digits", *options, "--against", checkpoints / "quantized.safetensors")
+    assert (done.status, done.err) == (0, "")
+    (row,) = json.loads(report.read_text())["rows"]
+    runner = qvit.load(qvit_file, engine="cpu")
+    assert row["engine"] == "cpu"
+    assert row["integer_top1"] == pytest.approx(_top1(runner, runner.model, spaced(360, 50)))
+    assert row["agreement"] >= 99.5
     assert "kept" in done.out
 
 
@@ -98,6 +112,8 @@ def test_bad_input(cli: Cli, frozen_file: Path, checkpoints: Path, image_folder:
     cli("eval", frozen_file, *digits, "--workers", -1).refused("--workers -1 is out of range")
     cli("eval", frozen_file, *digits, "--engine", "warp").refused("no engine 'warp'")
     cli("eval", frozen_file, *digits, "--device", "tpu9").refused("no device 'tpu9'")
+    cli("eval", frozen_file, *digits, "--device", "cuda", "--engine", "cpu").refused("'cpu' does not run on", "'cuda'")
+    cli("eval", frozen_file, *digits, "--threads", 0).refused("--threads 0 is out of range")
     cli("eval", checkpoints / "float.safetensors", *digits, "--against", frozen_file).refused("--against")
     cli("eval", frozen_file, *digits, "--limit", 4, "--against", checkpoints / "float.safetensors").refused("float model")
     root = image_folder(10, per_class=1)

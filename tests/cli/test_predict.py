@@ -82,9 +82,23 @@ def test_a_model_of_other_channels_than_images_have(
     cli("predict", tmp_path / "five.qvit", images[0]).refused("5 channels")
 
 
-@pytest.mark.parametrize("option", ["--top", "--batch"])
+@pytest.mark.parametrize("option", ["--top", "--batch", "--threads"])
 def test_numbers_out_of_range(cli: Cli, frozen_file: Path, images: list[Path], option: str) -> None:
     cli("predict", frozen_file, images[0], option, 0).refused(f"{option} 0 is out of range")
+
+
+def test_engines_and_threads_give_the_same_classes(cli: Cli, frozen_file: Path, images: list[Path], tmp_path: Path) -> None:
+    rows = []
+    for options in (("--engine", "reference"), ("--engine", "cpu", "--threads", 1), ("--workers", 0), ("--workers", 3)):
+        report = tmp_path / "report.json"
+        done = cli("predict", frozen_file, *images, *images, "--batch", 4, "--json", report, *options)
+        assert (done.status, done.err) == (0, "")
+        assert f"{'reference' if 'reference' in options else 'cpu'} engine" in done.out
+        rows.append(json.loads(report.read_text())["rows"])
+    for other in rows[1:]:
+        assert [row["class"] for row in other if row["rank"] == 1] == [row["class"] for row in rows[0] if row["rank"] == 1]
+    assert rows[1] == rows[2] == rows[3]
+    cli("predict", frozen_file, images[0], "--workers", -1).refused("--workers -1 is out of range")
 
 
 def test_damaged_file_and_unknown_engine(cli: Cli, frozen_file: Path, images: list[Path]) -> None:

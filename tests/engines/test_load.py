@@ -67,7 +67,7 @@ def test_other_images_are_refused(runner: Any, images: np.ndarray, message: str)
 
 
 def test_other_engines_and_files_are_refused(frozen_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no engine 'warp': use one of reference"):
+    with pytest.raises(InputError, match="no engine 'warp': use one of cpu, reference"):
         qvit.load(frozen_file, engine="warp")
     with pytest.raises(InputError, match="No such file"):
         qvit.load(tmp_path / "none.qvit")

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from qvit.errors import InputError, RecipeError
 from qvit.preprocessing import Preprocessing
+from qvit.sources import open_source
 from qvit.training.data import (
     BatchMixer,
     EpochSampler,
@@ -26,7 +27,6 @@ from qvit.training.data import (
 )
 from qvit.training.recipe import Recipe
 from qvit.training.sections import AugmentSection, DataSection
-from qvit.training.sources import open_source
 
 from .helpers import TRAIN, VAL
 

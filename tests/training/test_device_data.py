@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from qvit.preprocessing import Preprocessing
+from qvit.sources import open_source
 from qvit.training.crops import draw_crops
 from qvit.training.data import EpochSampler, evaluation_loader
 from qvit.training.device_data import AsStored, DeviceEvaluationLoader, DeviceLoader, Normaliser
 from qvit.training.pixels import PixelStore, load_pixels
 from qvit.training.sections import AugmentSection, DataSection
-from qvit.training.sources import open_source
 
 from .helpers import TRAIN
 

@@ -26,13 +26,13 @@ from qvit.convert import quantize
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, RecipeError, TrainingError, WeightsError
 from qvit.integer.freeze import freeze
+from qvit.sources import open_source
 from qvit.training.checkpoint import BEST, LAST, load_model, load_student, read_checkpoint
 from qvit.training.data import evaluation_loader
 from qvit.training.engine import fit, train
 from qvit.training.evaluate import evaluate
 from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.recipe import Recipe
-from qvit.training.sources import open_source
 
 from .helpers import VAL, tiny_values
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qvit.accuracy import Evaluation
 from qvit.errors import InputError
-from qvit.training.evaluate import Evaluation, count_correct, evaluate
+from qvit.training.evaluate import count_correct, evaluate
 
 
 def test_right_answers_are_counted() -> None:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from qvit.errors import InputError, RecipeError
 from qvit.preprocessing import Preprocessing
+from qvit.sources import open_source
 from qvit.training import pixels
 from qvit.training.device_data import AsStored
 from qvit.training.pixels import check_memory, free_memory, load_pixels
-from qvit.training.sources import open_source
 
 CPU = torch.device("cpu")
 

@@ -13,9 +13,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qvit.errors import InputError
-from qvit.training.sources import DigitsSource, FolderSource, TarSource, open_source
+from qvit.sources import DigitsSource, FolderSource, TarSource, open_source
+from tests.training.helpers import CLASSES, TRAIN, VAL, write_images
 
-from .helpers import CLASSES, TRAIN, VAL, write_images
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``train`` (40) and ``val`` (11) images of three classes."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "train", TRAIN, 0)
+    write_images(root / "val", VAL, 1)
+    return root
 
 
 def pack(root: Path, path: Path, prefix: str = "") -> Path:

@@ -1,0 +1,131 @@
+"""``qvit bench``: an engine beside its peers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qvit.cli import options
+from qvit.cli.checkpoints import INTEGER_SUFFIX
+from qvit.cli.images import at_least_one
+from qvit.cli.results import write_results
+from qvit.cli.show import progress, show_table
+from qvit.errors import InputError
+from qvit.report_file import usable_cores
+
+_BUSY = 0.5  # load average a core
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A .qvit file, or timm's name of a model, which then gets random weights.")],
+    engine: options.Engine = None,
+    versus: Annotated[
+        str,
+        typer.Option("--vs", help="Peers: openvino, openvino-bf16, onnxruntime, torch, torch-bf16 (slow to start); or none."),
+    ] = "openvino,onnxruntime",
+    batch: Annotated[str, typer.Option("--batch", help="Images a call: a number, or several.")] = "1",
+    threads: Annotated[str | None, typer.Option("--threads", help="A number, or several; one and all by default.")] = None,
+    bits: Annotated[int, typer.Option("--bits", help="Of weights and activations, where the model has random weights.")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", help="Turns of each, a quarter of a second or more.")] = 15,
+    json: options.Json = None,
+) -> None:
+    """Measure the speed and memory of an engine beside its peers.
+
+    Each runs in a process of its own and they take turns, so that whatever else the machine does slows all down alike. Peers
+    have the same architecture, random weights and int8 arithmetic. They come with 'qvit[bench]'; one that is not installed is
+    left out.
+
+    ms: median, 10th and 90th percentile of a call. ratio: how many times faster the engine is, over paired turns. memory: the
+    most that the process had resident. start: from nothing to the first answer, files in the page cache.
+
+    Exit status: 0; 2 where the engine cannot be measured; 130 after Ctrl-C.
+
+    Example:
+
+        qvit bench deit_small_w4a4.qvit --vs openvino,onnxruntime --batch 1,8 --threads 1,2
+
+        qvit bench deit_small_patch16_224 --bits 2 --json bench.json
+    """
+    from qvit.bench.peers import peer_named
+    from qvit.bench.run import Settings, compare, make_random_model
+    from qvit.engines import default_engine
+
+    cores = usable_cores()
+    settings = Settings(
+        engine=engine or default_engine(None),
+        batches=_numbers("--batch", batch),
+        threads=sorted({1, cores}) if threads is None else _numbers("--threads", threads),
+        rounds=at_least_one("--rounds", rounds),
+    )
+    peers = [peer_named(name) for name in dict.fromkeys(_parts(versus)) if name != "none"]
+    with tempfile.TemporaryDirectory(prefix="qvit-bench-") as scratch:
+        folder = Path(scratch)
+        file = Path(model)
+        if file.suffix != INTEGER_SUFFIX:
+            file = folder / f"model{INTEGER_SUFFIX}"
+            for _ in _progress([None], 1, f"making {model} with random weights"):
+                make_random_model(model, bits, file)
+        _warn_if_busy(cores)
+        rows = compare(file, peers, settings, folder, _progress, _note)
+    _show(rows)
+    write_results(json, rows)
+
+
+def _progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    return progress(items, total, what)
+
+
+def _note(sentence: str) -> None:
+    print(f"note: {sentence}", file=sys.stderr)
+
+
+def _warn_if_busy(cores: int) -> None:
+    """Says so where other programs are running, which makes times long and ratios uncertain."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > _BUSY * cores:
+        _note(f"the machine is busy (load {load:.1f} on {cores} cores): measure again when it is idle.")
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """``1,8`` -> [1, 8], each at least one."""
+    try:
+        numbers = [int(part) for part in _parts(text)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise InputError(f"{option} {text!r} is no list of whole numbers: write it as 1,8.")
+    return [at_least_one(option, number) for number in dict.fromkeys(numbers)]
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    first = rows[0]
+    columns = ["batch", "threads", "", "ms", "10 %", "90 %", "images/s", "ratio", "memory", "start", "file"]
+    lines = []
+    for row in rows:
+        own = "peer" not in row
+        lines.append(
+            (
+                row["batch"] if own else "",
+                row["threads"] if own else "",
+                f"qvit {row['engine']}" if own else row["title"],
+                f"{row['ms_median']:.2f}",
+                f"{row['ms_p10']:.2f}",
+                f"{row['ms_p90']:.2f}",
+                f"{row['images_per_s']:.1f}",
+                "" if own else f"{row['ratio_to_peer']:.2f}",
+                f"{row['rss_mb']:.0f} MB" if "rss_mb" in row else "",
+                f"{row['start_seconds']:.2f} s",
+                f"{row['file_bytes'] / 1e6:.1f} MB",
+            )
+        )
+    show_table(f"{first['model']}, W{first['weight_bits']}A{first['act_bits']}", columns, lines, left=3)

@@ -1,0 +1,293 @@
+"""Hands an `IntegerModel` to the compiled engine, layer by layer, so that nothing of a model's size is unpacked in Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qvit.errors import UnsupportedModelError
+from qvit.integer import ops
+from qvit.integer.model import IntegerModel
+from qvit.spec import HalfStep, PerGroup, PerToken, QuantSpec
+
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+_F32 = np.float32
+_MOST_TOKENS = 1 << 16
+_ULPS = 1e-6  # relative error that the float32 steps stay below
+
+
+def _shape(model: IntegerModel) -> dict[str, int]:
+    a = model.architecture
+    return {
+        "tokens": a.num_tokens,
+        "prefix": a.num_prefix_tokens,
+        "dim": a.embed_dim,
+        "depth": a.depth,
+        "heads": a.num_heads,
+        "hidden": a.mlp_hidden,
+        "classes": a.num_classes,
+        "channels": a.in_chans,
+        "height": a.img_size[0],
+        "width": a.img_size[1],
+        "patch_height": a.patch_size[0],
+        "patch_width": a.patch_size[1],
+        "activation": _ACTIVATIONS.index(a.activation),
+        "average": int(a.global_pool == "avg"),
+        "average_all": int(a.pool_include_prefix),
+        "distilled": int(a.dist_token),
+    }
+
+
+def build(kind: Any, isa: str, model: IntegerModel) -> Any:
+    """The compiled module's builder (``kind``) with every part of the model in it.
+
+    Raises:
+        UnsupportedModelError: a head is wider than 512 channels, or there are more than 65,536 tokens.
+    """
+    a = model.architecture
+    if a.head_dim > 512:
+        raise UnsupportedModelError(f"Heads of {a.head_dim} channels are too wide for the CPU engine: use engine='reference'.")
+    if a.num_tokens > _MOST_TOKENS:
+        raise UnsupportedModelError(
+            f"The model has {a.num_tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or "
+            "larger patches."
+        )
+    b = kind(isa, _shape(model))
+    _pixels(b, model)
+    _linear(b, "patch", 0, model.patch)
+    b.set_embed(_embed(model))
+    for name in ("norm_pre", "norm", "fc_norm"):
+        norm = getattr(model, name)
+        if norm is not None:
+            b.set_norm(name, 0, norm.weight, norm.bias, norm.eps, None, None, 0.0)
+    for i, block in enumerate(model.blocks):
+        _linear(b, "qkv", i, block.qkv)
+        _linear(b, "proj", i, block.proj)
+        _linear(b, "fc1", i, block.fc1)
+        _linear(b, "fc2", i, block.fc2)
+        _norm_codes(b, "norm1", i, block.norm1, block.qkv.input)
+        _norm_codes(b, "norm2", i, block.norm2, block.fc1.input)
+        _gelu(b, i, block.fc2.input)
+        for which, gamma in ((1, block.ls1), (2, block.ls2)):
+            if gamma is not None:
+                b.set_layer_scale(i, which, gamma)
+        _attention(b, i, block.attention, a.num_tokens)
+    for i, head in enumerate(model.heads):
+        _linear(b, "output", i, head)
+    return b
+
+
+def tap_shapes(model: IntegerModel, batch: int) -> dict[str, tuple[int, ...]]:
+    """Activation point -> shape of its codes, in the order in which the compiled engine takes them."""
+    a = model.architecture
+    n, c, heads = a.num_tokens, a.embed_dim, (batch, a.num_heads, a.num_tokens, a.head_dim)
+    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.input": (batch, a.num_patches, a.patch_features)}
+    for i in range(a.depth):
+        name = f"blocks.{i}"
+        shapes[f"{name}.attn.qkv.input"] = (batch, n, c)
+        shapes.update({f"{name}.attn.{part}": heads for part in ("q", "k", "v")})
+        shapes[f"{name}.attn.map"] = (batch, a.num_heads, n, n)
+        shapes[f"{name}.attn.proj.input"] = (batch, n, c)
+        shapes[f"{name}.mlp.fc1.input"] = (batch, n, c)
+        shapes[f"{name}.mlp.fc2.input"] = (batch, n, a.mlp_hidden)
+    shapes.update({f"{head}.input": (batch, c) for head in a.heads})
+    return shapes
+
+
+def _array(values: Any, shape: tuple[int, ...], dtype: Any = _F32) -> np.ndarray:
+    return np.ascontiguousarray(np.broadcast_to(values, shape), dtype=dtype)
+
+
+def _per_channel(quantizer: ops.Quantizer, channels: int) -> np.ndarray:
+    """The scale of a linear input, one value a channel; ones where each token has its own."""
+    if isinstance(quantizer.spec.scale, PerToken):
+        return np.ones(channels, _F32)
+    if isinstance(quantizer.spec.scale, PerGroup):
+        return np.repeat(quantizer.scale, quantizer.spec.scale.size)
+    return _array(quantizer.scale, (channels,))
+
+
+def _linear(b: Any, which: str, index: int, layer: ops.Linear) -> None:
+    m, k = layer.weight.shape
+    x, w = layer.input.spec, layer.weight.spec
+    size = next((spec.scale.size for spec in (w, x) if isinstance(spec.scale, PerGroup)), k)
+    groups = k // size
+    # [groups, M], the products rounded to float32 as the reference engine rounds them.
+    scale_w = layer.weight.scale.T if isinstance(w.scale, PerGroup) else layer.weight.scale.reshape(1, -1)
+    per_token = isinstance(x.scale, PerToken)
+    scale_x = _F32(1) if per_token else layer.input.scale.reshape(-1, 1)
+    b.set_linear(
+        which,
+        index,
+        w.bits,
+        layer.weight.packed,
+        _array(scale_w * scale_x, (groups, m)),
+        _array(scale_w, (groups, m), np.float64),
+        isinstance(w.offset, HalfStep),
+        layer.bias,
+        x.bits,
+        x.qn,
+        x.qp,
+        _per_channel(layer.input, k),
+        None if layer.input.offset is None else _array(layer.input.offset, (k,)),
+        np.ascontiguousarray(layer.input.scale.reshape(-1)) if per_token else None,
+    )
+
+
+def _margin(spec: QuantSpec, shift: np.ndarray, row_scale: np.ndarray | None) -> float:
+    """How near to the boundary between two codes a float32 result is computed again in float64: its error stays below.
+
+    Half a step and more, where steps are tiny beside the values: always.
+    """
+    largest = float(np.abs(shift).max()) / (1.0 if row_scale is None else float(row_scale.min()))
+    return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + largest), 1.0)
+
+
+def _norm_codes(b: Any, which: str, index: int, norm: ops.LayerNorm, quantizer: ops.Quantizer) -> None:
+    """LayerNorm's affine part and the division by the step are one multiplication and one addition."""
+    scale = _per_channel(quantizer, len(norm.weight)).astype(np.float64)
+    offset = 0.0 if quantizer.offset is None else quantizer.offset.astype(np.float64)
+    gain = (norm.weight / scale).astype(_F32)
+    shift = ((norm.bias - offset) / scale).astype(_F32)
+    margin = _margin(quantizer.spec, shift, quantizer.scale if isinstance(quantizer.spec.scale, PerToken) else None)
+    b.set_norm(which, index, norm.weight, norm.bias, norm.eps, gain, shift, margin)
+
+
+def _gelu(b: Any, index: int, quantizer: ops.Quantizer) -> None:
+    b.set_gelu(index, min(_ULPS * (quantizer.spec.qp - quantizer.spec.qn + 1) + 3e-7 / float(quantizer.scale.min()), 1.0))
+
+
+def _attention(b: Any, index: int, attention: ops.Attention, tokens: int) -> None:
+    heads, dim = attention.heads, attention.head_dim
+    hn, hd = (heads, tokens), (heads, dim)
+    q, k, v, p = attention.q, attention.k, attention.v, attention.map
+    # Stored codes: q unsigned; k and v signed bytes.
+    k_bias, v_bias = (0 if s.spec.signed else 1 << (s.spec.bits - 1) for s in (k, v))
+    for which, quantizer, rectify, stored in (
+        (0, q, attention.rectify_q, -q.spec.qn),
+        (1, k, attention.rectify_k, -k_bias),
+        (2, v, None, -v_bias),
+    ):
+        _head_codes(b, index, which, quantizer, rectify, stored, heads, dim, tokens)
+    doubled = q.half_step
+    twice = 2 if doubled else 1
+    # sum q k = sum stored_q stored_k + qn sum k + k_bias sum stored_q; twice that, plus sum k, for a half step of q. The last
+    # term is one number a row: softmax cancels it unless k has a scale per token.
+    k_per_token = isinstance(k.spec.scale, PerToken)
+    largest_q, largest_k = (max(s.qp, -s.qn) for s in (q.spec, k.spec))
+    numbers = {
+        # The largest magnitude of a score's whole number, with or without that term.
+        "most_sum": dim * ((twice * largest_q + int(doubled)) * largest_k + twice * k_bias * (q.spec.qp - q.spec.qn)),
+        "wide_q": int(q.spec.bits == 8),
+        "wide_p": int(p.spec.bits == 8),
+        "doubled": int(doubled),
+        "k_sum_factor": twice * q.spec.qn + int(doubled),
+        "k_code_bias": k_bias,
+        "row_bias": twice * k_bias,
+        "k_uniform": int(not k_per_token),
+        "p_high": p.spec.qp,
+        "v_mul": 2 if v.half_step else 1,
+        "v_row": 2 * v_bias + 1 if v.half_step else v_bias,
+    }
+    q_scale = q.scale * _F32(attention.factor) * _F32(0.5 if doubled else 1.0)
+    v_scale = v.scale * _F32(0.5 if v.half_step else 1.0)
+    learned_q = q.offset if q.spec.learns_offset else None
+    learned_v = v.offset if v.spec.learns_offset else None
+    b.set_attention(
+        index,
+        numbers,
+        attention.factor,
+        1.5 * _ULPS * (p.spec.qp + 1),
+        _by_token(q_scale, hn),
+        _by_token(k.scale, hn),
+        None if learned_q is None else _array(learned_q.reshape(-1, learned_q.shape[-1]), hd),
+        _by_token(p.scale, hn),
+        _by_channel(v_scale, hd),
+        None if learned_v is None else _by_channel(learned_v, hd),
+    )
+
+
+def _by_token(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """[1], [H, 1, 1] or [H, N, 1] -> [H, N]."""
+    return _array(values if values.ndim == 1 else values[:, :, 0], shape)
+
+
+def _by_channel(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """[1], [H, 1, 1] or [H, 1, D] -> [H, D]."""
+    return _array(values if values.ndim == 1 else values[:, 0, :], shape)
+
+
+def _head_codes(
+    b: Any,
+    index: int,
+    which: int,
+    quantizer: ops.Quantizer,
+    rectify: ops.Rectify | None,
+    stored_bias: int,
+    heads: int,
+    dim: int,
+    tokens: int,
+) -> None:
+    spec, shape = quantizer.spec, (heads, dim)
+    row_scale = None
+    if isinstance(spec.scale, PerToken):
+        row_scale = _by_token(quantizer.scale, (heads, tokens))
+        scale = np.ones(shape, _F32)
+        offset = np.zeros(shape, _F32) if quantizer.half_step else _offset(quantizer, shape)
+    else:
+        scale, offset = _by_channel(quantizer.scale, shape), _offset(quantizer, shape)
+    if rectify is None:
+        weight, bias, eps = np.ones(shape, _F32), np.zeros(shape, _F32), 0.0
+        gain = (1 / scale).astype(_F32)
+    else:
+        weight, bias, eps = rectify.weight, rectify.bias, rectify.eps
+        gain = (weight / scale.astype(np.float64)).astype(_F32)
+    shift = ((bias - offset.astype(np.float64)) / scale).astype(_F32)
+    b.set_heads(
+        index,
+        which,
+        rectify is not None,
+        eps,
+        spec.qn,
+        spec.qp,
+        row_scale is not None and quantizer.half_step,
+        stored_bias,
+        _margin(spec, shift, row_scale),
+        [gain, shift, weight, bias, offset, scale],
+        row_scale,
+    )
+
+
+def _offset(quantizer: ops.Quantizer, shape: tuple[int, int]) -> np.ndarray:
+    return np.zeros(shape, _F32) if quantizer.offset is None else _by_channel(quantizer.offset, shape)
+
+
+def _pixels(b: Any, model: IntegerModel) -> None:
+    """Codes of 8-bit pixels as a table, computed as the reference engine computes them."""
+    patch, preprocessing = model.patch.input, model.preprocessing
+    assert patch.offset is not None
+    channels = model.architecture.in_chans
+    std = np.asarray(preprocessing.std, _F32)
+    offset = patch.offset.reshape(channels, -1)[:, 0]
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, None, :], (channels, 1, 256))
+    x = preprocessing.normalise(levels)[:, 0] * std[:, None]
+    codes = np.rint((x - offset[:, None]) / patch.scale[0]).clip(patch.spec.qn, patch.spec.qp).astype(np.uint8)
+    b.set_pixels(std, np.ascontiguousarray(offset), float(patch.scale[0]), np.ascontiguousarray(codes))
+
+
+def _embed(model: IntegerModel) -> np.ndarray:
+    """float32 [N, C]: the prefix tokens as they enter the blocks, then what is added to each patch."""
+    a = model.architecture
+    out = np.zeros((a.num_tokens, a.embed_dim), _F32)
+    prefix = a.num_prefix_tokens
+    tokens = [token[0] for token in (model.cls_token, model.dist_token, model.reg_token) if token is not None]
+    if tokens:
+        out[:prefix] = np.concatenate(tokens)
+    if model.pos_embed is not None:
+        if a.no_embed_class:
+            out[prefix:] = model.pos_embed[0]
+        else:
+            out[:prefix] += model.pos_embed[0, :prefix]
+            out[prefix:] = model.pos_embed[0, prefix:]
+    return out

@@ -1,0 +1,42 @@
+"""Which engine a command takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvit.cli.engines import open_runner
+from qvit.errors import FileFormatError, InputError
+
+
+def test_the_cpu_engine_where_nothing_else_is_asked_for(frozen_file: Path) -> None:
+    assert open_runner(frozen_file, None, None, None).engine.name == "cpu"
+    assert open_runner(frozen_file, None, "cpu", 1).engine.threads == 1
+    assert open_runner(frozen_file, "cpu", None, 2).engine.threads == 2
+
+
+def test_the_reference_engine_for_other_devices(frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runner = open_runner(frozen_file, "reference", None, None)
+    assert (runner.engine.name, runner.engine.device.type) == ("reference", "cpu")
+    with pytest.raises(InputError, match="no device 'cuda:77'"):
+        open_runner(frozen_file, None, "cuda:77", None)
+    with pytest.raises(InputError, match="'cpu' does not run on"):
+        open_runner(frozen_file, "cpu", "cuda", None)
+
+
+def test_without_the_compiled_module(frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvit.engines.cpu.is_built", lambda: False)
+    assert open_runner(frozen_file, None, "cpu", None).engine.name == "reference"
+
+
+def test_mistakes(frozen_file: Path) -> None:
+    with pytest.raises(InputError, match="no engine 'warp'"):
+        open_runner(frozen_file, "warp", None, None)
+    with pytest.raises(InputError, match="--threads 0"):
+        open_runner(frozen_file, None, None, 0)
+    frozen_file.write_bytes(b"")
+    with pytest.raises(FileFormatError):
+        open_runner(frozen_file, None, None, None)
