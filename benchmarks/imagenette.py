@@ -1,12 +1,12 @@
-"""The road on real images: what calibration, 4-bit and 2-bit training make of a trained ViT-S/14, as integers.
+"""A trained ViT-S/14 on real images without any training: IRM inserted, and eight bits from calibration alone.
 
     python benchmarks/imagenette.py --teacher vit_small_patch14_224_imagenette.safetensors \
         --train imagenette224-train-0.tar imagenette224-train-1.tar --val imagenette224-val.tar \
         --json benchmarks/results/imagenette-h100.json
 
 Steps (all by default, in this order): `rectify`, IRM inserted and initialised, nothing quantized; `w8a8`, calibration alone,
-without IRM; `w4a4` and `w2a2`, the recipe `imagenette` with the settings of `SETTINGS`. Every row is evaluated on all
-validation images, twice where quantized: the fake-quantized graph in float32 and the frozen integers on the reference engine.
+without IRM, evaluated twice: the fake-quantized graph in float32 and the frozen integers on the reference engine. Training is
+measured by `benchmarks/ablation.py`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,11 @@ from qvit.layers.points import float_mode
 from qvit.report_file import write_report
 from qvit.spec import ModelSpec
 from qvit.training.data import evaluation_loader, open_split
-from qvit.training.engine import fit
 from qvit.training.evaluate import evaluate
 from qvit.training.models import build_model
 from qvit.training.recipe import Recipe
 
-# Ten epochs of 128 images a step, as the committed result was measured; the recipe itself has gone on since.
-_SHORT = ["schedule.epochs=10", "schedule.warmup_epochs=0.5", "batch_size=128", "data.cache=null", "eval_every=5"]
-SETTINGS = {"w4a4": [*_SHORT, "quant.bits=4", "optim.lr=2.0e-4"], "w2a2": [*_SHORT, "quant.bits=2", "optim.lr=5.0e-4"]}
+STEPS = ("rectify", "w8a8")
 
 
 def main() -> None:
@@ -76,23 +73,10 @@ def main() -> None:
                         "fake_top1": evaluate(student.eval(), images, device).top1,
                     }
                 )
-        elif step == "w8a8":
+        else:
             student = qvit.quantize(teacher, spec=ModelSpec.of_bits(8, rectify=False), preprocessing=preprocessing)
             qvit.calibrate(student, few, images=64)
             report({"method": "calibration alone", **_measure(student, images, device, options.runs / "w8a8.qvit")})
-        else:
-            result = fit(recipe.override(*SETTINGS[step]), options.runs / step, progress=True)
-            row = _measure(result.model, images, device, options.runs / f"{step}.qvit")
-            trained = {
-                "method": recipe.method,
-                "seed": recipe.seed,
-                "epochs": result.epochs,
-                "train_seconds": result.train_seconds,
-                "train_images_per_s": result.train_images_per_s,
-                "loader_idle": result.loader_idle,
-                "peak_gb": result.peak_gb,
-            }
-            report({**trained, **row})
 
 
 def _measure(student: torch.nn.Module, images: Sequence[Any], device: str, path: Path) -> dict[str, Any]:
@@ -121,10 +105,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--train", required=True, nargs="+", help="tar files or folders of training images")
     parser.add_argument("--val", required=True, help="tar file or folder of validation images")
     parser.add_argument("--workers", type=int, default=12, help="loader processes")
-    parser.add_argument("--runs", type=Path, default=Path("runs/imagenette"), help="folder of the runs")
-    parser.add_argument(
-        "--steps", nargs="+", default=["rectify", "w8a8", "w4a4", "w2a2"], choices=["rectify", "w8a8", *SETTINGS]
-    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/imagenette"), help="folder of the frozen file")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
     parser.add_argument("--json", type=Path, help="result file to write")
     return parser.parse_args()
 
