@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -78,6 +79,22 @@ def _calls(model: IntegerModel) -> list[tuple[str, list[Any]]]:
 
     build(Recorder, "", model)
     return calls
+
+
+@pytest.mark.parametrize("key", ["tokens", "dim", "depth", "heads", "hidden", "classes", "channels", "height", "patch_width"])
+@pytest.mark.parametrize("size", [0, (1 << 31) - 1, -1])
+def test_sizes_that_are_none(models: dict[str, IntegerModel], key: str, size: int) -> None:
+    calls = _calls(models["w4a4"])
+    calls[0] = ("__init__", [calls[0][1][0], calls[0][1][1] | {key: size}])
+
+    def make() -> None:
+        builder = _native.Builder(*calls[0][1])
+        for method, values in calls[1:]:
+            getattr(builder, method)(*values)
+        _native.Engine(builder, 1, False)
+
+    with pytest.raises(REFUSALS):
+        make()
 
 
 def test_the_recorded_calls_build_the_engine(models: dict[str, IntegerModel], runners: Any, pixels: np.ndarray) -> None:

@@ -75,7 +75,8 @@ void ImageWorker::linear(const Linear& layer, const uint8_t* codes, int ld, int 
                 rows = prepared(layer, g, codes, ld, first, last, pitch);
             }
             for (int p = 0; p < panels; p++) {
-                unpacked[static_cast<size_t>(p)] = kernel.unpack(layer.weights[static_cast<size_t>(g)], c0 / panel + p, own_.panels.get() + static_cast<size_t>(p) * panel_bytes);
+                uint8_t* scratch = own_.panels.get() + static_cast<size_t>(p) * panel_bytes;
+                unpacked[static_cast<size_t>(p)] = kernel.unpack(layer.weights[static_cast<size_t>(g)], c0 / panel + p, scratch);
             }
             tick(kUnpack);
             // What is needed next comes into the second-level cache meanwhile: weights do not stay there from image to image.
@@ -88,8 +89,9 @@ void ImageWorker::linear(const Linear& layer, const uint8_t* codes, int ld, int 
                 for (int p = 0; p < coming_panels; p++) {
                     prefetch_panel(coming->weights[0], panel0 + p, (r - first) / kRowChunk, chunks);
                 }
+                const uint8_t* some = rows + static_cast<ptrdiff_t>(r - first) * pitch;
                 for (int p = 0; p < panels; p++) {
-                    kernel.sums(rows + static_cast<ptrdiff_t>(r - first) * pitch, pitch, count, unpacked[static_cast<size_t>(p)], layer.group, sums + p * panel, step);
+                    kernel.sums(some, pitch, count, unpacked[static_cast<size_t>(p)], layer.group, sums + p * panel, step);
                 }
                 tick(kGemm);
                 const Tile tile{sums, step, r, count, c0, cols};
@@ -132,8 +134,9 @@ void ImageWorker::patches(const uint8_t* pixels, const float* floats) {
             for (int y = 0; y < ph; y++, to += pw) {
                 const ptrdiff_t from = (static_cast<ptrdiff_t>(c) * s_.height + top + y) * s_.width + left;
                 if (floats) {
-                    ops_.pixel_codes(floats + from, pw, m_.pixel_std[static_cast<size_t>(c)], m_.pixel_offset[static_cast<size_t>(c)],
-                                     m_.pixel_scale, static_cast<float>(m_.patch.input.high), to);
+                    const size_t color = static_cast<size_t>(c);
+                    ops_.pixel_codes(floats + from, pw, m_.pixel_std[color], m_.pixel_offset[color], m_.pixel_scale,
+                                     static_cast<float>(m_.patch.input.high), to);
                 } else if (m_.pixels_are_codes) {
                     std::memcpy(to, pixels + from, static_cast<size_t>(pw));
                 } else {
@@ -154,9 +157,11 @@ void ImageWorker::patches(const uint8_t* pixels, const float* floats) {
         const ptrdiff_t at = static_cast<ptrdiff_t>(row) * l_.ld_x;
         std::memcpy(x + at, m_.embed.data() + at, sizeof(float) * static_cast<size_t>(l_.ld_x));
     }
-    linear(m_.patch, image_.hidden.get(), l_.ld_hidden, first, row1_, 1, 0, m_.patch.M, kPatches, s_.depth ? &m_.blocks[0].qkv : nullptr, [&](const Tile& tile, const Sums& sums) {
-        ops_.to_floats(tile, sums, nullptr, m_.embed.data(), l_.ld_x, x, l_.ld_x);
-    });
+    const Linear* next = s_.depth ? &m_.blocks[0].qkv : nullptr;
+    linear(m_.patch, image_.hidden.get(), l_.ld_hidden, first, row1_, 1, 0, m_.patch.M, kPatches, next,
+           [&](const Tile& tile, const Sums& sums) {
+               ops_.to_floats(tile, sums, nullptr, m_.embed.data(), l_.ld_x, x, l_.ld_x);
+           });
     if (!m_.norm_pre.weight.empty() && row0_ < row1_) {
         float* own = x + static_cast<ptrdiff_t>(row0_) * l_.ld_x;
         ops_.layer_norm(m_.norm_pre.view(), own, l_.ld_x, row1_ - row0_, own, l_.ld_x);
@@ -213,7 +218,8 @@ void ImageWorker::block(int index) {
 
     attend(b, index, last);
     if (taps) {
-        tap(b.proj.input, codes, l_.ld_c, row0_, last, s_.dim, taps->proj + (static_cast<ptrdiff_t>(index_) * s_.tokens + row0_) * s_.dim);
+        int16_t* to = taps->proj + (static_cast<ptrdiff_t>(index_) * s_.tokens + row0_) * s_.dim;
+        tap(b.proj.input, codes, l_.ld_c, row0_, last, s_.dim, to);
     }
     tick(kAttention);
     residual(b.proj, codes, l_.ld_c, last, b.ls1, &b.fc1);

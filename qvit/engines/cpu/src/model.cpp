@@ -4,6 +4,10 @@
 #include <stdexcept>
 #include <utility>
 
+#if defined(QVIT_X86)
+#include <cpuid.h>
+#endif
+
 namespace qvit::cpu {
 
 namespace {
@@ -226,13 +230,22 @@ Isa choose_isa(const std::string& name) {
                                 isa_names() + ", or leave it unset.");
 }
 
+#if defined(QVIT_X86)
+namespace {
+bool has_avxvnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+}  // namespace
+#endif
+
 const OpTable& ops_of(Isa isa) {
     switch (isa) {
 #if defined(QVIT_X86)
         case Isa::avx512vnni:
             return *avx512_ops();
         case Isa::avx2:
-            return *avx2_ops();
+            return has_avxvnni() ? *avxvnni_ops() : *avx2_ops();
 #elif defined(QVIT_ARM64)
         case Isa::neon:
             return *neon_ops();

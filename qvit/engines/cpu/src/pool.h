@@ -7,9 +7,9 @@
 
 namespace qvit::cpu {
 
-// Calls prepare(count), then runs body(index, count) on the calling thread (index 0) and on up to threads - 1 workers at once, and returns when all are
-// done. `count` is what was to be had: workers that serve another call are not waited for, so that concurrent calls do not
-// oversubscribe the machine; bodies must do the whole work whatever count is. `body` must not throw.
+// Calls prepare(count), then runs body(index, count) on the calling thread (index 0) and on up to threads - 1 workers at once,
+// and returns when all are done. `count` is what was to be had: workers that serve another call are not waited for, so that
+// concurrent calls do not oversubscribe the machine; bodies must do the whole work whatever count is. `body` must not throw.
 //
 // Workers spin for a moment after their work, then sleep. After a fork the child starts workers of its own.
 void run_parallel(int threads, const std::function<void(int count)>& prepare,

@@ -19,9 +19,10 @@ inline typename V::I four_codes(const uint8_t* p) {
 }
 
 // out[r][c] = sum over g of dot4(a[r][4g..], b[g][c]) for kRows rows and kVectors vectors of columns.
+// Not inlined: GCC 12 spills the accumulators where it has more to keep in registers.
 template <class V, bool kWide, int kRows, int kVectors>
-inline void product_tile(const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t ldb, int groups, int32_t* out,
-                         ptrdiff_t ld_out) {
+__attribute__((noinline)) void product_tile(const uint8_t* a, ptrdiff_t lda, const int8_t* b, ptrdiff_t ldb, int groups,
+                                            int32_t* out, ptrdiff_t ld_out) {
     typename V::I acc[kRows][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
@@ -99,6 +100,18 @@ inline int32_t map_codes(const float* exponentials, int padded, float factor, fl
         V::store_bytes(codes + m, c);
     }
     return V::isum(sum);
+}
+
+// `far` was compared with the margin of the largest code; whether a value is within its own, relative * (value + 1).
+template <class V>
+inline bool any_close(const float* exponentials, int padded, float inverse, float relative, float high) {
+    const auto f = V::set(inverse), top = V::set(high), by = V::set(relative);
+    auto far = V::set(0.0f);
+    for (int m = 0; m < padded; m += V::W) {
+        const auto v = V::min(V::mul(V::load(exponentials + m), f), top);
+        far = V::max(far, V::add(V::abs(V::off_grid(v)), V::fma(v, by, by)));
+    }
+    return V::largest(far) > 0.5f;
 }
 
 // The scores of one row as float32, in the reference engine's operations.
@@ -201,7 +214,8 @@ inline Exponentials exponentials_uniform(int32_t* row, const int32_t* column, in
         const int n = tokens - m;
         auto e = V::set(0.0f);
         if (n > 0) {
-            e = V::first(exp2_of<V>(V::mul(V::to_float(V::imin(V::isub(V::iload(row + m), top), V::iset(0))), factor)), n < V::W ? n : V::W);
+            const auto below = V::imin(V::isub(V::iload(row + m), top), V::iset(0));
+            e = V::first(exp2_of<V>(V::mul(V::to_float(below), factor)), n < V::W ? n : V::W);
         }
         V::store(out + m, e);
         total = V::add(total, e);
@@ -313,9 +327,10 @@ void attention_of(const Attention& a, int head, int row0, int rows, uint8_t* out
             uint8_t* row_codes = codes + static_cast<ptrdiff_t>(r) * padded;
             auto far = V::set(0.0f);
             row_sums[r] = map_codes<V>(exponentials, padded, inverse, a.p_high, row_codes, far);
-            if (close_call<V>(far, margin)) {
+            if (close_call<V>(far, margin) && any_close<V>(exponentials, padded, inverse, margin / (a.p_high + 1.0f), a.p_high)) {
                 product<V, kWideQ>(q + r * ldq, ldq, 1, k, padded, l.dim4, sums, padded);
-                row_sums[r] = map_codes_again(score, sums, exponentials, inverse, p_scale[token], a.p_high, margin, l.tokens, row_codes);
+                row_sums[r] = map_codes_again(score, sums, exponentials, inverse, p_scale[token], a.p_high, margin, l.tokens,
+                                              row_codes);
             }
             if (map) {
                 memcpy(map + static_cast<ptrdiff_t>(r0 + r) * l.tokens, codes + static_cast<ptrdiff_t>(r) * padded,

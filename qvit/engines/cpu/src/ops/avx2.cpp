@@ -6,8 +6,7 @@
 namespace qvit::cpu {
 
 const OpTable* avx2_ops() {
-    static constexpr auto make = [] { return table<Avx2>("avx2"); };
-    static const OpTable ops = make();
+    static const OpTable ops = table<Avx2>("avx2");
     return &ops;
 }
 

@@ -6,8 +6,7 @@
 namespace qvit::cpu {
 
 const OpTable* avx512_ops() {
-    static constexpr auto make = [] { return table<Avx512>("avx512vnni"); };
-    static const OpTable ops = make();
+    static const OpTable ops = table<Avx512>("avx512vnni");
     return &ops;
 }
 

@@ -6,8 +6,7 @@
 namespace qvit::cpu {
 
 const OpTable* generic_ops() {
-    static constexpr auto make = [] { return table<Generic>("generic"); };
-    static const OpTable ops = make();
+    static const OpTable ops = table<Generic>("generic");
     return &ops;
 }
 

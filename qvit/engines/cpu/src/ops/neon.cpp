@@ -6,8 +6,7 @@
 namespace qvit::cpu {
 
 const OpTable* neon_ops() {
-    static constexpr auto make = [] { return table<Neon>("neon"); };
-    static const OpTable ops = make();
+    static const OpTable ops = table<Neon>("neon");
     return &ops;
 }
 

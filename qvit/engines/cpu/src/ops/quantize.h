@@ -51,6 +51,10 @@ inline bool close_call(typename V::F far, float margin) {
 
 inline bool is_close(float value, float margin) { return fabsf(value - nearbyintf(value)) > 0.5f - margin; }
 
+// A margin is that of the largest values that occur; this is the one of a value that was put together from parts of this size.
+constexpr float kUnit = 1e-6f;
+inline float margin_of(float size, float most) { return most < 0.5f && kUnit * size < most ? kUnit * size : most; }
+
 struct Moments {
     float mean, rstd;
 };
@@ -110,12 +114,19 @@ inline typename V::F norm_value(const Norm& norm, const float* x, int c, typenam
 template <class V>
 void norm_codes_again(const Norm& norm, const Quantize& q, const float* x, typename V::F mean, typename V::F rstd,
                       typename V::F own, float row_scale, uint8_t* out) {
-    const ExactMoments of = exact_moments(x, norm.channels, norm.eps);
-    float values[V::W];
+    ExactMoments of{};
+    bool have = false;
+    float values[V::W], inverse[V::W];
+    V::store(inverse, own);
     for (int c = 0; c < norm.channels; c += V::W) {
         V::store(values, norm_value<V>(norm, x, c, mean, rstd, own));
         for (int i = c; i < norm.channels && i < c + V::W; i++) {
-            if (is_close(values[i - c], norm.margin)) {
+            const float value = values[i - c], size = 1.0f + fabsf(value) + fabsf(norm.shift[i] * inverse[0]);
+            if (is_close(value, margin_of(size, norm.margin))) {
+                if (!have) {
+                    of = exact_moments(x, norm.channels, norm.eps);
+                    have = true;
+                }
                 const double z = (static_cast<double>(x[i]) - of.mean) * of.rstd;
                 const float y = static_cast<float>(z * static_cast<double>(norm.weight[i]) + static_cast<double>(norm.bias[i]));
                 out[i] = static_cast<uint8_t>(exact_code(y, q.offset[i], q.scale[i] * row_scale, q.low, q.high) -

@@ -107,7 +107,9 @@ template <class V, Activation kActivation>
 int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int channels, int32_t reach, int count,
                        int32_t* thresholds) {
     // Where the activation is least.
-    const float least_at = kActivation == Activation::gelu ? -0.75179157f : kActivation == Activation::gelu_tanh ? -0.75246173f : -0.75129502f;
+    const float least_at = kActivation == Activation::gelu        ? -0.75179157f
+                           : kActivation == Activation::gelu_tanh ? -0.75246173f
+                                                                  : -0.75129502f;
     const int stride = count + kMostBelow;
     int most_below = 0;
     int32_t lanes[V::W], neighbours[V::W];
@@ -138,11 +140,13 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
         const auto least = V::iload(lanes);
         const int32_t bottom = -reach - 1, top = reach + 1;
         for (int k = 0; k < count + kMostBelow; k++) {
-            // To the right: the largest t whose code is below k + 1. To the left: the smallest whose code is below base + 1 + (k - count).
+            // To the right: the largest t whose code is below k + 1. To the left: the smallest whose code is below
+            // base + 1 + (k - count).
             const bool right = k < count;
             float level[V::W];
             for (int i = 0; i < V::W; i++) {
-                level[i] = (right ? static_cast<float>(k + 1) : static_cast<float>(base[i < some ? i : 0] + 1 + k - count)) - 0.5f + q.low;
+                const int code = right ? k + 1 : base[i < some ? i : 0] + 1 + k - count;
+                level[i] = static_cast<float>(code) - 0.5f + q.low;
             }
             const auto want = V::load(level);
             // Between `in`, whose code is below the level, and `over`, where it reaches it (or behind the end of the reach).

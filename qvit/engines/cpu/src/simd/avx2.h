@@ -114,7 +114,8 @@ struct Avx2 {
 #else
         if constexpr (kWide) {
             // Pairs of 8-bit times 8-bit products overflow the 16 bits of vpmaddubsw: even and odd bytes apart, in 16 bits.
-            const I even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+            const I even_b = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8);
+            const I even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(255)), even_b);
             const I odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
             return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
         } else {

@@ -91,7 +91,7 @@ struct Generic {
     }
     static F to_float(I a) QVIT_EACH(F, static_cast<float>(a.v[i]))
     // What the vector instructions do: half to even, and the smallest integer for what does not fit.
-    static I to_int(F a) QVIT_EACH(I, a.v[i] >= -2147483648.0f && a.v[i] < 2147483648.0f ? static_cast<int32_t>(nearest(a.v[i])) : INT32_MIN)
+    static I to_int(F a) QVIT_EACH(I, whole(a.v[i]))
     static void store_bytes(uint8_t* p, I v) {
         for (int i = 0; i < W; i++) {
             p[i] = static_cast<uint8_t>(v.v[i]);
@@ -116,7 +116,9 @@ struct Generic {
         memcpy(x, a.v, sizeof x);
         memcpy(w, b.v, sizeof w);
         for (int i = 0; i < W; i++) {
-            acc.v[i] += x[4 * i] * w[4 * i] + x[4 * i + 1] * w[4 * i + 1] + x[4 * i + 2] * w[4 * i + 2] + x[4 * i + 3] * w[4 * i + 3];
+            for (int j = 4 * i; j < 4 * i + 4; j++) {
+                acc.v[i] += x[j] * w[j];
+            }
         }
         return acc;
     }
@@ -131,6 +133,9 @@ struct Generic {
             return x;
         }
         return (x + 12582912.0f) - 12582912.0f;
+    }
+    static int32_t whole(float x) {
+        return x >= -2147483648.0f && x < 2147483648.0f ? static_cast<int32_t>(nearest(x)) : INT32_MIN;
     }
     static float power_of_two(float n) {
         const int e = static_cast<int>(n < -127.0f ? -127.0f : n) + 127;
