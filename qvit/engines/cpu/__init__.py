@@ -1,7 +1,7 @@
 """The CPU engine: compiled kernels over packed 2, 3, 4 and 8-bit codes; needs NumPy alone.
 
 Same model, same codes as `qvit.engines.reference`: integer sums are equal bit for bit, and the float steps (LayerNorm, softmax,
-GELU, rectify) differ by rounding.
+GELU, rectify) are the correctly rounded ones (`qvit.quantizers.exact_float`).
 """
 
 from __future__ import annotations
