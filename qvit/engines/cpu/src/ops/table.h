@@ -129,7 +129,7 @@ struct Thresholds {
     int count, below;
     const int32_t* values;
 };
-constexpr int kMostBelow = 2;
+constexpr int kMostBelow = 3;
 
 struct OpTable {
     const char* name;

@@ -37,7 +37,7 @@ void threshold_codes_of(const Tile& t, const Sums& s, const Thresholds& of, uint
         const int c = t.col0 + j;
         const int32_t* from = of.values + static_cast<ptrdiff_t>(c / kPad) * (kCount + kMostBelow) * kPad + c % kPad;
         typename V::I th[kCount + kMostBelow];
-#pragma GCC unroll 17
+#pragma GCC unroll 18
         for (int i = 0; i < kCount + kBelow; i++) {
             th[i] = V::iload(from + i * kPad);
         }
@@ -50,6 +50,9 @@ void threshold_codes_of(const Tile& t, const Sums& s, const Thresholds& of, uint
             }
             if constexpr (kBelow > 1) {
                 code = V::add_where(V::greater(th[kCount + 1], x), code, V::iset(1));
+            }
+            if constexpr (kBelow > 2) {
+                code = V::add_where(V::greater(th[kCount + 2], x), code, V::iset(1));
             }
             store_some<V>(to, code, t.cols - j);
         }
@@ -66,8 +69,10 @@ void to_threshold_codes(const Tile& t, const Sums& s, const Thresholds& of, uint
                 threshold_codes_of<V, kForm, kCount, 0>(t, s, of, out, ld_out);
             } else if (of.below == 1) {
                 threshold_codes_of<V, kForm, kCount, 1>(t, s, of, out, ld_out);
-            } else {
+            } else if (of.below == 2) {
                 threshold_codes_of<V, kForm, kCount, 2>(t, s, of, out, ld_out);
+            } else {
+                threshold_codes_of<V, kForm, kCount, 3>(t, s, of, out, ld_out);
             }
         };
         if (of.count == 3) {
@@ -79,8 +84,6 @@ void to_threshold_codes(const Tile& t, const Sums& s, const Thresholds& of, uint
         }
     });
 }
-
-constexpr int kWalk = 64;  // steps that are looked at one by one; beyond, steps of t are too small to matter
 
 // --- finding them -------------------------------------------------------------------------------------------------------
 
@@ -112,7 +115,7 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
                                                                   : -0.75129502f;
     const int stride = count + kMostBelow;
     int most_below = 0;
-    int32_t lanes[V::W], neighbours[V::W];
+    int32_t lanes[V::W], start[V::W];
     float close[V::W], close_before[V::W];
     for (int c = 0; c < channels; c += V::W) {
         const CodeValue<V, kActivation> value{s, q, c};
@@ -138,6 +141,7 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
             base[i] = value.exact(best, i);
         }
         const auto least = V::iload(lanes);
+        V::istore(start, least);
         const int32_t bottom = -reach - 1, top = reach + 1;
         for (int k = 0; k < count + kMostBelow; k++) {
             // To the right: the largest t whose code is below k + 1. To the left: the smallest whose code is below
@@ -158,7 +162,6 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
                 over = V::pick(reaches, mid, over);
             }
             V::istore(lanes, in);
-            V::istore(neighbours, over);
             V::store(close, V::abs(V::sub(value(in), want)));
             V::store(close_before, V::abs(V::sub(value(over), want)));
             for (int i = 0; i < some; i++) {
@@ -169,18 +172,12 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
                     continue;
                 }
                 if (close[i] < margin || close_before[i] < margin) {
-                    const int32_t step = right ? 1 : -1, end = right ? top : bottom;
-                    int walked = 0;
-                    while (walked < kWalk && t != end - step && value.exact(t + step, i) < code) {
-                        t += step;
-                        walked++;
-                    }
-                    while (walked < kWalk && value.exact(t, i) >= code) {
-                        t -= step;
-                        walked++;
-                    }
-                    if (walked == kWalk) {
-                        return -1;
+                    // Once more, in float64: between `t`, whose code is below, and `end`, where it is reached, if anywhere.
+                    int32_t end = right ? top : bottom;
+                    t = start[i];
+                    while (t + 1 < end || t - 1 > end) {
+                        const int32_t mid = t + (end - t) / 2;
+                        (value.exact(mid, i) >= code ? end : t) = mid;
                     }
                 }
                 // Right: codes from t + 1 on. Left: codes up to t - 1, that is, below t.
@@ -191,7 +188,7 @@ int find_thresholds_of(const Sums& s, const Quantize& q, float margin, int chann
                 }
             }
         }
-        // A third rise to the left would need another threshold.
+        // One more rise to the left would need another threshold.
         for (int i = 0; i < some; i++) {
             if (value.exact(-reach, i) > base[i] + kMostBelow) {
                 return -1;
