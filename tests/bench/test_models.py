@@ -15,7 +15,8 @@ from qvit.errors import QvitError
 from qvit.families import vit
 
 
-def test_random_integers_run(tmp_path: Path) -> None:
+def test_random_integers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qvit.calibration.calibrate._VALUES_PER_POINT", 1 << 12)  # noise needs no careful search
     path = tmp_path / "model.qvit"
     write_random_model("vit_tiny_patch16_224", 3, path)
     runner = qvit.load(path)
