@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from qvit.families import vit
 
 
 def test_random_integers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvit.calibration.calibrate._VALUES_PER_POINT", 1 << 12)  # noise needs no careful search
+    # Noise needs no careful search. (`qvit.calibration.calibrate` is the function; its module has the same name.)
+    monkeypatch.setattr(sys.modules["qvit.calibration.calibrate"], "_VALUES_PER_POINT", 1 << 12)
     path = tmp_path / "model.qvit"
     write_random_model("vit_tiny_patch16_224", 3, path)
     runner = qvit.load(path)
