@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 
@@ -91,9 +92,15 @@ class Builder {
         s.average = get("average") != 0;
         s.average_all = get("average_all") != 0;
         s.distilled = get("distilled") != 0;
+        // Bounded before anything is multiplied in 32 bits.
+        for (const int size : {s.dim, s.hidden, s.classes, s.channels, s.height, s.width}) {
+            check(size > 0 && size <= 1 << 20, "sizes");
+        }
+        check(s.depth > 0 && s.depth <= 1 << 12 && s.tokens <= 1 << 16 && s.prefix <= s.tokens, "sizes");
         check(s.heads > 0 && s.dim > 0 && s.dim % s.heads == 0 && s.head_dim() <= 512, "heads");
         check(s.patch_height > 0 && s.patch_width > 0 && s.patch_height <= s.height && s.patch_width <= s.width, "patches");
-        check(s.tokens == s.prefix + s.patch_columns() * (s.height / s.patch_height), "tokens");
+        check(int64_t{s.channels} * s.patch_height <= (1 << 30) / s.patch_width, "patches");
+        check(s.tokens == s.prefix + int64_t{s.patch_columns()} * (s.height / s.patch_height), "tokens");
         check(s.tokens > 0 && (s.average || s.prefix > (s.distilled ? 1 : 0)), "pooled tokens");
         check(!s.average || s.average_all || s.tokens > s.prefix, "pooled tokens");
         model.blocks.resize(static_cast<size_t>(s.depth));
