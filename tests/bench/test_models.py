@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from qvit.families import vit
 
 def test_random_integers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Noise needs no careful search. (`qvit.calibration.calibrate` is the function; its module has the same name.)
-    monkeypatch.setattr(sys.modules["qvit.calibration.calibrate"], "_VALUES_PER_POINT", 1 << 12)
+    monkeypatch.setattr(importlib.import_module("qvit.calibration.calibrate"), "_VALUES_PER_POINT", 1 << 12)
     path = tmp_path / "model.qvit"
     write_random_model("vit_tiny_patch16_224", 3, path)
     runner = qvit.load(path)
