@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What an installation is made from: a change of these makes it again, the compiled engine included.
+INSTALLED := pyproject.toml CMakeLists.txt $(shell find qvit/engines/cpu/src -type f)
 
 .PHONY: demo test lint base-install soak sanitize aarch64 clean
 
@@ -35,13 +37,13 @@ sanitize: $(VENV)/.dev
 aarch64: $(VENV)/.dev
 	PYTHON=$(BIN)/python .ci/aarch64.sh
 
-# Each stamp stands for one set of extras, and is older than pyproject.toml when it has to be installed again.
-$(VENV)/.train: pyproject.toml
+# Each stamp stands for one set of extras, and is older than what it was made from when it has to be installed again.
+$(VENV)/.train: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml
+$(VENV)/.dev: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[train,dev]'
 	touch $@ $(VENV)/.train
