@@ -2,14 +2,8 @@
 
 import pytest
 
-import qvit
-from qvit.analyze.agreement import agreement
 from qvit.cli import demo
 from qvit.errors import InputError
-from qvit.integer.freeze import round_to_half
-from qvit.sources import DigitsSource
-from qvit.training.checkpoint import LAST, load_student
-from qvit.training.data import evaluation_loader
 from qvit.training.engine import fit
 from qvit.training.recipe import Recipe
 
@@ -27,15 +21,8 @@ def test_a_run_reports_integers_that_agree(tmp_path, short_recipes):
     row = demo._run(3, "qvit", 0, tmp_path, 50.0)
     assert (tmp_path / "w3a3_qvit_0.qvit").stat().st_size == row["file_bytes"]
     assert row["agreement"] == 100
-    # A code that another order of float sums flips in one of 360 images can change all codes of its head's input: 0.28 %.
-    assert row["codes_agreement"] >= 100 - 2 * 100 / 360
+    assert row["codes_agreement"] == 100
     assert row["engine"] == "cpu"
-    exact = qvit.load(tmp_path / "w3a3_qvit_0.qvit", engine="reference")
-    student, _ = load_student(tmp_path / "w3a3_qvit_0" / LAST)
-    round_to_half(student)
-    source = DigitsSource("val")
-    images = list(evaluation_loader(source, exact.model.preprocessing, 120))
-    assert agreement(student, exact.engine, images).worst_codes == 100
     assert row["integer_top1"] == pytest.approx(row["fake_top1"], abs=0.3)
     assert (row["method"], row["weight_bits"], row["images"], row["float_top1"]) == ("qvit", 3, 360, 50.0)
 

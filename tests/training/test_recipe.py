@@ -37,8 +37,8 @@ def test_the_method_is_one_line(method: str, rectify: bool, dgd: float) -> None:
         ["anneal.share=0.1", "anneal.width=0.005"],
         ["oscillation.weight=0.01", "oscillation.start=0.25"],
         ["activations_first.epochs=1", "activations_first.feature=1"],
-        ["distill.feature=1", "distill.feature_blocks=all"],
-        ["distill.dgd=0", "distill.cached_crops=4"],
+        ["distill.feature=1", "distill.feature_blocks=last"],
+        ["distill.dgd=0", "distill.feature=0", "distill.cached_crops=4"],
     ],
 )
 def test_every_lever_is_a_line_or_two_on_a_shipped_recipe(changes: list[str]) -> None:

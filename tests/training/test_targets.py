@@ -172,7 +172,7 @@ def test_it_resumes(saved: bool, tiny_recipe: Callable[..., Recipe], tmp_path: P
 
 
 def test_two_processes_share_what_they_learned(image_folder: Path, tmp_path: Path) -> None:
-    values = tiny_values(image_folder, **CACHED | {"batch_size": 4, "optim": {"name": "sgd", "lr": 0.003}})
+    values = tiny_values(image_folder, **CACHED | {"batch_size": 4, "optim": {"name": "sgd", "lr": 3e-4}})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(RUNNER), str(tmp_path / "recipe.yaml"), str(tmp_path / "two")]
@@ -183,8 +183,8 @@ def test_two_processes_share_what_they_learned(image_folder: Path, tmp_path: Pat
     assert one[KNOWN].sum() == 2 * TRAIN
     torch.testing.assert_close(one[VALUES], two[VALUES], rtol=1e-4, atol=1e-4)
     for a, b in zip(metrics(tmp_path / "one", "train"), metrics(tmp_path / "two", "train"), strict=True):
-        # Sums of halves of a batch round otherwise, which changes a code now and then.
-        assert b["soft"] == pytest.approx(a["soft"], rel=0.1, abs=1e-3)
+        # Sums of halves of a batch round otherwise; with small steps no code changes for that.
+        assert b["soft"] == pytest.approx(a["soft"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
