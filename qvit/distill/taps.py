@@ -22,8 +22,7 @@ class QueryKeyTaps:
 
     Gradients flow through what was tapped unless the forward pass ran without them.
 
-    Attach before the model is wrapped (`torch.nn.parallel.DistributedDataParallel`): the hooks belong to the inner modules and
-    fire whoever calls them.
+    The hooks belong to the inner modules and fire whoever calls them: attach before a loop of your own wraps the model.
 
     Args:
         model: with timm's attention (``qkv`` and ``num_heads``) or `QuantAttention` inside.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from qvit.errors import InputError, RecipeError, TrainingError
@@ -116,14 +115,6 @@ def open_loop(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast is entered here, so that evaluation runs without it
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                # While weights stay floating point, their scales have no gradient.
-                find_unused_parameters=recipe.quantized and recipe.activations_first.epochs > 0,
-            )
-        ],
     )
     output = Path(output)
     resumed = _checkpoint_of(output, resume)
