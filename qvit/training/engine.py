@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +117,9 @@ def open_loop(
         mixed_precision="no",  # autocast is entered here, so that evaluation runs without it
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
+    if accelerator.num_processes > 1:
+        atexit.unregister(_leave_the_group)
+        atexit.register(_leave_the_group)
     output = Path(output)
     resumed = _checkpoint_of(output, resume)
     if resumed is not None:
@@ -126,6 +130,12 @@ def open_loop(
     except OSError as error:
         raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
     return TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
+
+
+def _leave_the_group() -> None:
+    """A process that ends with its group's threads alive is sometimes aborted by the C++ runtime, after all work is done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _checkpoint_of(output: Path, resume: bool) -> Checkpoint | None:

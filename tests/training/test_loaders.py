@@ -74,7 +74,8 @@ def test_two_processes_with_the_cache_do_what_one_does(tiny_recipe: MakeRecipe, 
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_values(image_folder, batch_size=4, **changes)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, str(RUNNER), str(tmp_path / "recipe.yaml"), str(tmp_path / "two")]
-    subprocess.run(command, env=environment(), check=True, timeout=120, capture_output=True)
+    ran = subprocess.run(command, env=environment(), timeout=120, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     fit(tiny_recipe(batch_size=8, **changes), tmp_path / "one", progress=False)
     one, two = (metrics(tmp_path / name, "train") for name in ("one", "two"))
     assert len(one) == len(two) == 15
