@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qvit.engines.tables import embedding, pixel_codes
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
@@ -56,7 +57,7 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
     b = kind(isa, _shape(model))
     _pixels(b, model)
     _linear(b, "patch", 0, model.patch)
-    b.set_embed(_embed(model))
+    b.set_embed(embedding(model))
     for name in ("norm_pre", "norm", "fc_norm"):
         norm = getattr(model, name)
         if norm is not None:
@@ -264,30 +265,9 @@ def _offset(quantizer: ops.Quantizer, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _pixels(b: Any, model: IntegerModel) -> None:
-    """Codes of 8-bit pixels as a table, computed as the reference engine computes them."""
     patch, preprocessing = model.patch.input, model.preprocessing
     assert patch.offset is not None
     channels = model.architecture.in_chans
     std = np.asarray(preprocessing.std, _F32)
     offset = patch.offset.reshape(channels, -1)[:, 0]
-    levels = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, None, :], (channels, 1, 256))
-    x = preprocessing.normalise(levels)[:, 0] * std[:, None]
-    codes = np.rint((x - offset[:, None]) / patch.scale[0]).clip(patch.spec.qn, patch.spec.qp).astype(np.uint8)
-    b.set_pixels(std, np.ascontiguousarray(offset), float(patch.scale[0]), np.ascontiguousarray(codes))
-
-
-def _embed(model: IntegerModel) -> np.ndarray:
-    """float32 [N, C]: the prefix tokens as they enter the blocks, then what is added to each patch."""
-    a = model.architecture
-    out = np.zeros((a.num_tokens, a.embed_dim), _F32)
-    prefix = a.num_prefix_tokens
-    tokens = [token[0] for token in (model.cls_token, model.dist_token, model.reg_token) if token is not None]
-    if tokens:
-        out[:prefix] = np.concatenate(tokens)
-    if model.pos_embed is not None:
-        if a.no_embed_class:
-            out[prefix:] = model.pos_embed[0]
-        else:
-            out[:prefix] += model.pos_embed[0, :prefix]
-            out[prefix:] = model.pos_embed[0, prefix:]
-    return out
+    b.set_pixels(std, np.ascontiguousarray(offset), float(patch.scale[0]), pixel_codes(model))

@@ -1,0 +1,139 @@
+"""The CUDA engine: byte tensor cores and fused epilogues, compiled for the GPU at first use; needs PyTorch and an NVIDIA GPU.
+
+Same model, same codes as `qvit.engines.reference`: integer sums are equal bit for bit, and the float steps (LayerNorm, softmax,
+GELU, rectify) are the correctly rounded ones (`qvit.quantizers.exact_float`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from qvit.engines.cuda.constants import check
+from qvit.engines.cuda.plan import ModelConstants, Plan
+from qvit.errors import InputError
+from qvit.integer.model import IntegerModel
+
+if TYPE_CHECKING:
+    from qvit.engines.cuda.device import Device
+
+_PLANS_KEPT = 4
+
+
+class CudaEngine:
+    """Runs an `IntegerModel` on a GPU.
+
+    The launches of a forward pass are recorded as a CUDA graph, once a batch size; the last few are kept, with their buffers.
+
+    Args:
+        model: the frozen model.
+        device: ``cuda`` or ``cuda:<n>``, or what runs launches in its place.
+
+    Raises:
+        MissingDependencyError: cuda-bindings or NVRTC is not installed.
+        InputError: there is no such GPU.
+        UnsupportedModelError: the GPU is older than Ampere, or the model does what the kernels do not know.
+    """
+
+    name = "cuda"
+    takes_pixels = True  # uint8 images as they are: they are the codes of the patch embedding
+    takes_tensors = True  # images on the device, logits on the device
+
+    def __init__(self, model: IntegerModel, device: str | torch.device | Device = "cuda") -> None:
+        check(model)
+        if isinstance(device, (str, torch.device)):
+            from qvit.engines.cuda.device import Gpu
+
+            device = Gpu(device)
+        self.model = model
+        self._gpu = device
+        self.device = device.device
+        self._on_gpu = self.device.type == "cuda"
+        self._multiprocessors = 1
+        if self._on_gpu:
+            self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._constants = ModelConstants.of(model, self.device)
+        self._plans: OrderedDict[int, tuple[Plan, Any]] = OrderedDict()
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Images [B, C, H, W], uint8 pixels or normalised float32 -> logits [B, classes], float32.
+
+        Raises:
+            InputError: values that are not finite, or more images than the GPU's memory holds.
+        """
+        return self.forward(torch.from_numpy(np.ascontiguousarray(images))).cpu().numpy()
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """`run`, in tensors; does not wait for the GPU where the images are uint8 and there already.
+
+        Args:
+            images: [B, C, H, W] on any device.
+            codes: if given, filled with the codes at every activation point by name (int16).
+        """
+        if images.dtype != torch.uint8:
+            images = images.float()
+        images = images.to(self.device, non_blocking=True).contiguous()
+        if not len(images):
+            return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
+        try:
+            if codes is not None:
+                plan, logits = self._shown(images, codes)
+            else:
+                plan, logits = self._replayed(images)
+        except torch.OutOfMemoryError:
+            self._plans.clear()
+            raise InputError(
+                f"The GPU's memory does not hold the buffers of {len(images)} images at once: use a smaller batch."
+            ) from None
+        if images.dtype != torch.uint8 and int(plan.strange):
+            plan.strange.zero_()
+            raise InputError("The images hold values that are not finite (NaN or infinity).")
+        return logits
+
+    def _plan(self, batch: int, with_map: bool = False) -> Plan:
+        return Plan(self.model, self._constants, batch, self._multiprocessors, with_map, poison=not self._on_gpu)
+
+    def _shown(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> tuple[Plan, torch.Tensor]:
+        plan = self._plan(len(images), with_map=True)
+        self._gpu.launch(plan.pixels(images))
+        codes["patch_embed.proj.input"] = plan.patch_tap()
+        for step in plan.steps:
+            self._gpu.launch(step.launch)
+            for name, read in step.taps.items():
+                codes[name] = read()
+        return plan, plan.logits
+
+    def _replayed(self, images: torch.Tensor) -> tuple[Plan, torch.Tensor]:
+        batch = len(images)
+        if batch not in self._plans:
+            while len(self._plans) >= _PLANS_KEPT:
+                self._plans.popitem(last=False)
+            plan = self._plan(batch)
+            self._plans[batch] = plan, self._recorded(plan)
+        self._plans.move_to_end(batch)
+        plan, graph = self._plans[batch]
+        self._gpu.launch(plan.pixels(images))
+        if graph is None:
+            for step in plan.steps:
+                self._gpu.launch(step.launch)
+        else:
+            graph.replay()
+        return plan, plan.logits.clone()
+
+    def _recorded(self, plan: Plan) -> Any:
+        """The plan's launches as a CUDA graph; compiles them first."""
+        if not self._on_gpu:
+            return None
+        with torch.cuda.device(self.device):
+            for step in plan.steps:
+                self._gpu.launch(step.launch)
+            torch.cuda.synchronize(self.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for step in plan.steps:
+                    self._gpu.launch(step.launch)
+        return graph

@@ -1,0 +1,352 @@
+"""An `IntegerModel`'s constants as the CUDA kernels read them: padded, folded, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from qvit.engines.tables import pixel_codes
+from qvit.errors import UnsupportedModelError
+from qvit.integer import ops
+from qvit.integer.model import IntegerModel
+from qvit.spec import HalfStep, PerGroup, PerToken, QuantSpec
+
+_F32 = np.float32
+_ULPS = 1e-6  # relative error that the float32 steps stay below
+COLUMN_PAD = 256  # output channels are padded to a multiple: no tile is wider
+DEPTH_PAD = 128  # input channels: no step over k is longer
+HEAD_DIMS = (32, 64)
+
+
+def check(model: IntegerModel) -> None:
+    """Raises `UnsupportedModelError` where the kernels do not know what the model does; the message names it."""
+
+    def refuse(what: str) -> None:
+        raise UnsupportedModelError(f"The CUDA engine does not run {what} yet: use engine='reference' on device='cuda'.")
+
+    a = model.architecture
+    if a.head_dim not in HEAD_DIMS:
+        refuse(f"heads of {a.head_dim} channels, only of {' or '.join(map(str, HEAD_DIMS))}")
+    for layer in model.linears():
+        for what, spec in (("input", layer.input.spec), ("weight", layer.weight.spec)):
+            if isinstance(spec.scale, (PerToken, PerGroup)):
+                refuse(f"{layer.name}.{what}'s scale per {'token' if isinstance(spec.scale, PerToken) else 'group'}")
+        if layer.weight.half_step and layer.weight.spec.bits == 8:
+            refuse(f"{layer.name}.weight, 8 bits at odd half steps")
+    for i, block in enumerate(model.blocks):
+        attention = block.attention
+        for what in ("q", "k", "v", "map"):
+            quantizer: ops.Quantizer = getattr(attention, what)
+            if isinstance(quantizer.spec.scale, PerToken):
+                refuse(f"blocks.{i}.attn.{what}'s scale per token")
+            if what in ("q", "k") and quantizer.spec.qp > 127:
+                refuse(f"blocks.{i}.attn.{what}, unsigned at 8 bits")
+        if attention.q.spec.learns_offset:
+            refuse(f"blocks.{i}.attn.q's learned offset")
+
+
+class Constants:
+    """Moves arrays to a device, each once.
+
+    Attributes:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def floats(self, values: Any, count: int, padded: int | None = None, fill: float = 0.0) -> torch.Tensor:
+        """float32 [padded], ``values`` broadcast to [count] in front."""
+        out = np.full(padded or count, fill, _F32)
+        out[:count] = np.broadcast_to(np.asarray(values, _F32).reshape(-1), (count,)) if np.size(values) == 1 else values
+        return torch.from_numpy(out).to(self.device)
+
+    def array(self, values: np.ndarray) -> torch.Tensor:
+        """An array as it is."""
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+
+
+def pad(n: int, to: int) -> int:
+    """``n`` up to the next multiple."""
+    return (n + to - 1) // to * to
+
+
+@dataclass(frozen=True, eq=False)
+class LinearConstants:
+    """A linear layer on the device.
+
+    Attributes:
+        b: int8 [M padded, K padded], codes; ``2 c + 1`` where the weight has half steps.
+        scale, bias: float32 [M padded], the reference engine's.
+        m, k: output and input features.
+        signed: whether the input's codes are.
+        half: whether sums are halved.
+    """
+
+    b: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+    m: int
+    k: int
+    signed: bool
+    half: bool
+
+    @classmethod
+    def of(cls, layer: ops.Linear, to: Constants) -> LinearConstants:
+        """The constants of a layer."""
+        m, k = layer.weight.shape
+        codes = layer.weight.codes()
+        b = np.zeros((pad(m, COLUMN_PAD), pad(k, DEPTH_PAD)), np.int8)
+        b[:m, :k] = 2 * codes + 1 if layer.weight.half_step else codes
+        scale = layer.input.scale * layer.weight.scale.reshape(-1)
+        bias = layer.folded_bias()
+        return cls(
+            b=to.array(b),
+            scale=to.floats(scale, m, len(b)),
+            bias=to.floats(0.0 if bias is None else bias, m, len(b)),
+            m=m,
+            k=k,
+            signed=layer.input.spec.signed,
+            half=layer.weight.half_step,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class CodeConstants:
+    """How floats become the codes of a linear input [C].
+
+    Attributes:
+        step, inverse, offset: float32 [C padded].
+        low, high: the codes' range.
+    """
+
+    step: torch.Tensor
+    inverse: torch.Tensor
+    offset: torch.Tensor
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, quantizer: ops.Quantizer, channels: int, to: Constants) -> CodeConstants:
+        """The constants of a linear layer's input."""
+        padded = pad(channels, COLUMN_PAD)
+        offset = 0.0 if quantizer.offset is None else quantizer.offset
+        return cls(
+            step=to.floats(quantizer.scale, channels, padded, 1.0),
+            inverse=to.floats(_F32(1) / quantizer.scale, channels, padded, 1.0),
+            offset=to.floats(offset, channels, padded),
+            low=float(quantizer.spec.qn),
+            high=float(quantizer.spec.qp),
+        )
+
+
+def activation_margin(quantizer: ops.Quantizer) -> float:
+    """How near to the boundary between two codes an activation is computed again."""
+    spec, step = quantizer.spec, float(quantizer.scale.min())
+    offset = 0.0 if quantizer.offset is None else float(np.abs(quantizer.offset).max())
+    return min(_ULPS * (spec.qp - spec.qn + 1) + (6e-7 + 3e-7 * offset) / step, 1.0)
+
+
+def _margin(spec: QuantSpec, shift: np.ndarray) -> float:
+    return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + float(np.abs(shift).max())), 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class NormConstants:
+    """A LayerNorm, and the codes behind it if there are any.
+
+    Attributes:
+        weight, bias: float32 [C].
+        eps: of the variance.
+        gain, shift: float32 [C], both affine parts in one; ``None`` without codes.
+        codes: of the next input, or ``None``.
+        margin: how near to the boundary between two codes a value is computed again.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+    gain: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    codes: CodeConstants | None = None
+    margin: float = 0.0
+
+    @classmethod
+    def of(cls, norm: ops.LayerNorm, quantizer: ops.Quantizer | None, to: Constants) -> NormConstants:
+        """The constants of a LayerNorm in front of a quantizer, or of one that gives floats."""
+        n = len(norm.weight)
+        weight, bias = to.floats(norm.weight, n), to.floats(norm.bias, n)
+        if quantizer is None:
+            return cls(weight, bias, norm.eps)
+        scale = np.broadcast_to(quantizer.scale.astype(np.float64), (n,))
+        offset = 0.0 if quantizer.offset is None else quantizer.offset.astype(np.float64)
+        shift = ((norm.bias - offset) / scale).astype(_F32)
+        return cls(
+            weight,
+            bias,
+            norm.eps,
+            gain=to.floats((norm.weight / scale).astype(_F32), n),
+            shift=to.floats(shift, n),
+            codes=CodeConstants.of(quantizer, n, to),
+            margin=_margin(quantizer.spec, shift),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class HeadConstants:
+    """q, k and v from the sums of qkv; arrays are float32 [3 C padded].
+
+    Attributes:
+        gain, shift: standardised values to codes; in v's columns ``gain`` is one over the step.
+        weight, affine: IRM's affine part.
+        offset, step: of the codes.
+        ranges: lowest and highest code of q, k and v.
+        margins: of q and k.
+        rectify: whether there is IRM.
+        eps: of the standardisation.
+        doubled: whether q is stored as ``2 c + 1``.
+    """
+
+    gain: torch.Tensor
+    shift: torch.Tensor
+    weight: torch.Tensor
+    affine: torch.Tensor
+    offset: torch.Tensor
+    step: torch.Tensor
+    ranges: tuple[tuple[float, float], ...]
+    margins: tuple[float, ...]
+    rectify: bool
+    eps: float
+    doubled: bool
+
+    @classmethod
+    def of(cls, attention: ops.Attention, to: Constants) -> HeadConstants:
+        """The constants of a block's attention."""
+        shape, columns = (attention.heads, attention.head_dim), attention.heads * attention.head_dim
+        arrays: dict[str, list[np.ndarray]] = {key: [] for key in ("gain", "shift", "weight", "affine", "offset", "step")}
+        margins = []
+        parts = (
+            (attention.q, attention.rectify_q),
+            (attention.k, attention.rectify_k),
+            (attention.v, None),
+        )
+        for quantizer, rectify in parts:
+            step = _by_channel(quantizer.scale, shape)
+            offset = np.zeros(shape, _F32) if quantizer.offset is None else _by_channel(quantizer.offset, shape)
+            weight = np.ones(shape, _F32) if rectify is None else rectify.weight
+            affine = np.zeros(shape, _F32) if rectify is None else rectify.bias
+            shift = ((affine - offset.astype(np.float64)) / step).astype(_F32)
+            gain = (1 / step).astype(_F32) if rectify is None else (weight / step.astype(np.float64)).astype(_F32)
+            margins.append(_margin(quantizer.spec, shift))
+            for key, array in (
+                ("gain", gain),
+                ("shift", shift),
+                ("weight", weight),
+                ("affine", affine),
+                ("offset", offset),
+                ("step", step),
+            ):
+                arrays[key].append(array.reshape(-1))
+        padded = pad(3 * columns, COLUMN_PAD)
+        moved = {
+            key: to.floats(np.concatenate(parts), 3 * columns, padded, 1.0 if key == "step" else 0.0)
+            for key, parts in arrays.items()
+        }
+        return cls(
+            **moved,
+            ranges=tuple((float(s.spec.qn), float(s.spec.qp)) for s in (attention.q, attention.k, attention.v)),
+            margins=tuple(margins[:2]),
+            rectify=attention.rectify_q is not None,
+            eps=attention.rectify_q.eps if attention.rectify_q is not None else 0.0,
+            doubled=doubles_q(attention),
+        )
+
+
+def doubles_q(attention: ops.Attention) -> bool:
+    """Whether q's codes and their half step fit a byte together."""
+    return attention.q.half_step and 2 * attention.q.spec.qp + 1 <= 127
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionConstants:
+    """Attention's scales on the device.
+
+    Attributes:
+        score_scale, map_scale: float32 [H].
+        value_scale, value_row: float32 [H D]; the second only where v has a learned offset.
+        value_offset: 0 none, 1 half a step, 2 learned.
+        q_half: whether q has a half step.
+        v_signed: whether v's codes are.
+        map_high, map_margin: highest code of the map, and how near to a boundary it is computed again.
+    """
+
+    score_scale: torch.Tensor
+    map_scale: torch.Tensor
+    value_scale: torch.Tensor
+    value_row: torch.Tensor | None
+    value_offset: int
+    q_half: bool
+    v_signed: bool
+    map_high: float
+    map_margin: float
+
+    @classmethod
+    def of(cls, attention: ops.Attention, to: Constants) -> AttentionConstants:
+        """The constants of a block's attention."""
+        h, d = attention.heads, attention.head_dim
+        q, k, v, p = attention.q, attention.k, attention.v, attention.map
+        scale = q.scale.reshape(-1) * _F32(attention.factor) * _F32(0.5 if q.half_step else 1.0) * k.scale.reshape(-1)
+        p_scale = np.broadcast_to(p.scale.reshape(-1), (h,))
+        v_scale = _by_channel(v.scale, (h, d))
+        learned = v.offset is not None and not v.half_step
+        row = p_scale[:, None] * _by_channel(v.offset, (h, d)) if learned and v.offset is not None else None
+        return cls(
+            score_scale=to.floats(scale, h),
+            map_scale=to.floats(p_scale, h),
+            value_scale=to.floats((p_scale[:, None] * v_scale).reshape(-1), h * d),
+            value_row=None if row is None else to.floats(row.reshape(-1), h * d),
+            value_offset=2 if learned else int(isinstance(v.spec.offset, HalfStep)),
+            q_half=q.half_step,
+            v_signed=v.spec.signed,
+            map_high=float(p.spec.qp),
+            map_margin=3 * _ULPS * (p.spec.qp + 1),
+        )
+
+
+def _by_channel(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """[1], [H, 1, 1] or [H, 1, D] -> float32 [H, D]."""
+    return np.ascontiguousarray(np.broadcast_to(values if values.ndim == 1 else values[:, 0, :], shape), _F32)
+
+
+@dataclass(frozen=True, eq=False)
+class PixelConstants:
+    """Codes of pixels: of 8-bit ones a table, computed as the reference engine computes them.
+
+    Attributes:
+        codes: uint8 [channels, 256].
+        std, offset: float32 [channels].
+        step, high: of the codes.
+    """
+
+    codes: torch.Tensor
+    std: torch.Tensor
+    offset: torch.Tensor
+    step: float
+    high: float
+
+    @classmethod
+    def of(cls, model: IntegerModel, to: Constants) -> PixelConstants:
+        """The constants of a model's patch embedding."""
+        patch, preprocessing, channels = model.patch.input, model.preprocessing, model.architecture.in_chans
+        assert patch.offset is not None
+        offset = patch.offset.reshape(channels, -1)[:, 0]
+        return cls(
+            codes=to.array(pixel_codes(model)),
+            std=to.array(np.asarray(preprocessing.std, _F32)),
+            offset=to.array(offset),
+            step=float(patch.scale[0]),
+            high=float(patch.spec.qp),
+        )

@@ -1,0 +1,99 @@
+"""Loads compiled kernels on a GPU and launches them on PyTorch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, Protocol
+
+import torch
+
+from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.compiler import compile_kernel
+from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
+
+_SHARED_BY_DEFAULT = 48 * 1024
+
+
+class Device(Protocol):
+    """What runs launches."""
+
+    device: torch.device
+
+    def launch(self, launch: Launch) -> None:
+        """Runs a kernel, or queues it."""
+        ...
+
+
+class Gpu:
+    """An NVIDIA GPU.
+
+    Args:
+        device: ``cuda`` or ``cuda:<n>``.
+
+    Raises:
+        InputError: there is no such GPU.
+        UnsupportedModelError: the GPU is older than Ampere.
+        MissingDependencyError: cuda-bindings is not installed.
+    """
+
+    def __init__(self, device: str | torch.device = "cuda") -> None:
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"The CUDA engine needs cuda-bindings ({error}): pip install cuda-bindings, or use engine='reference'."
+            ) from None
+        wanted = torch.device(device)
+        if not torch.cuda.is_available():
+            raise InputError("There is no GPU that PyTorch can use: use engine='cpu' or engine='reference'.")
+        index = torch.cuda.current_device() if wanted.index is None else wanted.index
+        if index >= torch.cuda.device_count():
+            raise InputError(f"There is no GPU {index}: PyTorch finds {torch.cuda.device_count()}.")
+        self.device = torch.device("cuda", index)
+        major, minor = torch.cuda.get_device_capability(self.device)
+        if major < 8:
+            raise UnsupportedModelError(
+                f"{torch.cuda.get_device_name(self.device)} (compute capability {major}.{minor}) is older than the CUDA "
+                "engine's kernels: they need 8.0 (Ampere) or later; use engine='reference'."
+            )
+        self.architecture = f"sm_{major}{minor}"
+        torch.zeros(1, device=self.device)  # makes PyTorch's context
+        self._driver = driver
+        self._functions: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The GPU's name, as its driver gives it."""
+        return torch.cuda.get_device_name(self.device)
+
+    def launch(self, launch: Launch) -> None:
+        """Queues a kernel on the current stream."""
+        function = self._function(launch)
+        address = ctypes.c_void_p(ctypes.addressof(launch.packed))
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        (status,) = self._driver.cuLaunchKernel(
+            function, *launch.grid, launch.threads, 1, 1, launch.shared, stream, ctypes.addressof(address), 0
+        )
+        self._check(status, launch.kernel)
+
+    def _function(self, launch: Launch) -> Any:
+        key = (launch.kernel, *sorted(launch.defines.items()), launch.shared)
+        if key not in self._functions:
+            with torch.cuda.device(self.device):
+                code = compile_kernel(launch.kernel, launch.defines, self.architecture)
+                status, module = self._driver.cuModuleLoadData(code)
+                self._check(status, launch.kernel)
+                status, function = self._driver.cuModuleGetFunction(module, b"kernel")
+                self._check(status, launch.kernel)
+                if launch.shared > _SHARED_BY_DEFAULT:
+                    attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    (status,) = self._driver.cuFuncSetAttribute(function, attribute, launch.shared)
+                    self._check(status, launch.kernel)
+            self._functions[key] = function
+        return self._functions[key]
+
+    def _check(self, status: Any, kernel: str) -> None:
+        if int(status) != 0:
+            raise UnsupportedModelError(
+                f"The CUDA kernel {kernel} does not run on {self.name} ({status.name}): use engine='reference'."
+            )

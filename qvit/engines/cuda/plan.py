@@ -1,0 +1,411 @@
+"""The forward pass for one batch size: buffers, and the launches between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qvit.engines.cuda import constants as c
+from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.tiles import Tile, choose
+from qvit.engines.tables import embedding
+from qvit.integer.model import IntegerModel
+
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+_FLOATS, _ACTIVATION, _HEADS = 0, 1, 2  # epilogues of src/gemm.cu
+_ROWS_APART = 1 << 30  # rows of a product go where they are
+_LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
+
+
+@dataclass(frozen=True, eq=False)
+class ModelConstants:
+    """All constants of a model on the device, layer by layer as in `IntegerModel`."""
+
+    pixels: c.PixelConstants
+    patch: c.LinearConstants
+    embed: torch.Tensor  # float32 [N, C]: prefix tokens as they enter, then what is added to each patch
+    norm_pre: c.NormConstants | None
+    blocks: tuple[dict[str, Any], ...]
+    norm: c.NormConstants | None
+    heads: tuple[tuple[c.NormConstants | c.CodeConstants, c.LinearConstants], ...]
+    pooled_norm: c.NormConstants | None  # floats, where another norm follows
+
+    @classmethod
+    def of(cls, model: IntegerModel, device: torch.device) -> ModelConstants:
+        """Moves a model's constants to a device."""
+        to, a = c.Constants(device), model.architecture
+        blocks = []
+        for block in model.blocks:
+            blocks.append(
+                {
+                    "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
+                    "qkv": c.LinearConstants.of(block.qkv, to),
+                    "heads": c.HeadConstants.of(block.attention, to),
+                    "attention": c.AttentionConstants.of(block.attention, to),
+                    "proj_codes": c.CodeConstants.of(block.proj.input, a.embed_dim, to),
+                    "proj": c.LinearConstants.of(block.proj, to),
+                    "ls1": None if block.ls1 is None else to.floats(block.ls1, a.embed_dim),
+                    "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
+                    "fc1": c.LinearConstants.of(block.fc1, to),
+                    "fc2_codes": c.CodeConstants.of(block.fc2.input, a.mlp_hidden, to),
+                    "fc2_margin": c.activation_margin(block.fc2.input),
+                    "fc2": c.LinearConstants.of(block.fc2, to),
+                    "ls2": None if block.ls2 is None else to.floats(block.ls2, a.embed_dim),
+                }
+            )
+        averaged = a.global_pool == "avg" and not a.dist_token
+        last = model.fc_norm if averaged else model.fc_norm or model.norm
+        between = model.norm if not averaged and model.fc_norm is not None else None
+        heads = []
+        for head in model.heads:
+            codes: Any = c.CodeConstants.of(head.input, a.embed_dim, to)
+            norm = codes if last is None else c.NormConstants.of(last, head.input, to)
+            heads.append((norm, c.LinearConstants.of(head, to)))
+        return cls(
+            pixels=c.PixelConstants.of(model, to),
+            patch=c.LinearConstants.of(model.patch, to),
+            embed=to.array(embedding(model)),
+            norm_pre=None if model.norm_pre is None else c.NormConstants.of(model.norm_pre, None, to),
+            blocks=tuple(blocks),
+            norm=None if model.norm is None or not averaged else c.NormConstants.of(model.norm, None, to),
+            heads=tuple(heads),
+            pooled_norm=None if between is None else c.NormConstants.of(between, None, to),
+        )
+
+
+Tap = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A launch, and the codes that can be seen after it: point -> how to read them (int16)."""
+
+    launch: Launch
+    taps: dict[str, Tap]
+
+
+class Plan:
+    """All launches of a forward pass of ``batch`` images.
+
+    Attributes:
+        pixels: launches for uint8 and for float images; ``images`` is filled in.
+        steps: what follows.
+        logits: float32 [batch, classes], the result.
+        strange: int32 [1], not 0 where an image held a value that is not finite.
+    """
+
+    def __init__(
+        self,
+        model: IntegerModel,
+        constants: ModelConstants,
+        batch: int,
+        multiprocessors: int,
+        with_map: bool = False,
+        poison: bool = False,
+    ) -> None:
+        self.model, self.constants, self.batch = model, constants, batch
+        self._multiprocessors, self._poison = multiprocessors, poison
+        self._device = constants.embed.device
+        a = model.architecture
+        self.steps: list[Step] = []
+        rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
+        lda = c.pad(width, c.DEPTH_PAD)
+        self._patches = self._codes(batch * a.num_patches, a.patch_features)
+        first, x = self._floats(rows, width), self._floats(rows, width)
+        codes, hidden = self._codes(rows, width), self._codes(rows, a.mlp_hidden)
+        q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))
+        maps = self._bytes(batch, a.num_heads, n, n) if with_map else None
+        self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self.logits = self._floats(batch, a.num_classes)
+
+        prefix = a.num_prefix_tokens
+        first.view(batch, n, width)[:, :prefix] = constants.embed[:prefix]
+        self._linear(
+            constants.patch,
+            self._patches,
+            first,
+            rows=batch * a.num_patches,
+            position=constants.embed,
+            rows_in=a.num_patches,
+            rows_out=n,
+            row_first=prefix,
+        )
+        source = first
+        if constants.norm_pre is not None:
+            self._norm(constants.norm_pre, first, x, rows, width, width)
+            source = x
+        for i, block in enumerate(constants.blocks):
+            name = f"blocks.{i}"
+            self._norm(block["norm1"], source, codes, rows, width, lda)
+            self._tap(f"{name}.attn.qkv.input", codes, (batch, n, width), block["qkv"].signed)
+            self._heads(block, codes, (q, k, v), name)
+            self._attention(block, (q, k, v), maps, codes, lda)
+            if maps is not None:
+                self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
+            self._tap(f"{name}.attn.proj.input", codes, (batch, n, width), block["proj"].signed)
+            self._linear(block["proj"], codes, x, residual=source, gamma=block["ls1"])
+            self._norm(block["norm2"], x, codes, rows, width, lda)
+            self._tap(f"{name}.mlp.fc1.input", codes, (batch, n, width), block["fc1"].signed)
+            self._activation(block, codes, hidden)
+            self._tap(f"{name}.mlp.fc2.input", hidden, (batch, n, a.mlp_hidden), block["fc2"].signed)
+            self._linear(block["fc2"], hidden, x, residual=x, gamma=block["ls2"])
+            source = x
+        self._classify(source)
+
+    def pixels(self, images: torch.Tensor) -> Launch:
+        """The launch that makes codes of images [B, C, H, W], uint8 or float32, contiguous."""
+        a, p = self.model.architecture, self.constants.pixels
+        values = {
+            "images": images,
+            "codes": p.codes,
+            "std": p.std,
+            "offset": p.offset,
+            "out": self._patches,
+            "strange": self.strange,
+            "channels": a.in_chans,
+            "height": a.img_size[0],
+            "width": a.img_size[1],
+            "patch_height": a.patch_size[0],
+            "patch_width": a.patch_size[1],
+            "columns": a.img_size[1] // a.patch_size[1],
+            "patches": a.num_patches,
+            "ldo": self._patches.shape[1],
+            "step": p.step,
+            "high": p.high,
+        }
+        defines = {"FLOATS": int(images.dtype != torch.uint8)}
+        return Launch("pixels", defines, (self.batch * a.num_patches, 1, 1), 128, 0, values)
+
+    def patch_tap(self) -> torch.Tensor:
+        """Codes of the patches, int16 [B, patches, K]."""
+        a = self.model.architecture
+        return self._patches[:, : a.patch_features].reshape(self.batch, a.num_patches, -1).to(torch.int16)
+
+    # --- buffers ------------------------------------------------------------------------------------------------------
+
+    def _bytes(self, *shape: int) -> torch.Tensor:
+        out = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        return out.fill_(0xA5) if self._poison else out
+
+    def _codes(self, rows: int, columns: int) -> torch.Tensor:
+        return self._bytes(rows, c.pad(columns, c.DEPTH_PAD))
+
+    def _floats(self, rows: int, columns: int) -> torch.Tensor:
+        out = torch.empty(rows, columns, dtype=torch.float32, device=self._device)
+        return out.fill_(float("nan")) if self._poison else out
+
+    # --- launches -----------------------------------------------------------------------------------------------------
+
+    def _add(self, launch: Launch) -> None:
+        self.steps.append(Step(launch, {}))
+
+    def _tap(self, name: str, codes: torch.Tensor, shape: tuple[int, ...], signed: bool, doubled: bool = False) -> None:
+        def read() -> torch.Tensor:
+            whole = codes.view(torch.int8) if signed else codes
+            out = whole.reshape(-1, codes.shape[-1])[:, : shape[-1]].to(torch.int16).reshape(shape)
+            return (out - 1) // 2 if doubled else out
+
+        self.steps[-1].taps[name] = read
+
+    def _gemm(self, layer: c.LinearConstants, epilogue: dict[str, int], a: torch.Tensor, values: dict[str, Any]) -> None:
+        rows = values.pop("rows", None) or len(a)
+        tile: Tile = choose(rows, layer.m, self._multiprocessors)
+        values = {
+            "a": a,
+            "b": layer.b,
+            "scale": layer.scale,
+            "bias": layer.bias,
+            "m": rows,
+            "n": layer.m,
+            "k": layer.k,
+            "lda": a.shape[1],
+            "ldb": layer.b.shape[1],
+            **values,
+        }
+        defines = {**tile.defines, "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        self._add(Launch("gemm", defines, (tile.blocks(rows, layer.m), 1, 1), tile.threads, tile.shared, values))
+
+    def _linear(
+        self,
+        layer: c.LinearConstants,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        rows: int | None = None,
+        residual: torch.Tensor | None = None,
+        gamma: torch.Tensor | None = None,
+        position: torch.Tensor | None = None,
+        halved: bool = False,
+        rows_in: int = _ROWS_APART,
+        rows_out: int = _ROWS_APART,
+        row_first: int = 0,
+    ) -> None:
+        values = {
+            "rows": rows,
+            "out": out,
+            "residual": residual,
+            "gamma": gamma,
+            "position": position,
+            "ldo": out.shape[1],
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "row_first": row_first,
+        }
+        self._gemm(layer, {"EPILOGUE": _FLOATS, "HALVED": int(halved)}, a, values)
+
+    def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor) -> None:
+        codes: c.CodeConstants = block["fc2_codes"]
+        values = {
+            "out": out,
+            "inverse": codes.inverse,
+            "offset": codes.offset,
+            "step": codes.step,
+            "ldo": out.shape[1],
+            "low": codes.low,
+            "high": codes.high,
+            "margin": block["fc2_margin"],
+        }
+        kind = _ACTIVATIONS.index(self.model.architecture.activation)
+        self._gemm(block["fc1"], {"EPILOGUE": _ACTIVATION, "ACTIVATION": kind}, a, values)
+
+    def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
+        heads: c.HeadConstants = block["heads"]
+        shape = self.model.architecture
+        (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
+        values = {
+            "out": out[0],
+            "out_k": out[1],
+            "out_v": out[2],
+            "inverse": heads.gain,
+            "shift": heads.shift,
+            "offset": heads.offset,
+            "step": heads.step,
+            "weight": heads.weight,
+            "affine": heads.affine,
+            "heads": shape.num_heads,
+            "tokens": shape.num_tokens,
+            "low": low,
+            "high": high,
+            "margin": heads.margins[0],
+            "low_k": low_k,
+            "high_k": high_k,
+            "margin_k": heads.margins[1],
+            "low_v": low_v,
+            "high_v": high_v,
+            "eps": heads.eps,
+        }
+        defines = {
+            "EPILOGUE": _HEADS,
+            "HEAD_DIM": shape.head_dim,
+            "RECTIFY": int(heads.rectify),
+            "Q_DOUBLED": int(heads.doubled),
+        }
+        self._gemm(block["qkv"], defines, a, values)
+        for part, codes, (least, _) in zip(("q", "k", "v"), out, heads.ranges, strict=True):
+            doubled = part == "q" and heads.doubled
+            self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)
+
+    def _attention(
+        self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor, ldo: int
+    ) -> None:
+        a, of = self.model.architecture, block["attention"]
+        codes: c.CodeConstants = block["proj_codes"]
+        q, k, v = q_k_v
+        values = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "out": out,
+            "map": maps,
+            "score_scale": of.score_scale,
+            "map_scale": of.map_scale,
+            "value_scale": of.value_scale,
+            "value_row": of.value_row,
+            "inverse": codes.inverse,
+            "offset": codes.offset,
+            "step": codes.step,
+            "heads": a.num_heads,
+            "ldo": ldo,
+            "map_high": of.map_high,
+            "map_margin": of.map_margin,
+            "low": codes.low,
+            "high": codes.high,
+        }
+        warps = 4
+        defines = {
+            "HEAD_DIM": a.head_dim,
+            "TOKENS": a.num_tokens,
+            "WARPS": warps,
+            "Q_HALF": int(of.q_half),
+            "Q_DOUBLED": int(block["heads"].doubled),
+            "V_SIGNED": int(of.v_signed),
+            "V_OFFSET": of.value_offset,
+            "LONG": int(a.num_tokens > _LONGEST_IN_REGISTERS),
+        }
+        groups, tiles = -(-a.num_tokens // 32), -(-a.num_tokens // 16)
+        shared = 32 * groups * (a.head_dim + 16) + a.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
+        heads = self.batch * a.num_heads
+        split = min(-(-tiles // warps), max(1, 2 * self._multiprocessors // heads))
+        self._add(Launch("attention", defines, (heads, split, 1), 32 * warps, shared, values))
+
+    def _norm(
+        self,
+        norm: c.NormConstants | c.CodeConstants,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        rows: int,
+        ldx: int,
+        ldo: int,
+        row: int = 0,
+    ) -> None:
+        """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm."""
+        width = self.model.architecture.embed_dim
+        codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
+        values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
+        if isinstance(norm, c.NormConstants):
+            values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+            values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
+        if codes is not None:
+            values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
+        warps = 4
+        defines = {
+            "CHANNELS": width,
+            "WARPS": warps,
+            "OUT_FLOAT": int(codes is None),
+            "IDENTITY": int(isinstance(norm, c.CodeConstants)),
+        }
+        self._add(Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values))
+
+    def _classify(self, x: torch.Tensor) -> None:
+        a, width = self.model.architecture, self.model.architecture.embed_dim
+        apart = a.num_tokens * width
+        lda = c.pad(width, c.DEPTH_PAD)
+        constants = self.constants
+        if a.global_pool == "avg" and not a.dist_token:
+            if constants.norm is not None:
+                tokens = self._floats(self.batch * a.num_tokens, width)
+                self._norm(constants.norm, x, tokens, self.batch * a.num_tokens, width, width)
+                x = tokens
+            pooled = self._floats(self.batch, width)
+            values = {
+                "x": x,
+                "out": pooled,
+                "tokens": a.num_tokens,
+                "first": 0 if a.pool_include_prefix else a.num_prefix_tokens,
+                "channels": width,
+            }
+            self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
+            x, apart = pooled, width
+        for index, (name, (norm, layer)) in enumerate(zip(a.heads, constants.heads, strict=True)):
+            codes = self._codes(self.batch, width)
+            row, source, ldx = index, x, apart
+            if constants.pooled_norm is not None:
+                floats = self._floats(self.batch, width)
+                self._norm(constants.pooled_norm, x, floats, self.batch, apart, width, row)
+                row, source, ldx = 0, floats, width
+            self._norm(norm, source, codes, self.batch, ldx, lda, row)
+            self._tap(f"{name}.input", codes, (self.batch, width), layer.signed)
+            self._linear(layer, codes, self.logits, residual=self.logits if index else None, halved=bool(index))

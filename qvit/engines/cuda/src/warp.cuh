@@ -1,0 +1,183 @@
+// What a warp of 32 lanes does together, and the copies that feed it: tensor-core products, ldmatrix, asynchronous copies.
+//
+// Fragments of a product D[16, 8] += A[16, 32] B[8, 32]^T of bytes; g = lane / 4, t = lane % 4:
+//
+//     A   a[0]: row g,     bytes 4t .. 4t + 3        a[2]: row g,     bytes 16 + 4t ..
+//         a[1]: row g + 8, bytes 4t ..               a[3]: row g + 8, bytes 16 + 4t ..
+//     B   b[0]: column g,  bytes 4t ..               b[1]: column g,  bytes 16 + 4t ..
+//     D   d[0], d[1]: row g, columns 2t, 2t + 1      d[2], d[3]: row g + 8
+//
+// One-bit products are the same with 256 bits in place of 32 bytes (PTX ISA, "Matrix Fragments for mma.m16n8k32" and
+// "mma.m16n8k256").
+#pragma once
+
+#ifdef QVIT_EMULATION
+#include "emulation.h"
+#define QVIT_SHARED(name) unsigned char* const name = emulation::shared
+#else
+typedef unsigned char uint8_t;
+typedef signed char int8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef unsigned long long uint64_t;
+#define QVIT_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+constexpr unsigned kAll = 0xFFFFFFFFu;
+
+#ifdef QVIT_EMULATION
+
+struct Four {
+    uint32_t x[4];
+};
+struct Operands {
+    uint32_t a[4], b[2];
+};
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+    const Four out = emulation::together<const void*, Four>(row, [](const void* const* rows, Four* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                memcpy(&out[lane].x[i], static_cast<const char*>(rows[8 * i + lane / 4]) + 4 * (lane % 4), 4);
+            }
+        }
+    });
+    memcpy(to, out.x, sizeof out);
+}
+
+template <class Product>
+inline void multiply_with(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Product& product) {
+    Operands in;
+    memcpy(in.a, a, sizeof a);
+    memcpy(in.b, b, sizeof b);
+    const Four out = emulation::together<Operands, Four>(in, [&](const Operands* in, Four* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+                int sum = 0;
+                for (int word = 0; word < 8; word++) {
+                    const Operands &left = in[4 * (row % 8) + word % 4], &right = in[4 * column + word % 4];
+                    sum += product(left.a[row / 8 + 2 * (word / 4)], right.b[word / 4]);
+                }
+                out[lane].x[i] = static_cast<uint32_t>(sum);
+            }
+        }
+    });
+    for (int i = 0; i < 4; i++) {
+        d[i] += static_cast<int>(out.x[i]);
+    }
+}
+
+template <class A, class B>
+inline int byte_product(uint32_t a, uint32_t b) {
+    int sum = 0;
+    for (int i = 0; i < 32; i += 8) {
+        sum += static_cast<A>(a >> i) * static_cast<B>(b >> i);
+    }
+    return sum;
+}
+
+inline void copy_async(void* to, const void* from, bool wanted) {
+    wanted ? memcpy(to, from, 16) : memset(to, 0, 16);
+}
+inline void copies_end_group() {}
+template <int kLeft>
+inline void copies_wait() {}
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
+// d += a b of unsigned bytes a (signed if kSigned) and signed bytes b.
+template <bool kSigned>
+inline void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if (kSigned) {
+        multiply_with(d, a, b, byte_product<int8_t, int8_t>);
+    } else {
+        multiply_with(d, a, b, byte_product<uint8_t, int8_t>);
+    }
+}
+// The same, b unsigned and a unsigned.
+inline void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_with(d, a, b, byte_product<uint8_t, uint8_t>);
+}
+inline void multiply_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_with(d, a, b, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
+}
+
+#else
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 16-byte matrices: lane l gives the address of row l % 8 of matrix l / 8, and gets of each its row l / 4, word l % 4.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row)));
+}
+
+#define QVIT_MMA(shape, types)                                                                                    \
+    asm volatile("mma.sync.aligned." shape ".row.col." types " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+
+// d += a b of unsigned bytes a (signed if kSigned) and signed bytes b.
+template <bool kSigned>
+__device__ __forceinline__ void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if constexpr (kSigned) {
+        QVIT_MMA("m16n8k32", "s32.s8.s8.s32");
+    } else {
+        QVIT_MMA("m16n8k32", "s32.u8.s8.s32");
+    }
+}
+// The same, b unsigned and a unsigned.
+__device__ __forceinline__ void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    QVIT_MMA("m16n8k32", "s32.u8.u8.s32");
+}
+// d += popcount(a & b).
+__device__ __forceinline__ void multiply_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes from global to shared memory; zeros where they are not wanted.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(wanted ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kLeft groups of copies are under way.
+template <int kLeft>
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#endif
+
+// Over the four lanes that hold one row of a fragment.
+template <class T>
+__device__ __forceinline__ T quad_sum(T x) {
+    x += __shfl_xor_sync(kAll, x, 1);
+    return x + __shfl_xor_sync(kAll, x, 2);
+}
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        x += __shfl_xor_sync(kAll, x, mask);
+    }
+    return x;
+}

@@ -1,0 +1,228 @@
+// A GPU's blocks, warps and tensor cores on the CPU, to test the CUDA sources where there is no GPU: every thread of a block is a
+// fiber, and what a warp does together (shuffles, ldmatrix, mma) waits until all its lanes have come. Slow, and it finds no
+// missing barrier: fibers run one after another.
+#pragma once
+
+#include <math.h>
+#include <setjmp.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+
+struct Dim3 {
+    int x = 1, y = 1, z = 1;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
+namespace emulation {
+
+constexpr int kStack = 256 * 1024;
+
+struct Fiber {
+    ucontext_t context;
+    jmp_buf at;
+    bool started = false, done = false;
+    std::vector<char> stack;
+};
+
+struct Warp {
+    int arrived = 0;
+    long turn = 0;
+    unsigned char in[32][32];
+    unsigned char out[32][32];
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline jmp_buf scheduler;
+inline int current, threads, waiting;
+inline long barrier_turn;
+inline unsigned char* shared;
+inline Dim3 block, grid;
+inline void (*body)(const void*);
+inline const void* arguments;
+
+inline void yield() {
+    if (!_setjmp(fibers[current].at)) {
+        _longjmp(scheduler, 1);
+    }
+}
+
+inline void entry() {
+    body(arguments);
+    fibers[current].done = true;
+    _longjmp(scheduler, 1);
+}
+
+// All lanes of a warp give `in`; when the last one has, `work(in, out)` fills all of `out`.
+template <class In, class Out, class Work>
+Out together(const In& in, const Work& work) {
+    static_assert(sizeof(In) <= 32 && sizeof(Out) <= 32);
+    Warp& warp = warps[current / 32];
+    const int lane = current % 32;
+    memcpy(warp.in[lane], &in, sizeof in);
+    const long turn = warp.turn;
+    if (++warp.arrived == 32) {
+        In all[32];
+        Out results[32];
+        for (int i = 0; i < 32; i++) {
+            memcpy(&all[i], warp.in[i], sizeof(In));
+        }
+        work(all, results);
+        for (int i = 0; i < 32; i++) {
+            memcpy(warp.out[i], &results[i], sizeof(Out));
+        }
+        warp.arrived = 0;
+        warp.turn++;
+    }
+    while (warp.turn == turn) {
+        yield();
+    }
+    Out out;
+    memcpy(&out, warp.out[lane], sizeof out);
+    return out;
+}
+
+inline void barrier() {
+    const long turn = barrier_turn;
+    if (++waiting == threads) {
+        waiting = 0;
+        barrier_turn++;
+    }
+    while (barrier_turn == turn) {
+        yield();
+    }
+}
+
+inline void run_block() {
+    for (auto& fiber : fibers) {
+        fiber.started = fiber.done = false;
+    }
+    int left = threads;
+    while (left > 0) {
+        for (current = 0; current < threads; current++) {
+            Fiber& fiber = fibers[current];
+            if (fiber.done) {
+                continue;
+            }
+            if (_setjmp(scheduler)) {
+                left -= fibers[current].done;
+                continue;
+            }
+            if (fiber.started) {
+                _longjmp(fiber.at, 1);
+            }
+            fiber.started = true;
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_size = fiber.stack.size();
+            fiber.context.uc_link = nullptr;
+            makecontext(&fiber.context, entry, 0);
+            setcontext(&fiber.context);
+        }
+    }
+}
+
+inline void launch(void (*kernel)(const void*), const void* args, int gx, int gy, int gz, int count, int bytes) {
+    threads = count;
+    fibers.resize(count);
+    for (auto& fiber : fibers) {
+        fiber.stack.resize(kStack);
+    }
+    warps.assign((count + 31) / 32, Warp());
+    std::vector<unsigned char> memory(bytes + 1024, 0xA5);  // poisoned: nothing may read what was not written
+    shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) / 1024 * 1024);
+    body = kernel;
+    arguments = args;
+    grid = {gx, gy, gz};
+    for (block.z = 0; block.z < gz; block.z++) {
+        for (block.y = 0; block.y < gy; block.y++) {
+            for (block.x = 0; block.x < gx; block.x++) {
+                waiting = 0;
+                run_block();
+            }
+        }
+    }
+}
+
+}  // namespace emulation
+
+#define blockIdx (emulation::block)
+#define gridDim (emulation::grid)
+#define threadIdx (Dim3{emulation::current, 0, 0})
+#define blockDim (Dim3{emulation::threads, 1, 1})
+
+inline void __syncthreads() { emulation::barrier(); }
+inline void __syncwarp() {
+    emulation::together<int, int>(0, [](const int*, int* out) { memset(out, 0, 32 * sizeof *out); });
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    return emulation::together<T, T>(value, [&](const T* in, T* out) {
+        for (int i = 0; i < 32; i++) {
+            out[i] = in[i ^ mask];
+        }
+    });
+}
+
+inline int __any_sync(unsigned, int predicate) {
+    return emulation::together<int, int>(predicate, [](const int* in, int* out) {
+        int any = 0;
+        for (int i = 0; i < 32; i++) {
+            any |= in[i] != 0;
+        }
+        for (int i = 0; i < 32; i++) {
+            out[i] = any;
+        }
+    });
+}
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __int2float_rn(int a) { return static_cast<float>(a); }
+inline float __double2float_rn(double a) { return static_cast<float>(a); }
+inline int __float_as_int(float a) {
+    int b;
+    memcpy(&b, &a, 4);
+    return b;
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) {
+        out |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
+    }
+    return out;
+}
+inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
+inline int atomicExch(int* to, int value) {
+    const int old = *to;
+    *to = value;
+    return old;
+}
+using std::max;
+using std::min;

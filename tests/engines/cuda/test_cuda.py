@@ -1,0 +1,133 @@
+"""The CUDA engine against the reference engine, code by code: on a GPU where there is one, else in emulation on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qvit
+from qvit.engines.cuda import CudaEngine, constants
+from qvit.engines.cuda.device import Gpu
+from qvit.engines.reference import ReferenceEngine
+from qvit.errors import InputError, UnsupportedModelError
+from qvit.integer.model import IntegerModel
+from qvit.spec import ModelSpec
+
+
+def _beside(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = _beside(Path(__file__).parents[1] / "cases.py")
+Factory = Callable[..., Any]
+# Heads that the kernels know, in models small enough for emulation.
+SMALL = cases.SMALL | {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8}
+UNKNOWN = ("per token", "offset per head", "offset per channel", "map per row", "q unsigned half step")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Any:
+    """A GPU, or an emulated one."""
+    return Gpu() if torch.cuda.is_available() else _beside(Path(__file__).parent / "emulator.py").Emulated()
+
+
+def pixels_for(model: IntegerModel, count: int = 3) -> torch.Tensor:
+    return torch.randint(0, 256, (count, *model.preprocessing.input_size), dtype=torch.uint8)
+
+
+def check(model: IntegerModel, gpu: Any, count: int = 3) -> None:
+    """Every code and every logit is the reference engine's."""
+    pixels = pixels_for(model, count)
+    images = torch.from_numpy(model.preprocessing.normalise(pixels.numpy()))
+    wanted: dict[str, torch.Tensor] = {}
+    codes: dict[str, torch.Tensor] = {}
+    logits = ReferenceEngine(model).forward(images, wanted)
+    engine = CudaEngine(model, gpu)
+    assert torch.equal(engine.forward(pixels, codes).cpu(), logits)
+    assert wanted.keys() == codes.keys()
+    for name in wanted:
+        assert torch.equal(codes[name].cpu(), wanted[name]), name
+    for same in (pixels, images, images.double()):
+        for _ in range(2):  # buffers are used again
+            assert torch.equal(engine.forward(same).cpu(), logits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width(bits: int, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    check(qvit.freeze(perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))), gpu)
+
+
+@pytest.mark.parametrize("name", cases.GRANULARITIES)
+def test_granularities(name: str, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL), **cases.GRANULARITIES[name])))
+    if any(part in name for part in UNKNOWN):
+        with pytest.raises(UnsupportedModelError, match=r"yet: use engine='reference' on device='cuda'\.$"):
+            CudaEngine(model, gpu)
+    else:
+        check(model, gpu, 2)
+
+
+@pytest.mark.parametrize("name", cases.ARCHITECTURES)
+def test_architectures(name: str, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    timm_name, options = cases.ARCHITECTURES[name]
+    options = SMALL | {"depth": 1} | options
+    options["embed_dim"] = 32 * options["num_heads"]
+    check(qvit.freeze(perturb(make_student(small_vit(timm_name, **options)))), gpu, 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embed_dim": 128, "num_heads": 2, "img_size": 40},  # heads of 64, 26 tokens
+        {"embed_dim": 192, "num_heads": 3, "num_classes": 1001},  # more than one tile of classes
+        {"embed_dim": 96, "num_heads": 3, "mlp_ratio": 2.5, "img_size": 56},  # 50 tokens; q, k and v end within a tile
+        {
+            "embed_dim": 64,
+            "num_heads": 1,
+            "patch_size": 4,
+            "img_size": 72,
+            "depth": 1,
+        },  # 325 tokens: scores are computed thrice
+    ],
+)
+def test_odd_shapes(options: dict[str, Any], gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    check(qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3)))), gpu, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_where_every_value_is_in_doubt(
+    bits: int, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With margins of a whole step, all float steps are computed as they are defined."""
+    monkeypatch.setattr(constants, "_ULPS", 1.0)
+    check(qvit.freeze(perturb(make_student(small_vit(**SMALL | {"depth": 1}), spec=ModelSpec.of_bits(bits)))), gpu, 2)
+
+
+def test_what_is_not_finite_or_not_there(gpu: Any, make_student: Factory, small_vit: Factory) -> None:
+    model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1})))
+    engine = CudaEngine(model, gpu)
+    images = torch.from_numpy(model.preprocessing.normalise(pixels_for(model, 2).numpy()))
+    expected = engine.run(images.numpy())
+    for bad in (np.nan, np.inf, -np.inf):
+        images[1, 2, -1, -1] = bad
+        with pytest.raises(InputError, match="not finite"):
+            engine.forward(images)
+    images[1, 2, -1, -1] = 0.0
+    assert np.array_equal(engine.run(images.numpy())[0], expected[0])
+    assert engine.run(images[:0].numpy()).shape == (0, 5)
+
+
+def test_heads_of_another_width_are_refused(gpu: Any, frozen: IntegerModel) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"heads of 4 channels, only of 32 or 64 yet: use engine='reference'"):
+        CudaEngine(frozen, gpu)
