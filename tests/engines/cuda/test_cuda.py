@@ -33,7 +33,7 @@ cases = _beside(Path(__file__).parents[1] / "cases.py")
 Factory = Callable[..., Any]
 # Heads that the kernels know, in models small enough for emulation.
 SMALL = cases.SMALL | {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8}
-UNKNOWN = ("per token", "offset per head", "offset per channel", "map per row", "q unsigned half step")
+UNKNOWN = ("per token", "q, k offset", "q offset per channel", "map per row", "q unsigned half step")
 
 
 @pytest.fixture(scope="session")
