@@ -52,9 +52,6 @@ class CudaEngine:
         self._gpu = device
         self.device = device.device
         self._on_gpu = self.device.type == "cuda"
-        self._multiprocessors = 1
-        if self._on_gpu:
-            self._multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self._constants = ModelConstants.of(model, self.device)
         self._plans: OrderedDict[int, tuple[Plan, Any]] = OrderedDict()
 
@@ -95,7 +92,7 @@ class CudaEngine:
         return logits
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
-        return Plan(self.model, self._constants, batch, self._multiprocessors, with_map, poison=not self._on_gpu)
+        return Plan(self.model, self._constants, batch, self._gpu, with_map, poison=not self._on_gpu)
 
     def _shown(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> tuple[Plan, torch.Tensor]:
         plan = self._plan(len(images), with_map=True)

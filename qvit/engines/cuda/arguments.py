@@ -19,11 +19,11 @@ def _fields(**types: str) -> list[tuple[str, Any]]:
 
 
 class GemmArgs(ctypes.Structure):
-    """``src/gemm.cu``."""
+    """``src/epilogue.cuh``."""
 
     _fields_ = _fields(
         p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine",
-        i="m n k lda ldb ldo rows_in rows_out row_first heads tokens",
+        i="m n k ldo rows_in rows_out row_first heads tokens chunks",
         f="low high margin low_k high_k margin_k low_v high_v",
         d="eps",
     )
@@ -61,7 +61,7 @@ class PoolArgs(ctypes.Structure):
     _fields_ = _fields(p="x out", i="tokens first channels")
 
 
-ARGUMENTS = {"gemm": GemmArgs, "attention": AttentionArgs, "norm": NormArgs, "pixels": PixelArgs, "pool": PoolArgs}
+ARGUMENTS = {"gemm": GemmArgs, "gemm_hopper": GemmArgs, "attention": AttentionArgs, "norm": NormArgs, "pixels": PixelArgs, "pool": PoolArgs}
 
 
 @dataclass(frozen=True)

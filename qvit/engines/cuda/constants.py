@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qvit.engines.cuda.layout import CHUNK, pad, tiled
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
@@ -17,7 +18,6 @@ from qvit.spec import HalfStep, PerGroup, PerToken, QuantSpec
 _F32 = np.float32
 _ULPS = 1e-6  # relative error that the float32 steps stay below
 COLUMN_PAD = 256  # output channels are padded to a multiple: no tile is wider
-DEPTH_PAD = 128  # input channels: no step over k is longer
 HEAD_DIMS = (32, 64)
 
 
@@ -69,17 +69,12 @@ class Constants:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
 
 
-def pad(n: int, to: int) -> int:
-    """``n`` up to the next multiple."""
-    return (n + to - 1) // to * to
-
-
 @dataclass(frozen=True, eq=False)
 class LinearConstants:
     """A linear layer on the device.
 
     Attributes:
-        b: int8 [M padded, K padded], codes; ``2 c + 1`` where the weight has half steps.
+        b: int8 [M padded, K padded], codes as they lie in memory; ``2 c + 1`` where the weight has half steps.
         scale, bias: float32 [M padded], the reference engine's.
         m, k: output and input features.
         signed: whether the input's codes are.
@@ -99,12 +94,12 @@ class LinearConstants:
         """The constants of a layer."""
         m, k = layer.weight.shape
         codes = layer.weight.codes()
-        b = np.zeros((pad(m, COLUMN_PAD), pad(k, DEPTH_PAD)), np.int8)
+        b = np.zeros((pad(m, COLUMN_PAD), pad(k, CHUNK)), np.int8)
         b[:m, :k] = 2 * codes + 1 if layer.weight.half_step else codes
         scale = layer.input.scale * layer.weight.scale.reshape(-1)
         bias = layer.folded_bias()
         return cls(
-            b=to.array(b),
+            b=tiled(to.array(b)),
             scale=to.floats(scale, m, len(b)),
             bias=to.floats(0.0 if bias is None else bias, m, len(b)),
             m=m,

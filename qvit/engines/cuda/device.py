@@ -18,6 +18,8 @@ class Device(Protocol):
     """What runs launches."""
 
     device: torch.device
+    multiprocessors: int
+    hopper: bool  # has warpgroup products and bulk copies (compute capability 9)
 
     def launch(self, launch: Launch) -> None:
         """Runs a kernel, or queues it."""
@@ -56,7 +58,9 @@ class Gpu:
                 f"{torch.cuda.get_device_name(self.device)} (compute capability {major}.{minor}) is older than the CUDA "
                 "engine's kernels: they need 8.0 (Ampere) or later; use engine='reference'."
             )
-        self.architecture = f"sm_{major}{minor}"
+        self.hopper = major == 9
+        self.architecture = f"sm_{major}{minor}{'a' if self.hopper else ''}"
+        self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         torch.zeros(1, device=self.device)  # makes PyTorch's context
         self._driver = driver
         self._functions: dict[tuple[Any, ...], Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,16 @@ import torch
 
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
-from qvit.engines.cuda.tiles import Tile, choose
+from qvit.engines.cuda.device import Device
+from qvit.engines.cuda.layout import CHUNK, chunks, pad, untiled
+from qvit.engines.cuda.tiles import Tile, choose, choose_whole_rows
 from qvit.engines.tables import embedding
 from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-_FLOATS, _ACTIVATION, _HEADS = 0, 1, 2  # epilogues of src/gemm.cu
+_FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
 _ROWS_APART = 1 << 30  # rows of a product go where they are
+ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 
 
@@ -102,20 +106,19 @@ class Plan:
         model: IntegerModel,
         constants: ModelConstants,
         batch: int,
-        multiprocessors: int,
+        gpu: Device,
         with_map: bool = False,
         poison: bool = False,
     ) -> None:
         self.model, self.constants, self.batch = model, constants, batch
-        self._multiprocessors, self._poison = multiprocessors, poison
+        self._gpu, self._poison = gpu, poison
         self._device = constants.embed.device
         a = model.architecture
         self.steps: list[Step] = []
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
-        lda = c.pad(width, c.DEPTH_PAD)
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
         first, x = self._floats(rows, width), self._floats(rows, width)
-        codes, hidden = self._codes(rows, width), self._codes(rows, a.mlp_hidden)
+        codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(rows, a.mlp_hidden)
         q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))
         maps = self._bytes(batch, a.num_heads, n, n) if with_map else None
         self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
@@ -139,19 +142,20 @@ class Plan:
             source = x
         for i, block in enumerate(constants.blocks):
             name = f"blocks.{i}"
-            self._norm(block["norm1"], source, codes, rows, width, lda)
+            if i == 0:
+                self._norm(block["norm1"], source, codes, rows, width, chunks(width))
             self._tap(f"{name}.attn.qkv.input", codes, (batch, n, width), block["qkv"].signed)
             self._heads(block, codes, (q, k, v), name)
-            self._attention(block, (q, k, v), maps, codes, lda)
+            self._attention(block, (q, k, v), maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
-            self._tap(f"{name}.attn.proj.input", codes, (batch, n, width), block["proj"].signed)
-            self._linear(block["proj"], codes, x, residual=source, gamma=block["ls1"])
-            self._norm(block["norm2"], x, codes, rows, width, lda)
+            self._tap(f"{name}.attn.proj.input", attended, (batch, n, width), block["proj"].signed)
+            self._linear_norm(block["proj"], attended, x, rows, source, block["ls1"], block["norm2"], codes)
             self._tap(f"{name}.mlp.fc1.input", codes, (batch, n, width), block["fc1"].signed)
             self._activation(block, codes, hidden)
             self._tap(f"{name}.mlp.fc2.input", hidden, (batch, n, a.mlp_hidden), block["fc2"].signed)
-            self._linear(block["fc2"], hidden, x, residual=x, gamma=block["ls2"])
+            following = constants.blocks[i + 1]["norm1"] if i + 1 < len(constants.blocks) else None
+            self._linear_norm(block["fc2"], hidden, x, rows, x, block["ls2"], following, codes)
             source = x
         self._classify(source)
 
@@ -172,7 +176,7 @@ class Plan:
             "patch_width": a.patch_size[1],
             "columns": a.img_size[1] // a.patch_size[1],
             "patches": a.num_patches,
-            "ldo": self._patches.shape[1],
+            "ldo": chunks(a.patch_features),
             "step": p.step,
             "high": p.high,
         }
@@ -182,7 +186,8 @@ class Plan:
     def patch_tap(self) -> torch.Tensor:
         """Codes of the patches, int16 [B, patches, K]."""
         a = self.model.architecture
-        return self._patches[:, : a.patch_features].reshape(self.batch, a.num_patches, -1).to(torch.int16)
+        codes = untiled(self._patches)[: self.batch * a.num_patches, : a.patch_features]
+        return codes.reshape(self.batch, a.num_patches, -1).to(torch.int16)
 
     # --- buffers ------------------------------------------------------------------------------------------------------
 
@@ -191,7 +196,8 @@ class Plan:
         return out.fill_(0xA5) if self._poison else out
 
     def _codes(self, rows: int, columns: int) -> torch.Tensor:
-        return self._bytes(rows, c.pad(columns, c.DEPTH_PAD))
+        """Room for a matrix of codes, in whole tiles."""
+        return self._bytes(pad(rows, ROW_PAD), pad(columns, CHUNK))
 
     def _floats(self, rows: int, columns: int) -> torch.Tensor:
         out = torch.empty(rows, columns, dtype=torch.float32, device=self._device)
@@ -205,14 +211,23 @@ class Plan:
     def _tap(self, name: str, codes: torch.Tensor, shape: tuple[int, ...], signed: bool, doubled: bool = False) -> None:
         def read() -> torch.Tensor:
             whole = codes.view(torch.int8) if signed else codes
-            out = whole.reshape(-1, codes.shape[-1])[:, : shape[-1]].to(torch.int16).reshape(shape)
+            if codes.dim() == 2:  # a matrix in tiles
+                whole = untiled(whole)[: math.prod(shape[:-1]), : shape[-1]]
+            out = whole.to(torch.int16).reshape(shape)
             return (out - 1) // 2 if doubled else out
 
         self.steps[-1].taps[name] = read
 
-    def _gemm(self, layer: c.LinearConstants, epilogue: dict[str, int], a: torch.Tensor, values: dict[str, Any]) -> None:
-        rows = values.pop("rows", None) or len(a)
-        tile: Tile = choose(rows, layer.m, self._multiprocessors)
+    def _gemm(
+        self,
+        layer: c.LinearConstants,
+        epilogue: dict[str, int],
+        a: torch.Tensor,
+        values: dict[str, Any],
+        tile: Tile | None = None,
+    ) -> None:
+        rows = values.pop("rows")
+        tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         values = {
             "a": a,
             "b": layer.b,
@@ -221,19 +236,18 @@ class Plan:
             "m": rows,
             "n": layer.m,
             "k": layer.k,
-            "lda": a.shape[1],
-            "ldb": layer.b.shape[1],
             **values,
         }
-        defines = {**tile.defines, "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
-        self._add(Launch("gemm", defines, (tile.blocks(rows, layer.m), 1, 1), tile.threads, tile.shared, values))
+        defines = {**tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
+        self._add(Launch(tile.kernel, defines, (blocks, 1, 1), tile.threads(), tile.shared(layer.k), values))
 
     def _linear(
         self,
         layer: c.LinearConstants,
         a: torch.Tensor,
         out: torch.Tensor,
-        rows: int | None = None,
+        rows: int,
         residual: torch.Tensor | None = None,
         gamma: torch.Tensor | None = None,
         position: torch.Tensor | None = None,
@@ -255,6 +269,51 @@ class Plan:
         }
         self._gemm(layer, {"EPILOGUE": _FLOATS, "HALVED": int(halved)}, a, values)
 
+    def _linear_norm(
+        self,
+        layer: c.LinearConstants,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        rows: int,
+        residual: torch.Tensor,
+        gamma: torch.Tensor | None,
+        norm: c.NormConstants | None,
+        codes: torch.Tensor,
+    ) -> None:
+        """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows."""
+        width = self.model.architecture.embed_dim
+        tile = None
+        if norm is not None:
+            tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
+        if norm is None or tile is None:
+            self._linear(layer, a, out, rows, residual=residual, gamma=gamma)
+            if norm is not None:
+                self._norm(norm, out, codes, rows, width, chunks(width))
+            return
+        assert norm.codes is not None
+        values = {
+            "rows": rows,
+            "out": out,
+            "out_k": codes,
+            "residual": residual,
+            "gamma": gamma,
+            "ldo": out.shape[1],
+            "rows_in": _ROWS_APART,
+            "rows_out": _ROWS_APART,
+            "chunks": chunks(width),
+            "inverse": norm.gain,
+            "shift": norm.shift,
+            "weight": norm.weight,
+            "affine": norm.bias,
+            "offset": norm.codes.offset,
+            "step": norm.codes.step,
+            "low": norm.codes.low,
+            "high": norm.codes.high,
+            "margin": norm.margin,
+            "eps": norm.eps,
+        }
+        self._gemm(layer, {"EPILOGUE": _FLOATS_AND_CODES, "HALVED": 0}, a, values, tile)
+
     def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor) -> None:
         codes: c.CodeConstants = block["fc2_codes"]
         values = {
@@ -262,7 +321,8 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "ldo": out.shape[1],
+            "rows": self.batch * self.model.architecture.num_tokens,
+            "ldo": chunks(self.model.architecture.mlp_hidden),
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
@@ -284,6 +344,7 @@ class Plan:
             "step": heads.step,
             "weight": heads.weight,
             "affine": heads.affine,
+            "rows": self.batch * shape.num_tokens,
             "heads": shape.num_heads,
             "tokens": shape.num_tokens,
             "low": low,
@@ -308,7 +369,7 @@ class Plan:
             self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)
 
     def _attention(
-        self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor, ldo: int
+        self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor
     ) -> None:
         a, of = self.model.architecture, block["attention"]
         codes: c.CodeConstants = block["proj_codes"]
@@ -327,7 +388,7 @@ class Plan:
             "offset": codes.offset,
             "step": codes.step,
             "heads": a.num_heads,
-            "ldo": ldo,
+            "ldo": chunks(a.embed_dim),
             "map_high": of.map_high,
             "map_margin": of.map_margin,
             "low": codes.low,
@@ -348,7 +409,7 @@ class Plan:
         shared = 32 * groups * (a.head_dim + 16) + a.head_dim * (32 * groups + 16) + 4 * 32 * groups
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
         heads = self.batch * a.num_heads
-        split = min(-(-tiles // warps), max(1, 2 * self._multiprocessors // heads))
+        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))
         self._add(Launch("attention", defines, (heads, split, 1), 32 * warps, shared, values))
 
     def _norm(
@@ -382,7 +443,6 @@ class Plan:
     def _classify(self, x: torch.Tensor) -> None:
         a, width = self.model.architecture, self.model.architecture.embed_dim
         apart = a.num_tokens * width
-        lda = c.pad(width, c.DEPTH_PAD)
         constants = self.constants
         if a.global_pool == "avg" and not a.dist_token:
             if constants.norm is not None:
@@ -406,6 +466,6 @@ class Plan:
                 floats = self._floats(self.batch, width)
                 self._norm(constants.pooled_norm, x, floats, self.batch, apart, width, row)
                 row, source, ldx = 0, floats, width
-            self._norm(norm, source, codes, self.batch, ldx, lda, row)
+            self._norm(norm, source, codes, self.batch, ldx, chunks(width), row)
             self._tap(f"{name}.input", codes, (self.batch, width), layer.signed)
-            self._linear(layer, codes, self.logits, residual=self.logits if index else None, halved=bool(index))
+            self._linear(layer, codes, self.logits, self.batch, residual=self.logits if index else None, halved=bool(index))

@@ -1,16 +1,44 @@
-"""How products are cut into tiles."""
+"""How products are cut into tiles, and which kernel multiplies them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, chunks
+
+_MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
+_RESIDENT = 4  # chunks of k up to which a block keeps its rows
+
+
+class Tile(Protocol):
+    """How one product [M, K] x [K, N] is computed."""
+
+    kernel: ClassVar[str]
+
+    def defines(self, k: int) -> dict[str, int]:
+        """Constants in the source."""
+        ...
+
+    def blocks(self, m: int, n: int, multiprocessors: int) -> int:
+        """Blocks that are launched."""
+        ...
+
+    def threads(self) -> int:
+        """Of a block."""
+        ...
+
+    def shared(self, k: int) -> int:
+        """Bytes of shared memory of a block."""
+        ...
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A block's part of a product [M, K] x [K, N]; see ``src/gemm.cu``.
+class MmaTile:
+    """``src/gemm.cu``.
 
     Attributes:
-        bm, bn: sums [bm, bn].
+        bm, bn: sums [bm, bn] that a block computes.
         bk: bytes of k that come at a time: 32, 64 or 128.
         stages: buffers of such bytes.
         warps_m, warps_n: of the block; each has a part [bm / warps_m, bn / warps_n].
@@ -23,20 +51,19 @@ class Tile:
     warps_m: int
     warps_n: int
 
-    @property
+    kernel: ClassVar[str] = "gemm"
+
     def threads(self) -> int:
-        """Of a block."""
+        """See `Tile`."""
         return 32 * self.warps_m * self.warps_n
 
-    @property
-    def shared(self) -> int:
-        """Bytes of shared memory of a block: the buffers, or the codes on their way out."""
+    def shared(self, k: int) -> int:
+        """The buffers, or the codes on their way out."""
         lines = self.warps_n * self.bm * (self.bn // self.warps_n + 16)
         return max(self.stages * (self.bm + self.bn) * self.bk, lines)
 
-    @property
-    def defines(self) -> dict[str, int]:
-        """Its constants in the source."""
+    def defines(self, k: int) -> dict[str, int]:
+        """See `Tile`."""
         return {
             "kBM": self.bm,
             "kBN": self.bn,
@@ -46,19 +73,96 @@ class Tile:
             "kWarpsN": self.warps_n,
         }
 
-    def blocks(self, m: int, n: int) -> int:
-        """Tiles of a product [m, n]."""
+    def tiles(self, m: int, n: int) -> int:
+        """Of a product [m, n]."""
         return -(-m // self.bm) * -(-n // self.bn)
 
+    def blocks(self, m: int, n: int, multiprocessors: int) -> int:
+        """One a tile."""
+        return self.tiles(m, n)
 
-LARGE = Tile(128, 128, 64, 4, 2, 2)
-MIDDLE = Tile(64, 64, 64, 4, 4, 1)
-SMALL = Tile(32, 64, 64, 4, 2, 1)
+
+@dataclass(frozen=True)
+class HopperTile:
+    """``src/gemm_hopper.cu``.
+
+    Attributes:
+        groups: warpgroups of a block, each with 64 rows.
+        bn: columns at a time: 64, 128 or 192.
+        stages: buffers for tiles of 128 bytes of k.
+        whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
+    """
+
+    groups: int
+    bn: int
+    stages: int
+    whole_rows: bool = False
+
+    kernel: ClassVar[str] = "gemm_hopper"
+
+    def threads(self) -> int:
+        """A warp that copies, beside the warpgroups."""
+        return 128 * self.groups + 32
+
+    def _resident(self, k: int) -> bool:
+        return chunks(k) <= _RESIDENT
+
+    def shared(self, k: int) -> int:
+        """Rows that are kept, buffers, codes on their way out, barriers."""
+        rows = TILE_ROWS * self.groups * CHUNK
+        held, stage = (chunks(k) * rows, 0) if self._resident(k) else (0, rows)
+        out = self.bn if not self.whole_rows or self.bn <= 128 else 128 if self.bn % 128 == 0 else 64
+        lines = 4 * self.groups * 16 * (out + 16)
+        barriers = 8 * (2 * self.stages + _RESIDENT + 1)
+        return held + self.stages * (stage + self.bn * CHUNK) + lines + barriers
+
+    def defines(self, k: int) -> dict[str, int]:
+        """See `Tile`."""
+        resident = int(self._resident(k))
+        return {"kGroups": self.groups, "kBN": self.bn, "kStages": self.stages, "DEPTH": k, "RESIDENT": resident}
+
+    def tiles(self, m: int, n: int) -> int:
+        """Of a product [m, n]."""
+        return -(-m // (TILE_ROWS * self.groups)) * -(-n // self.bn)
+
+    def blocks(self, m: int, n: int, multiprocessors: int) -> int:
+        """One a multiprocessor, each with a range of tiles."""
+        return min(multiprocessors, self.tiles(m, n))
+
+    def fits(self, k: int) -> bool:
+        """Whether a block's shared memory holds it."""
+        return self.shared(k) <= _MOST_SHARED
 
 
-def choose(m: int, n: int, multiprocessors: int) -> Tile:
-    """The largest tile that leaves no multiprocessor without work."""
-    for tile in (LARGE, MIDDLE):
-        if tile.blocks(m, n) >= multiprocessors:
-            return tile
-    return SMALL
+_MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
+_HOPPER = (HopperTile(3, 128, 4), HopperTile(2, 128, 4), HopperTile(2, 64, 4))
+
+
+# Widths of rows that a warpgroup's registers hold, for LayerNorm behind a product.
+_WHOLE_ROWS = {width: HopperTile(2, width, 3, whole_rows=True) for width in (64, 128, 192, 384)}
+
+
+def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> HopperTile | None:
+    """A tile that is followed by LayerNorm; ``None`` where there is none, or too few rows for all multiprocessors."""
+    tile = _WHOLE_ROWS.get(n)
+    if not hopper or tile is None or not tile.fits(k) or tile.tiles(m, n) < multiprocessors:
+        return None
+    return tile
+
+
+def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
+    """The largest tile that leaves no multiprocessor without work.
+
+    Args:
+        m, n, k: the product [m, k] x [k, n].
+        multiprocessors: of the GPU.
+        hopper: whether it has warpgroup products (compute capability 9).
+    """
+    if hopper:
+        for tile in _HOPPER:
+            if tile.tiles(m, n) >= multiprocessors and tile.fits(k):
+                return tile
+    for mma in _MMA[:-1]:
+        if mma.tiles(m, n) >= multiprocessors:
+            return mma
+    return _MMA[-1]

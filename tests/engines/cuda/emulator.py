@@ -18,7 +18,7 @@ from qvit.engines.cuda.compiler import SOURCES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O0", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
 FLAGS += ["-x", "c++", "-DQVIT_EMULATION", "-Wno-unknown-pragmas", f"-I{SOURCES}", f"-I{HERE}"]
 
 
@@ -26,8 +26,10 @@ class Emulated:
     """A `qvit.engines.cuda.device.Device` that computes at once, on the CPU."""
 
     device = torch.device("cpu")
+    multiprocessors = 2
 
-    def __init__(self) -> None:
+    def __init__(self, hopper: bool = False) -> None:
+        self.hopper = hopper
         if COMPILER is None:
             pytest.skip("no C++ compiler to emulate a GPU with")
         self._folder = Path(tempfile.gettempdir()) / "qvit-emulated"

@@ -36,10 +36,27 @@ SMALL = cases.SMALL | {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_s
 UNKNOWN = ("per token", "q, k offset", "q offset per channel", "map per row", "q unsigned half step")
 
 
+def _gpu(hopper: bool) -> Any:
+    """A GPU, or an emulated one."""
+    if not torch.cuda.is_available():
+        return _beside(Path(__file__).parent / "emulator.py").Emulated(hopper)
+    gpu = Gpu()
+    if hopper and not gpu.hopper:
+        pytest.skip("the GPU is no Hopper")
+    gpu.hopper = hopper
+    return gpu
+
+
 @pytest.fixture(scope="session")
 def gpu() -> Any:
-    """A GPU, or an emulated one."""
-    return Gpu() if torch.cuda.is_available() else _beside(Path(__file__).parent / "emulator.py").Emulated()
+    """With the kernels that every GPU runs."""
+    return _gpu(hopper=False)
+
+
+@pytest.fixture(scope="session", params=["every GPU's", "Hopper's"])
+def either(request: pytest.FixtureRequest) -> Any:
+    """With these, and with Hopper's own products."""
+    return _gpu(hopper=request.param == "Hopper's")
 
 
 def pixels_for(model: IntegerModel, count: int = 3) -> torch.Tensor:
@@ -64,8 +81,8 @@ def check(model: IntegerModel, gpu: Any, count: int = 3) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_width(bits: int, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
-    check(qvit.freeze(perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))), gpu)
+def test_every_width(bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    check(qvit.freeze(perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))), either)
 
 
 @pytest.mark.parametrize("name", cases.GRANULARITIES)
@@ -105,13 +122,21 @@ def test_odd_shapes(options: dict[str, Any], gpu: Any, make_student: Factory, sm
     check(qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3)))), gpu, 1)
 
 
+@pytest.mark.parametrize("width", [64, 192])
+def test_more_rows_than_tiles(width: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    """Blocks with several tiles, the last not full; on Hopper LayerNorm behind the products."""
+    options = {"embed_dim": width, "num_heads": width // 32, "depth": 2, "mlp_ratio": 0.5, "img_size": 16}
+    check(qvit.freeze(perturb(make_student(small_vit(**SMALL | options)))), either, 27)
+
+
 @pytest.mark.parametrize("bits", [2, 8])
 def test_where_every_value_is_in_doubt(
-    bits: int, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+    bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With margins of a whole step, all float steps are computed as they are defined."""
     monkeypatch.setattr(constants, "_ULPS", 1.0)
-    check(qvit.freeze(perturb(make_student(small_vit(**SMALL | {"depth": 1}), spec=ModelSpec.of_bits(bits)))), gpu, 2)
+    options = SMALL | {"depth": 2, "mlp_ratio": 0.5, "img_size": 16}
+    check(qvit.freeze(perturb(make_student(small_vit(**options), spec=ModelSpec.of_bits(bits)))), either, 27)
 
 
 def test_what_is_not_finite_or_not_there(gpu: Any, make_student: Factory, small_vit: Factory) -> None:

@@ -8,13 +8,14 @@
 //
 // The codes of the map leave the first product in the layout of sums and enter the second in that of bytes. Of 16 keys a lane has
 // 2t, 2t + 1, 8 + 2t, 9 + 2t; as an operand these are its bytes 4t .. 4t + 3. So v^T lies with its keys in that order.
+#include "layout.cuh"
 #include "rounding.cuh"
 
 struct AttentionArgs {
     const int8_t* q;           // codes [B, H, N, D]; Q_DOUBLED: 2 c + 1
     const int8_t* k;           // the same
     const uint8_t* v;          // the same; signed or not: V_SIGNED
-    uint8_t* out;              // codes [B N, ldo] of proj's input
+    uint8_t* out;              // codes [B N, H D] of proj's input, ldo tiles a row
     uint8_t* map;              // codes [B, H, N, N], or nothing
     const float* score_scale;  // [H]: scale_q * factor * scale_k, halved where whole numbers are doubled
     const float* map_scale;    // [H]
@@ -305,8 +306,8 @@ struct Rows {
                     code[e] = quotient_code(y, p.offset[c], p.inverse[c], p.step[c], p.low, p.high);
                 }
                 if (query(half) < TOKENS) {
-                    const size_t row = static_cast<size_t>(image) * TOKENS + query(half);
-                    *reinterpret_cast<uint16_t*>(p.out + row * p.ldo + head * HEAD_DIM + 8 * j + 2 * (lane % 4)) =
+                    const int c = head * HEAD_DIM + 8 * j + 2 * (lane % 4);
+                    *reinterpret_cast<uint16_t*>(p.out + code_at(image * TOKENS + query(half), c, p.ldo)) =
                         static_cast<uint16_t>((code[0] & 0xFF) | (code[1] & 0xFF) << 8);
                 }
             }

@@ -1,4 +1,5 @@
 // LayerNorm of float32 rows (or none, where IDENTITY), and the codes of what comes out; a warp a row.
+#include "layout.cuh"
 #include "rounding.cuh"
 
 struct NormArgs {
@@ -9,7 +10,7 @@ struct NormArgs {
     const float* shift;
     const float* offset;  // of the codes [C]
     const float* step;
-    void* out;            // codes or floats, rows ldo apart
+    void* out;            // codes, ldo tiles a row, or floats, rows ldo apart
     long long ldx, ldo;
     int rows;
     float low, high, margin;
@@ -73,12 +74,13 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
         }
     }
 #if IDENTITY  // codes of the row as it is
-    uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.ldo;
+    uint8_t* out = static_cast<uint8_t*>(p.out);
+    const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
 #pragma unroll
     for (int i = 0; i < kLanes; i++) {
         const int c = channel(i, lane);
         if (c < CHANNELS) {
-            out[c] = static_cast<uint8_t>(exact_code(x[i], p.offset[c], p.step[c], p.low, p.high));
+            out[code_at(line, c, chunks)] = static_cast<uint8_t>(exact_code(x[i], p.offset[c], p.step[c], p.low, p.high));
         }
     }
 #elif OUT_FLOAT
@@ -129,17 +131,18 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
             }
         }
     }
-    uint8_t* out = static_cast<uint8_t*>(p.out) + row * p.ldo;
+    uint8_t* out = static_cast<uint8_t*>(p.out);
+    const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
 #pragma unroll
     for (int i = 0; i < kLanes; i += kVector) {
         const int c = channel(i, lane);
         if constexpr (kVector == 4) {
-            *reinterpret_cast<uint32_t*>(out + c) =
+            *reinterpret_cast<uint32_t*>(out + code_at(line, c, chunks)) =
                 (codes[i] & 0xFF) | (codes[i + 1] & 0xFF) << 8 | (codes[i + 2] & 0xFF) << 16 | (codes[i + 3] & 0xFFu) << 24;
         } else if constexpr (kVector == 2) {
-            *reinterpret_cast<uint16_t*>(out + c) = static_cast<uint16_t>((codes[i] & 0xFF) | (codes[i + 1] & 0xFF) << 8);
+            *reinterpret_cast<uint16_t*>(out + code_at(line, c, chunks)) = static_cast<uint16_t>((codes[i] & 0xFF) | (codes[i + 1] & 0xFF) << 8);
         } else if (c < CHANNELS) {
-            out[c] = static_cast<uint8_t>(codes[i]);
+            out[code_at(line, c, chunks)] = static_cast<uint8_t>(codes[i]);
         }
     }
 #endif
