@@ -61,7 +61,14 @@ class PoolArgs(ctypes.Structure):
     _fields_ = _fields(p="x out", i="tokens first channels")
 
 
-ARGUMENTS = {"gemm": GemmArgs, "gemm_hopper": GemmArgs, "attention": AttentionArgs, "norm": NormArgs, "pixels": PixelArgs, "pool": PoolArgs}
+ARGUMENTS = {
+    "gemm": GemmArgs,
+    "gemm_hopper": GemmArgs,
+    "attention": AttentionArgs,
+    "norm": NormArgs,
+    "pixels": PixelArgs,
+    "pool": PoolArgs,
+}
 
 
 @dataclass(frozen=True)

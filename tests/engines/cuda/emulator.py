@@ -18,7 +18,7 @@ from qvit.engines.cuda.compiler import SOURCES
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = ["-std=c++17", "-O0", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+FLAGS = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
 FLAGS += ["-x", "c++", "-DQVIT_EMULATION", "-Wno-unknown-pragmas", f"-I{SOURCES}", f"-I{HERE}"]
 
 
