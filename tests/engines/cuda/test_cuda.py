@@ -95,7 +95,7 @@ def test_granularities(name: str, gpu: Any, make_student: Factory, small_vit: Fa
         check(model, gpu, 2)
 
 
-# All of them on a GPU; in emulation, where another number of tokens is another kernel to compile, those that differ in launches.
+# All of them on a GPU. In emulation another number of tokens is another kernel to compile: those that differ in launches.
 ARCHITECTURES = (
     cases.ARCHITECTURES
     if torch.cuda.is_available()

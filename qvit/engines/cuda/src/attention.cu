@@ -29,6 +29,7 @@ struct AttentionArgs {
 };
 
 constexpr int kThreads = 32 * WARPS;
+constexpr int kBlocks = LONG || TOKENS <= 208 ? 12 / WARPS : 8 / WARPS;  // of a multiprocessor, as registers allow
 constexpr int kGroups = (TOKENS + 31) / 32;                // of 32 keys, a step of the second product
 constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
@@ -391,15 +392,17 @@ struct Rows {
             }
         }
         if (__any_sync(kAll, close[0] || close[1])) {
-            // The scores are computed once more: they were overwritten by their exponentials.
+            // Scores and exponentials are computed once more: their registers are needed for what has become of them.
             const double exact[2] = {exact_total(q_row(0), keys, key_sums, lane, scale, most[0]),
                                      exact_total(q_row(1), keys, key_sums, lane, scale, most[1])};
 #pragma unroll
             for (int pair = 0; pair < kPairs; pair++) {
                 if (16 * pair < TOKENS) {
-                    int again_s[2][4];
-                    scores_of(q, keys, key_sums, pair, lane, again_s);
-                    again(of, e[pair], again_s, exact, words[pair]);
+                    int once_more[2][4];
+                    float same[2][4], unused[2] = {0.0f, 0.0f};
+                    scores_of(q, keys, key_sums, pair, lane, once_more);
+                    exponentials(of, once_more, same, unused);
+                    again(of, same, once_more, exact, words[pair]);
                 }
             }
         }
@@ -470,7 +473,7 @@ struct Rows {
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads) kernel(const AttentionArgs p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) kernel(const AttentionArgs p) {
     QVIT_SHARED(memory);
     unsigned char *keys = memory, *values = memory + kKeyBytes;
     int* key_sums = reinterpret_cast<int*>(memory + kKeyBytes + kValueBytes);

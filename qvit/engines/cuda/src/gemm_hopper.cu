@@ -12,7 +12,7 @@ constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
 // The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 120;
+constexpr int kRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 152 : 112;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
@@ -117,6 +117,10 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, Ra
             const unsigned char* stage = of.stages + cursor.at * kStage;
             const unsigned char* rows = RESIDENT ? of.held + chunk * kBytesA : stage + kBytesB;
             const Operand a = operand(rows + group * kTileBytes), b = operand(stage);
+#pragma unroll
+            for (int part = 0; part < kParts; part++) {
+                settle(sums.parts[part]);
+            }
             products_begin();
 #pragma unroll
             for (int k = 0; k < kChunk; k += 32) {
@@ -139,6 +143,10 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, Ra
             cursor.next();
         }
         products_wait<0>();
+#pragma unroll
+        for (int part = 0; part < kParts; part++) {
+            settle(sums.parts[part]);
+        }
         if (lane == 0) {
             barrier_arrive(&of.barriers->empty[before]);
             if (RESIDENT && tile % tiles_n == tiles_n - 1) {
@@ -177,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const GemmArgs p) {
     const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
-            registers_down<24>();
+            registers_down<40>();
         }
         if (warp == 4 * kGroups && lane == 0) {
             produce(p, of, range, tiles_n);

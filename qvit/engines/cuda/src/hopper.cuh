@@ -51,6 +51,8 @@ template <int kCount>
 inline void registers_up() {}
 template <int kCount>
 inline void registers_down() {}
+template <int N>
+inline void settle(int (&)[N]) {}
 inline void products_begin() {}
 inline void products_end_group() {}
 template <int kLeft>
@@ -129,6 +131,14 @@ __device__ __forceinline__ void registers_down() {
 }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Tells the compiler that registers change here: it does not know that a product ends only when it is waited for.
+template <int N>
+__device__ __forceinline__ void settle(int (&registers)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        asm volatile("" : "+r"(registers[i])::"memory");
+    }
+}
 // Until at most kLeft groups of products are under way.
 template <int kLeft>
 __device__ __forceinline__ void products_wait() {
