@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qvit.analyze.entropy import count_entropy
+from qvit.errors import InputError
 
 _BINS = 60
 _REACH = 4.0  # standard deviations on either side of the mean
@@ -43,7 +44,9 @@ class Histogram:
         return 1 - float(self.counts.sum()) / self.values
 
     def gaussian(self, x: np.ndarray) -> np.ndarray:
-        """Density of the fit at x."""
+        """Density of the fit at x; zero everywhere where all values are equal, which no Gaussian fits."""
+        if not self.std:
+            return np.zeros_like(x, dtype=np.float64)
         return np.exp(-0.5 * ((x - self.mean) / self.std) ** 2) / (self.std * math.sqrt(2 * math.pi))
 
 
@@ -62,8 +65,10 @@ class HistogramCounter:
         self._powers = np.zeros(4)
 
     def add(self, values: np.ndarray) -> None:
-        """Adds values of any shape."""
+        """Adds values of any shape; raises `InputError` where one is not finite."""
         x = np.asarray(values, np.float64).ravel()
+        if not np.isfinite(x).all():
+            raise InputError("The model computes values that are not finite: training diverged; use an earlier checkpoint.")
         if self._edges is None:
             self._centre = float(x.mean())
             reach = _REACH * float(x.std()) or 1.0

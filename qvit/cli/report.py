@@ -14,7 +14,7 @@ from qvit.cli import options
 from qvit.cli.images import as_tensors, at_least_one, device_of, name_of, open_evaluation, spaced
 from qvit.cli.results import write_results
 from qvit.cli.show import count, progress, show_facts
-from qvit.errors import InputError
+from qvit.errors import InputError, TrainingError
 from qvit.files import write_atomically
 
 if TYPE_CHECKING:
@@ -244,6 +244,7 @@ class _Report:
             ):
                 self.sections.append(Section(id=name, title=title, missing=[self.no_images]))
             return
+        self._drop_teacher_without_attention()
         titles = self.titles
         subjects = {role: model.subject(titles[role], self.device) for role, model in self.opened.items()}
         try:
@@ -262,6 +263,16 @@ class _Report:
             similarity_section(self.statistics, titles, self.images, self.no_teacher),
         ]
         self.rows += statistics_rows(self.statistics, self.images)
+
+    def _drop_teacher_without_attention(self) -> None:
+        """A convolutional network may teach, but has nothing to show here."""
+        if self.teacher is None:
+            return
+        try:
+            self.teacher.subject("", self.device).tracer.close()
+        except TrainingError:
+            self.no_teacher = f"The teacher ({type(self.teacher.model).__name__}) has no attention to compare with."
+            self.teacher = None
 
     def add_sensitivity(self) -> None:
         from qvit.analyze.report.rows import sensitivity_rows

@@ -17,8 +17,10 @@ import qvit
 from qvit.cli.main import run
 from qvit.convert import preprocessing_of
 from qvit.sources import DigitsSource
-from qvit.training.checkpoint import Metadata, save_checkpoint
+from qvit.training.checkpoint import Metadata, load_student, save_checkpoint
 from qvit.training.data import evaluation_loader
+
+from .reports import few_digits, train_run
 
 # A model of the digits' size, small enough to be calibrated in a moment.
 MODEL = "vit_tiny_patch16_224"
@@ -99,3 +101,15 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+    """A folder with ``images`` (30 for validation), two small runs on them, ``qvit`` and ``baseline``, and ``student.qvit``."""
+    folder = tmp_path_factory.mktemp("runs")
+    images = few_digits(folder / "images")
+    for method in ("qvit", "baseline"):
+        train_run(folder / method, images, checkpoints / "float.safetensors", method)
+    student, metadata = load_student(folder / "qvit" / "best.safetensors")
+    qvit.freeze(student, metadata.classes).save(folder / "student.qvit")
+    return folder

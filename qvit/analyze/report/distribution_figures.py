@@ -195,4 +195,5 @@ def _share(value: float) -> str:
 
 
 def _n(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+    # Adding zero takes the sign off what is rounded to it.
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")

@@ -22,6 +22,7 @@ _SIZE = re.compile(r"font(?:-size)?:[^;]*?([\d.]+)px")
 _BOLD = re.compile(r"font(?:-weight)?:\s*(?:bold|700)")
 _REFERENCE = re.compile(r"""(?:url\(#|href="#)([^)"]+)""")
 _NUMBER = re.compile(r"-?\d+\.\d+")
+_MARGIN = 0.025  # of a panel's width, left free
 _NO_METADATA = dict.fromkeys(("Date", "Creator", "Format", "Type"))
 
 
@@ -54,9 +55,20 @@ def draw(identifier: str, title: str, description: str, plot: Callable[[Axes], N
     with _canvas(height) as (figure, axes):
         axes.set_title(title)
         plot(axes)
+        _fit(figure, axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     return Panel(identifier, title, description, _inline(buffer.getvalue(), identifier, title, description))
+
+
+def _fit(figure: Figure, axes: Axes) -> None:
+    """Makes room for labels beside the axes that are wider than usual."""
+    box, place = axes.get_tightbbox(), axes.get_position()
+    if box is None:
+        return
+    left = max(0.0, _MARGIN - box.x0 / figure.dpi / theme.WIDTH)
+    right = max(0.0, box.x1 / figure.dpi / theme.WIDTH - (1 - _MARGIN))
+    axes.set_position((place.x0 + left, place.y0, place.width - left - right, place.height))
 
 
 def _inline(text: str, identifier: str, title: str, description: str) -> str:
