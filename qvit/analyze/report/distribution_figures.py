@@ -90,15 +90,17 @@ def _panels(
 def _histogram(identifier: str, title: str, histogram: Histogram, value: str, colour: str) -> Panel:
     def plot(axes: Axes) -> None:
         axes.stairs(histogram.density, histogram.edges, fill=True, color=theme.light(colour), alpha=0.55, linewidth=0)
-        x = np.linspace(histogram.edges[0], histogram.edges[-1], 61)
+        x = np.linspace(histogram.edges[0], histogram.edges[-1], 49)
         axes.plot(x, histogram.gaussian(x), color=theme.light("ink"), linewidth=1.1)
         axes.set_xlim(histogram.edges[0], histogram.edges[-1])
         _few_ticks(axes)
         axes.set_xlabel(f"value of {value}")
         axes.set_ylabel("density")
         axes.set_ylim(0, 1.3 * max(histogram.density.max(), histogram.gaussian(np.asarray(histogram.mean))))
-        facts = f"mean {_n(histogram.mean)}\nstd {_n(histogram.std)}\nex. kurtosis {_n(histogram.excess_kurtosis)}"
-        axes.text(0.99, 0.98, facts, transform=axes.transAxes, ha="right", va="top", fontsize=7, linespacing=1.3)
+        facts = {"mean": histogram.mean, "std": histogram.std, "ex. kurtosis": histogram.excess_kurtosis}
+        for line, (fact, number) in enumerate(facts.items()):
+            place = 0.98 - 0.095 * line
+            axes.text(0.99, place, f"{fact} {_n(number)}", transform=axes.transAxes, ha="right", va="top", fontsize=7)
 
     description = (
         f"Histogram with a Gaussian over it: mean {_n(histogram.mean)}, standard deviation {_n(histogram.std)}, excess "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from qvit.analyze.report import theme
 from qvit.analyze.report.section import Key, Section, Table
@@ -53,6 +54,10 @@ def results_section(rows: Sequence[Row], hints: Sequence[str] = ()) -> Section:
         panels.append(_scatter(f"results-latency-{number}", f"latency, {data}", mine, "ms_median", label, _plain))
     methods = list(dict.fromkeys(_method(row) for row in (*sized, *timed)))
     keys = [Key(_TITLES.get(method, method), theme.METHODS.get(method, _OTHER), "o") for method in methods]
+    unplaced = sum(accuracy_of(row) is None for row in used)
+    if unplaced:
+        rows_hold = "1 row holds" if unplaced == 1 else f"{unplaced} rows hold"
+        hints = [*hints, f"{rows_hold} a latency and no accuracy, and can only be seen in the table of the numbers."]
     if any(row.get("own") for row in (*sized, *timed)):
         keys.append(Key("this run and its float model", "ink", "ring"))
     return section(
@@ -93,10 +98,10 @@ def _scatter(identifier: str, title: str, rows: Sequence[Row], key: str, label: 
                     color=theme.light("muted"),
                 )
         axes.set_xscale("log")
-        least, most = min(x for x, _, _ in points), max(x for x, _, _ in points)
-        axes.set_xlim(least / 1.5, most * 1.7)
-        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if most / least < 100 else (1,)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        low, high = _span([x for x, _, _ in points])
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(FixedLocator(_ticks(low, high)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: form(x)))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.margins(y=0.18)
@@ -105,6 +110,20 @@ def _scatter(identifier: str, title: str, rows: Sequence[Row], key: str, label: 
 
     description = "; ".join(f"{_TITLES.get(_method(r), _method(r))} {_bits(r)}: {form(x)}, {y:.2f} %" for x, y, r in points)
     return draw(identifier, title, description, plot, height=2.9)
+
+
+def _span(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a logarithmic axis: room on both sides, and a factor of ten at least, so that few points do not fill it."""
+    middle = math.sqrt(min(values) * max(values))
+    half = max(1.6 * math.sqrt(max(values) / min(values)), math.sqrt(10))
+    return middle / half, middle * half
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Ones, twos and fives of each power of ten, the ones alone where these would be many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    return [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
 
 
 def _table(rows: Sequence[Row]) -> Table:

@@ -106,7 +106,7 @@ def _attribute(key: str, value: str, identifier: str) -> str:
     if key.endswith("href"):
         return f"#{identifier}-{value[1:]}"
     if key in ("d", "transform", "x", "y", "width", "height", "points"):
-        return re.sub(r"\s+", " ", _NUMBER.sub(_shorter, value)).strip()
+        return re.sub(r"\s*([A-Za-z])\s*", r"\1", re.sub(r"\s+", " ", _NUMBER.sub(_shorter, value))).strip()
     return value
 
 
@@ -135,5 +135,5 @@ def _flatten(element: ET.Element) -> None:
 
 
 def _shorter(number: re.Match[str]) -> str:
-    """Two decimals of a point are finer than a screen."""
-    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+    """A tenth of a point is finer than a screen."""
+    return f"{float(number[0]):.1f}".removesuffix(".0")

@@ -75,7 +75,7 @@ def settings() -> dict[str, Any]:
         "ytick.labelcolor": light("muted"),
         "xtick.labelsize": 7.5,
         "ytick.labelsize": 7.5,
-        "xtick.major.size": 3,
+        "xtick.major.size": 0,
         "ytick.major.size": 0,
         "xtick.minor.size": 0,
         "text.color": light("ink"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qvit.analyze.report.result_figures import accuracy_of, results_section
+from qvit.analyze.report.result_figures import _span, _ticks, accuracy_of, results_section
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_one_plot_for_each_data_set_and_none_for_latency_alone() -> None:
     assert section.table is not None
     assert len(section.table.rows) == 4
     assert section.table.rows[3][-3:] == ["3.5", "cpu, 2 images, 1 thread", "z"]
+    assert section.missing == ["1 row holds a latency and no accuracy, and can only be seen in the table of the numbers."]
     assert [key.label for key in section.keys] == ["Q-ViT", "float", "new"]
 
 
@@ -51,6 +52,16 @@ def test_rows_that_hold_both_are_drawn_against_latency() -> None:
     assert [panel.id for panel in section.panels] == ["results-bytes-0", "results-latency-0"]
     assert "1.5, 90.00 %" in section.panels[1].description
     assert section.keys[-1].mark == "ring"
+
+
+@pytest.mark.parametrize("sizes", [[5e4], [9e4, 1.1e5], [1e3, 1e9], [0.3, 0.5]])
+def test_axes_have_a_few_ticks_whatever_they_span(sizes: list[float]) -> None:
+    low, high = _span(sizes)
+    assert low < min(sizes)
+    assert max(sizes) < high
+    ticks = _ticks(low, high)
+    assert 2 <= len(ticks) <= 8
+    assert all(low <= tick <= high for tick in ticks)
 
 
 def test_nothing_to_show() -> None:
