@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qvit.cli import options
-from qvit.cli.images import as_tensors, at_least_one, device_of, name_of, open_evaluation, spaced
+from qvit.cli.images import at_least_one, device_of
 from qvit.cli.results import write_results
-from qvit.cli.show import count, progress, show_facts
-from qvit.errors import InputError, TrainingError
+from qvit.cli.show import count, show_facts
+from qvit.errors import InputError
 from qvit.files import write_atomically
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from qvit.analyze.report.section import Section
-    from qvit.batches import PixelBatches
-    from qvit.cli.report_inputs import Opened
 
 
 def command(
@@ -68,12 +59,13 @@ def command(
     from qvit.analyze.report.page import render
     from qvit.analyze.report.rows import histograms
     from qvit.cli.report_inputs import open_quantized
+    from qvit.cli.report_parts import Report
     from qvit.report_file import hardware, read_report, report_of, versions
 
     rows_of_files = [(path, read_report(path)) for path in results or []]
     student = open_quantized(run)
     other = open_quantized(baseline) if baseline is not None else None
-    report = _Report(student, other, device_of(device))
+    report = Report(student, other, device_of(device))
     report.open_teacher(teacher)
     report.open_images(data, images, maps, batch, workers)
     report.add_results(rows_of_files, latency, threads)
@@ -101,200 +93,3 @@ def command(
         }
     )
     write_results(json, report.rows)
-
-
-@dataclass
-class _Report:
-    """The parts of the page as they come together."""
-
-    student: Opened
-    baseline: Opened | None
-    device: str
-    sections: list[Section] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    statistics: dict[str, Any] = field(default_factory=dict)
-    no_teacher: str = ""
-    no_images: str = ""
-    teacher: Opened | None = None
-    data_name: str = ""
-    batches: PixelBatches | None = None
-    shown: tuple[np.ndarray, np.ndarray] | None = None
-
-    @property
-    def opened(self) -> dict[str, Opened]:
-        """role -> model, in the order in which figures draw them: what is on top comes last."""
-        roles = {"teacher": self.teacher, "baseline": self.baseline, "student": self.student}
-        return {role: model for role, model in roles.items() if model is not None}
-
-    @property
-    def titles(self) -> dict[str, str]:
-        """role -> what the page calls it."""
-        titles = {role: "float teacher" if role == "teacher" else model.title for role, model in self.opened.items()}
-        if titles.get("baseline") == titles["student"]:
-            titles["baseline"] += ", the other run"
-        return titles
-
-    @property
-    def heading(self) -> str:
-        """Model and method."""
-        return f"{self.student.architecture.name}, {self.student.title}"
-
-    @property
-    def images(self) -> int:
-        """Images that statistics are taken on."""
-        assert self.batches is not None
-        return len(self.batches.indices)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What stands above the figures."""
-        a, known = self.student.architecture, self.student.facts
-        bits = f"weights {self.student.weight_bits}, activations {self.student.act_bits}"
-        facts: dict[str, Any] = {"bits": bits, "method": self.student.title.rpartition(" ")[0]}
-        if hasattr(a, "embed_dim") and hasattr(a, "num_heads"):
-            facts["shape"] = f"{a.depth} blocks, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
-        size = self.student.preprocessing.input_size
-        facts["images"] = f"{size[1]} × {size[2]} pixels" + (f", patches of {a.patch_size[0]} × {a.patch_size[1]}" if a else "")
-        for key, name in (("integer_top1", "top-1, integers"), ("fake_top1", "top-1"), ("float_top1", "top-1, float")):
-            if known.get(key) is not None:
-                facts[name] = f"{known[key]:.2f} %" + (f" of {known['images']:.0f} images" if "images" in known else "")
-        if self.student.metadata:
-            facts["epochs"] = str(self.student.metadata.epochs)
-            seed = self.student.metadata.recipe.get("seed")
-            facts |= {"seed": str(seed)} if seed is not None else {}
-        own = next((row for row in self.rows if row.get("own") and row.get("method") != "float"), None)
-        if own:
-            facts["file"] = f"{count(own['file_bytes'])} bytes"
-        if self.batches is not None:
-            facts["statistics"] = f"{self.images} images of {self.data_name}"
-        if self.baseline is not None:
-            facts["beside it"] = self.titles["baseline"]
-        return facts
-
-    def open_teacher(self, path: Path | None) -> None:
-        from qvit.cli.report_inputs import open_teacher
-
-        self.teacher, self.no_teacher = open_teacher(path, self.student)
-
-    def open_images(self, data: list[str] | None, images: int, maps: int, batch: int, workers: int | None) -> None:
-        """Opens the images that were named, or those of the recipe; these may be gone."""
-        from qvit.batches import PixelBatches
-        from qvit.cli.report_inputs import data_of
-
-        locations = data or data_of(self.student)
-        if locations is None:
-            self.no_images = "There are no images to run the model on: name them with --data."
-            return
-        classes, preprocessing = self.student.classes, self.student.preprocessing
-        try:
-            source, self.batches = open_evaluation(locations, classes, preprocessing, batch, images, workers)
-        except InputError as error:
-            if data:
-                raise
-            self.no_images = f"The images of the recipe cannot be used ({str(error).rstrip('.')}): name others with --data."
-            return
-        self.data_name = name_of(locations)
-        for role, model in self.opened.items():
-            if model.preprocessing.input_size != preprocessing.input_size:
-                raise InputError(
-                    f"The {role} takes images {model.preprocessing.input_size} (channels, height, width), the model "
-                    f"{preprocessing.input_size}: compare models of one input size."
-                )
-        ((pixels, labels),) = PixelBatches(source, preprocessing, maps, indices=spaced(len(source), maps))
-        self.shown = pixels, labels
-
-    def add_results(self, files: Sequence[tuple[Path, dict[str, Any]]], latency: bool, threads: int | None) -> None:
-        from qvit.analyze.report.result_figures import results_section
-        from qvit.cli.report_results import own_rows, rows_of
-
-        own = own_rows(self.student, latency, threads)
-        others = [row for path, report in files for row in rows_of(path, report)]
-        hints = []
-        if not any(row.get("ms_median") for row in (*own, *others)):
-            hints.append("Latency is not shown: measure it with --latency, or give result files that hold it with --results.")
-        self.sections.append(results_section([*others, *own], hints))
-        self.rows += [{"figure": "results", **row} for row in own]
-
-    def add_training(self) -> None:
-        from qvit.analyze.report.rows import training_rows
-        from qvit.analyze.report.section import Section
-        from qvit.analyze.report.training_figures import training_section
-
-        logs = {role: model.log for role, model in self.opened.items() if model.log}
-        if "student" not in logs:
-            why = "There is no log of the training here: name the folder of the run, which holds metrics.jsonl."
-            self.sections.append(Section(id="training", title="Training", missing=[why]))
-            return
-        self.sections.append(training_section(logs, self.titles))
-        self.rows += training_rows(logs)
-
-    def add_attention(self) -> None:
-        from qvit.analyze.attention_statistics import class_token_maps, measure
-        from qvit.analyze.report.attention_figures import distance_section, maps_section, similarity_section
-        from qvit.analyze.report.distribution_figures import distribution_section
-        from qvit.analyze.report.rows import statistics_rows
-        from qvit.analyze.report.section import Section
-
-        if self.batches is None or self.shown is None:
-            for name, title in (
-                ("distributions", "Queries and keys, and what their codes hold"),
-                ("distance", "How far attention reaches"),
-                ("maps", "Where the class token looks"),
-                ("similarity", "Token similarities against the teacher’s"),
-            ):
-                self.sections.append(Section(id=name, title=title, missing=[self.no_images]))
-            return
-        self._drop_teacher_without_attention()
-        titles = self.titles
-        subjects = {role: model.subject(titles[role], self.device) for role, model in self.opened.items()}
-        try:
-            pixels = (pixels for pixels, _ in progress(self.batches, len(self.batches), "attention"))
-            self.statistics = measure(subjects, pixels, "teacher")
-            pictures, labels = self.shown
-            maps = {role: class_token_maps(subject, pictures) for role, subject in subjects.items()}
-        finally:
-            for subject in subjects.values():
-                subject.tracer.close()
-        names = [str(self.student.classes[label]) for label in labels]
-        self.sections += [
-            distribution_section(self.statistics, titles, self.images),
-            distance_section(self.statistics, titles, self.images),
-            maps_section(maps, pictures, names, titles),
-            similarity_section(self.statistics, titles, self.images, self.no_teacher),
-        ]
-        self.rows += statistics_rows(self.statistics, self.images)
-
-    def _drop_teacher_without_attention(self) -> None:
-        """A convolutional network may teach, but has nothing to show here."""
-        if self.teacher is None:
-            return
-        try:
-            self.teacher.subject("", self.device).tracer.close()
-        except TrainingError:
-            self.no_teacher = f"The teacher ({type(self.teacher.model).__name__}) has no attention to compare with."
-            self.teacher = None
-
-    def add_sensitivity(self) -> None:
-        from qvit.analyze.report.rows import sensitivity_rows
-        from qvit.analyze.report.section import Section
-        from qvit.analyze.report.sensitivity_figure import sensitivity_section
-        from qvit.analyze.sensitivity import evaluations, sensitivity
-        from qvit.training.evaluate import evaluate
-
-        why = self.no_images
-        if self.student.metadata is None:
-            why = "A frozen file holds no floating-point weights to leave unquantized: name the run or its checkpoint."
-        if why or self.batches is None:
-            self.sections.append(Section(id="sensitivity", title="What hurts when it is quantized alone", missing=[why]))
-            return
-        model = self.student.model.to(self.device)
-        kept = list(as_tensors(self.batches, self.student.preprocessing))
-        turns = iter(progress(range(evaluations(model)), evaluations(model), "parts and layers"))
-
-        def top1() -> float:
-            next(turns)
-            return evaluate(model, kept, self.device).top1
-
-        measured = sensitivity(model, top1)
-        self.sections.append(sensitivity_section(measured, self.images))
-        self.rows += sensitivity_rows(measured, self.images)

@@ -99,7 +99,7 @@ def open_teacher(path: Path | None, student: Opened) -> tuple[Opened | None, str
     where = "name it with --teacher"
     if student.metadata is None:
         return None, f"A frozen file does not hold the float model that it came from: {where}."
-    recipe = _recipe(student.metadata)
+    recipe = recipe_of(student.metadata)
     if recipe is None or not (recipe.teacher or recipe.model):
         return None, f"The checkpoint does not say which float model is its teacher: {where}."
     try:
@@ -115,14 +115,14 @@ def _named_teacher(path: Path, student: Opened) -> Opened:
             raise InputError(f"The teacher {path} is quantized: use a float model.")
         facts = provenance_of(metadata)
         return Opened(model, metadata.preprocessing, metadata.architecture, metadata.classes, facts, metadata=metadata)
-    recipe = _recipe(student.metadata) if student.metadata else None
+    recipe = recipe_of(student.metadata) if student.metadata else None
     section = recipe and (recipe.teacher or recipe.model)
     if recipe is None or section is None:
         raise InputError(f"{path} does not say which model it belongs to: name a float checkpoint or run of qvit as --teacher.")
     return _built(recipe, section.model_copy(update={"checkpoint": path, "pretrained": False}))
 
 
-def _recipe(metadata: Metadata) -> Recipe | None:
+def recipe_of(metadata: Metadata) -> Recipe | None:
     """The recipe of a checkpoint; ``None`` where it was written without one (``qvit quantize``)."""
     try:
         return Recipe.from_dict(metadata.recipe)

@@ -50,5 +50,5 @@ def expected_panels(blocks: int, baseline: bool) -> set[str]:
         *(f"distributions-{block}-{name}-{stage}" for block in range(blocks) for name in "qk" for stage in stages),
         *(f"distance-{name}" for name in ("means", "teacher", "student", *(["baseline"] if baseline else []))),
         *(f"similarity-{name}" for name in "qk"),
-        *(f"sensitivity-{name}" for name in ("parts", "layers")),
+        *(f"sensitivity-{kind}-{state}" for kind in ("parts", "layers") for state in ("before", "after")),
     }

@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 
+import qvit
+from qvit.layers.points import quantization_points, quantizing_only
 from qvit.training.checkpoint import load_model, load_student, save_checkpoint
+from qvit.training.data import evaluation_loader, open_split
+from qvit.training.evaluate import evaluate
+from qvit.training.recipe import Recipe
+from qvit.training.setup import calibration_batches
 
 from .reports import FIGURES, expected_panels
 
@@ -100,10 +106,23 @@ def test_everything(cli: Cli, report_runs: Path, tmp_path: Path) -> None:
     assert own["file_bytes"] == frozen.stat().st_size
 
     # The 30 images are all that there are for validation, so that the log and the checkpoint have the same accuracy.
-    measured = {row["quantized"]: row["fake_top1"] for row in page.numbers["rows"] if row["figure"] == "sensitivity"}
+    rows_of_parts = [row for row in page.numbers["rows"] if row["figure"] == "sensitivity"]
+    measured = {row["quantized"]: row["fake_top1"] for row in rows_of_parts if row["state"] == "trained"}
     assert measured["everything"] == metadata.metrics["top1"]
     parts = ("mlp", "attention_weights", "attention_inputs", "attention_activations", "edges")
     assert set(measured) == {"nothing", "everything", *parts, "patch_embed.proj", "blocks.0", "head"}
+    # Before training: the float teacher, quantized and calibrated as the run began.
+    before = {row["quantized"]: row["fake_top1"] for row in rows_of_parts if row["state"] == "calibrated"}
+    recipe = Recipe.from_dict(metadata.recipe)
+    start = qvit.quantize(load_model(_float(report_runs))[0], spec=recipe.model_spec(), preprocessing=metadata.preprocessing)
+    train, val = (open_split(recipe.data, split) for split in ("train", "val"))
+    qvit.calibrate(start, calibration_batches(recipe, train, metadata.preprocessing), images=recipe.quant.calibration_images)
+    images = list(evaluation_loader(val, metadata.preprocessing, 30))
+    assert before["everything"] == evaluate(start.eval(), images).top1
+    with quantizing_only(
+        start, [name for name in quantization_points(start) if name.endswith(("qkv.weight", "attn.proj.weight"))]
+    ):
+        assert before["attention_weights"] == evaluate(start, images).top1
 
     written = json.loads(report.read_text())
     assert written["rows"] == page.numbers["rows"]

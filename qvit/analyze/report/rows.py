@@ -45,12 +45,19 @@ def statistics_rows(statistics: Mapping[str, AttentionStatistics], images: int) 
                         yield {"figure": "similarity", **place, "distance": float(value)}
 
 
-def sensitivity_rows(measured: Sensitivity, images: int) -> Iterator[Row]:
-    """Rows of the sensitivity of parts and layers."""
+def sensitivity_rows(measured: Sensitivity, images: int, state: str) -> Iterator[Row]:
+    """Rows of the sensitivity of parts and layers; ``state`` is ``trained``, or ``calibrated`` where it was not trained."""
     named = {"nothing": measured.none, "everything": measured.all}
     for kind, values in (("reference", named), ("part", measured.parts), ("layer", measured.layers)):
         for name, top1 in values.items():
-            yield {"figure": "sensitivity", "kind": kind, "quantized": name, "fake_top1": top1, "images": images}
+            yield {
+                "figure": "sensitivity",
+                "state": state,
+                "kind": kind,
+                "quantized": name,
+                "fake_top1": top1,
+                "images": images,
+            }
 
 
 def training_rows(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Row]:

@@ -15,9 +15,20 @@ from qvit.analyze.sensitivity import PARTS, Sensitivity
 _ROW = 0.3  # inches a bar takes, its name above it included
 
 
-def sensitivity_section(measured: Sensitivity, images: int) -> Section:
-    """The section from what was measured on so many images."""
-    error = _standard_error(measured.none, images)
+def sensitivity_section(trained: Sensitivity, images: int, calibrated: Sensitivity | None = None) -> Section:
+    """The section.
+
+    Args:
+        trained: of the model itself.
+        images: that it was measured on.
+        calibrated: of the teacher, quantized and calibrated in the same way and not trained.
+    """
+    states = {"after training": trained} if calibrated is None else {"before training": calibrated, "after training": trained}
+    before = (
+        "Before training: the float teacher, quantized like this model and calibrated on training images, as a run begins. "
+        if calibrated is not None
+        else ""
+    )
     return Section(
         id="sensitivity",
         title="What hurts: one part or one layer quantized alone",
@@ -27,10 +38,10 @@ def sensitivity_section(measured: Sensitivity, images: int) -> Section:
             "line has nothing quantized, the last bar everything."
         ),
         caption=(
-            f"Top-1 of the trained model on {images} images with only the named points quantized and all else in floating "
-            "point, IRM included. Nothing is trained or calibrated again, so these are not the accuracies of models trained in "
-            "these states: the model has adapted to everything being quantized, and may even do better so. "
-            f"Thin lines are one standard error on either side, {error:.1f} points."
+            f"Top-1 on {images} images with only the named points quantized and all else in floating point, IRM included. "
+            f"{before}After training: this model as it is. Nothing is trained for a part, so these are not the accuracies of "
+            "models trained in these states: a model that was trained with everything quantized has adapted to that, and may "
+            "do even better so. Thin lines are one standard error on either side."
         ),
         keys=[
             Key("one part or layer alone", "blue", "fill"),
@@ -39,30 +50,41 @@ def sensitivity_section(measured: Sensitivity, images: int) -> Section:
             Key("standard error", "ink"),
         ],
         panels=[
-            _bars(
-                "sensitivity-parts", "by part", {PARTS[key]: value for key, value in measured.parts.items()}, measured, error
-            ),
-            _bars("sensitivity-layers", "by layer", measured.layers, measured, error),
+            _bars(f"sensitivity-{kind}s-{state.split()[0]}", f"by {kind}, {state}", bars(measured), measured, images)
+            for kind, bars in (("part", _parts), ("layer", _layers))
+            for state, measured in states.items()
         ],
         table=Table(
-            ["quantized", "top-1, %", "to nothing"],
+            ["quantized", *(f"{what}, {state}" for state in states for what in ("top-1 %", "to nothing"))],
             [
-                [name, f"{value:.2f}", f"{value - measured.none:+.2f}".replace("-", "−")]
-                for name, value in {
-                    "nothing": measured.none,
-                    **{PARTS[key]: value for key, value in measured.parts.items()},
-                    **measured.layers,
-                    "everything": measured.all,
-                }.items()
+                [name, *(cell for measured in states.values() for cell in _cells(_all(measured)[name], measured.none))]
+                for name in _all(trained)
             ],
         ),
     )
 
 
-def _bars(identifier: str, title: str, values: dict[str, float], measured: Sensitivity, error: float) -> Panel:
+def _parts(measured: Sensitivity) -> dict[str, float]:
+    return {PARTS[key]: value for key, value in measured.parts.items()}
+
+
+def _layers(measured: Sensitivity) -> dict[str, float]:
+    return measured.layers
+
+
+def _all(measured: Sensitivity) -> dict[str, float]:
+    return {"nothing": measured.none, **_parts(measured), **_layers(measured), "everything": measured.all}
+
+
+def _cells(value: float, none: float) -> tuple[str, str]:
+    return f"{value:.2f}", f"{value - none:+.2f}".replace("-", "−")
+
+
+def _bars(identifier: str, title: str, values: dict[str, float], measured: Sensitivity, images: int) -> Panel:
     bars = [*((name, value, "blue") for name, value in values.items()), ("everything", measured.all, "grey")]
     lowest = min(measured.none, *(value for _, value, _ in bars))
     highest = max(measured.none, *(value for _, value, _ in bars))
+    error = max(_standard_error(value, images) for _, value, _ in bars)
     left = max(0.0, math.floor(lowest - max(1.5 * error, 0.35 * (highest - lowest))))
     right = highest + max(1.2 * error, 0.1 * (highest - left))
 
@@ -71,7 +93,8 @@ def _bars(identifier: str, title: str, values: dict[str, float], measured: Sensi
             y = -place
             axes.barh(y, value - left, left=left, height=0.38, color=theme.light(colour), alpha=0.85, linewidth=0)
             axes.vlines(measured.none, y - 0.26, y + 0.26, color=theme.light("ink"), linewidth=1, linestyle=(0, (3, 2)))
-            axes.plot((value - error, value + error), (y, y), color=theme.light("ink"), linewidth=1)
+            own = _standard_error(value, images)
+            axes.plot((max(left, value - own), value + own), (y, y), color=theme.light("ink"), linewidth=1)
             axes.text(left, y + 0.27, name, fontsize=7.5, va="bottom")
             axes.text(right, y + 0.27, f"{value:.1f}", fontsize=7.5, va="bottom", ha="right", fontweight="bold")
         axes.set_xlim(left, right)
