@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,4 +113,20 @@ def report_runs(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> 
         train_run(folder / method, images, checkpoints / "float.safetensors", method)
     student, metadata = load_student(folder / "qvit" / "best.safetensors")
     qvit.freeze(student, metadata.classes).save(folder / "student.qvit")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_report(tmp_path_factory: pytest.TempPathFactory, report_runs: Path) -> Path:
+    """A folder with ``page.html``, a report that has everything but latency, and ``report.json``, its result file."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [{"data": "images", "method": "irm", "weight_bits": 3, "act_bits": 3, "integer_top1": 55.5, "file_bytes": 9999}]
+    (folder / "other.json").write_text(json.dumps({"schema": 1, "hardware": {"cpu": "some cpu"}, "rows": rows}))
+    files = ("-o", folder / "page.html", "--json", folder / "report.json", "--results", folder / "other.json")
+    options = ("--baseline", report_runs / "baseline", "--images", 30, "--maps", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qvit", "report", *map(str, (report_runs / "qvit", *files, *options))])
+        with pytest.raises(SystemExit) as ended:
+            run()
+    assert ended.value.code == 0
     return folder

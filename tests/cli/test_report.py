@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import qvit
+from qvit.cli.report_inputs import open_quantized, open_teacher
 from qvit.layers.points import quantization_points, quantizing_only
 from qvit.training.checkpoint import load_model, load_student, save_checkpoint
 from qvit.training.data import evaluation_loader, open_split
@@ -51,26 +52,8 @@ class Page(HTMLParser):
         return self.text.partition(f'<section id="{name}"')[2].partition("</section>")[0]
 
 
-def test_everything(cli: Cli, report_runs: Path, tmp_path: Path) -> None:
-    rows = [{"data": "images", "method": "irm", "weight_bits": 3, "act_bits": 3, "integer_top1": 55.5, "file_bytes": 9999}]
-    (tmp_path / "other.json").write_text(json.dumps({"schema": 1, "hardware": {"cpu": "some cpu"}, "rows": rows}))
-    page_file, report = tmp_path / "out" / "page.html", tmp_path / "report.json"
-    options = (
-        "--baseline",
-        report_runs / "baseline",
-        "--images",
-        30,
-        "--maps",
-        3,
-        "--json",
-        report,
-        "--results",
-        tmp_path / "other.json",
-    )
-    done = cli("report", report_runs / "qvit", "-o", page_file, *options)
-    assert (done.status, done.err) == (0, "")
-    page = Page(page_file)
-
+def test_everything(cli: Cli, report_runs: Path, full_report: Path) -> None:
+    page = Page(full_report / "page.html")
     assert [attributes["id"] for attributes in page.of("section")] == list(FIGURES)
     roots = {root.get("id"): root for root in map(ET.fromstring, page.figures)}
     assert set(roots) == expected_panels(blocks=1, baseline=True)
@@ -101,7 +84,7 @@ def test_everything(cli: Cli, report_runs: Path, tmp_path: Path) -> None:
     assert (parent["method"], parent["float_top1"]) == ("float", 9.75)
     assert parent["file_bytes"] == 4 * sum(p.numel() for p in load_model(_float(report_runs))[0].parameters())
     assert "IRM 3: 9.999 kB, 55.50 %" in (roots["results-bytes-0"][1].text or "")
-    frozen = report_runs / "frozen.qvit"
+    frozen = full_report / "frozen.qvit"
     assert cli("freeze", report_runs / "qvit", "-o", frozen).status == 0
     assert own["file_bytes"] == frozen.stat().st_size
 
@@ -124,7 +107,7 @@ def test_everything(cli: Cli, report_runs: Path, tmp_path: Path) -> None:
     ):
         assert before["attention_weights"] == evaluate(start, images).top1
 
-    written = json.loads(report.read_text())
+    written = json.loads((full_report / "report.json").read_text())
     assert written["rows"] == page.numbers["rows"]
     assert {row["figure"] for row in written["rows"]} == set(FIGURES) - {"maps"}
     logged = [json.loads(line) for line in (report_runs / "qvit" / "metrics.jsonl").read_text().splitlines()]
@@ -191,8 +174,7 @@ def test_a_run_whose_float_model_is_gone(cli: Cli, report_runs: Path, tmp_path: 
     student, metadata = load_student(report_runs / "baseline" / "last.safetensors")
     model = {**metadata.recipe["model"], "checkpoint": str(tmp_path / "gone.safetensors")}
     save_checkpoint(tmp_path / "last.safetensors", student, replace(metadata, recipe={**metadata.recipe, "model": model}))
-    options = ("-o", tmp_path / "page.html", "--images", 4, "--maps", 1)
-    done = cli("report", tmp_path, *options)
+    done = cli("report", tmp_path, "-o", tmp_path / "page.html", "--images", 4, "--maps", 1)
     assert (done.status, done.err) == (0, "")
     page = Page(tmp_path / "page.html")
     assert "The teacher that the recipe names cannot be opened" in page.section("similarity")
@@ -200,8 +182,10 @@ def test_a_run_whose_float_model_is_gone(cli: Cli, report_runs: Path, tmp_path: 
     assert 'id="distributions-0-q-after"' not in page.text
     assert "This model has no IRM" in page.section("distributions")
     # A plain state dict is loaded into the model that the recipe describes.
-    assert cli("report", tmp_path, *options, "--teacher", checkpoints / "state.safetensors").status == 0
-    assert 'id="similarity-q"' in (tmp_path / "page.html").read_text()
+    teacher, why = open_teacher(checkpoints / "state.safetensors", open_quantized(tmp_path))
+    assert why == ""
+    assert teacher is not None
+    assert teacher.architecture.depth == 1
 
 
 @pytest.mark.parametrize("teacher", ["quantized", "missing"])

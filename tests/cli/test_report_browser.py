@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from qvit.cli.main import run
 
 from .reports import FIGURES, expected_panels
 
@@ -33,19 +30,6 @@ _CUT_OFF = """() => [...document.querySelectorAll('svg[role=img] text')].filter(
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory, report_runs: Path) -> Path:
-    """A full report."""
-    page = tmp_path_factory.mktemp("browser") / "page.html"
-    with pytest.MonkeyPatch.context() as patch:
-        options = ("-o", page, "--baseline", report_runs / "baseline", "--images", 8)
-        patch.setattr(sys, "argv", ["qvit", "report", *map(str, (report_runs / "qvit", *options))])
-        with pytest.raises(SystemExit) as ended:
-            run()
-    assert ended.value.code == 0
-    return page
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         # The sandbox needs rights that a container does not give; the page is our own.
@@ -55,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
+def opened(browser: Any, full_report: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page in a window of the width, and with the colour scheme, that the test asks for."""
     width, scheme, scripts = getattr(request, "param", (1200, "light", True))
     size = {"width": width, "height": 900}
@@ -65,7 +49,7 @@ def opened(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Ite
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(("file:", "data:")) else None)
-    page.goto(page_file.as_uri())
+    page.goto((full_report / "page.html").as_uri())
     yield page
     assert complaints == []
     context.close()
