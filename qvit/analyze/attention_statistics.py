@@ -76,15 +76,15 @@ class AttentionStatistics:
         distance: mean attention distance in pixels, [L, H]; ``None`` where attention has no single grid.
         uniform: that distance for attention that is the same everywhere.
         skipped: share of the rows of attention whose codes are all zeros.
-        similarity: "q" and "k" -> distance of the similarity matrices to the teacher's, mean over images, [L, H]; ``None``
-            without a teacher of the same shape.
+        similarity: "q" and "k" -> distance of the similarity matrices to the teacher's in each block, mean over images (and
+            windows), [H] each; ``None`` without a teacher of the same shape.
     """
 
     distributions: list[dict[str, TensorDistribution]]
     distance: np.ndarray | None
     uniform: float | None
     skipped: float
-    similarity: dict[str, np.ndarray] | None
+    similarity: dict[str, list[np.ndarray]] | None
 
 
 def measure(subjects: Mapping[str, Subject], batches: Iterable[np.ndarray], teacher: str) -> dict[str, AttentionStatistics]:
@@ -104,7 +104,7 @@ def measure(subjects: Mapping[str, Subject], batches: Iterable[np.ndarray], teac
         images += len(pixels)
         traces = {role: subject.run(pixels) for role, subject in subjects.items()}
         for role, accumulator in accumulators.items():
-            accumulator.add(traces[role], traces.get(teacher) if role != teacher else None)
+            accumulator.add(len(pixels), traces[role], traces.get(teacher) if role != teacher else None)
     if not images:
         raise InputError("There are no images to measure attention on.")
     return {role: accumulator.result(images) for role, accumulator in accumulators.items()}
@@ -132,9 +132,9 @@ class _Accumulator:
         self.subject = subject
         self._blocks: list[dict[str, _TensorCounter]] = []
         self._distances: list[AttentionDistance] = []
-        self._similarity: dict[str, list[torch.Tensor]] | None = None
+        self._similarity: dict[tuple[str, int], np.ndarray | float] = {}
 
-    def add(self, traces: list[BlockTrace], teacher: list[BlockTrace] | None) -> None:
+    def add(self, images: int, traces: list[BlockTrace], teacher: list[BlockTrace] | None) -> None:
         if not self._blocks:
             self._begin(traces)
         for block, trace in zip(self._blocks, traces, strict=True):
@@ -143,16 +143,11 @@ class _Accumulator:
         for distance, trace in zip(self._distances, traces, strict=False):
             distance.add(_array(trace.attention))
         if teacher is not None and _comparable(traces, teacher):
-            sums = {
-                name: torch.stack(
-                    [similarity_distance(s.inputs[name], t.inputs[name]).sum(0) for s, t in zip(traces, teacher, strict=True)]
-                )
-                for name in TENSORS
-            }
-            if self._similarity is None:
-                self._similarity = {name: [] for name in TENSORS}
             for name in TENSORS:
-                self._similarity[name].append(sums[name].double().cpu())
+                for index, (own, theirs) in enumerate(zip(traces, teacher, strict=True)):
+                    # The mean over what the batch counts, images or windows, weighted by the images.
+                    distances = similarity_distance(own.inputs[name], theirs.inputs[name]).double().mean(0).cpu().numpy()
+                    self._similarity[name, index] = self._similarity.get((name, index), 0.0) + images * distances
 
     def _begin(self, traces: list[BlockTrace]) -> None:
         self._blocks = [{name: _TensorCounter(trace, name) for name in TENSORS} for trace in traces]
@@ -166,8 +161,9 @@ class _Accumulator:
     def result(self, images: int) -> AttentionStatistics:
         rows = images * sum(d.distances.shape[0] * len(d.result()) for d in self._distances)
         similarity = None
-        if self._similarity is not None:
-            similarity = {name: (torch.stack(sums).sum(0) / images).numpy() for name, sums in self._similarity.items()}
+        if self._similarity:
+            blocks = range(len(self._blocks))
+            similarity = {name: [np.asarray(self._similarity[name, b]) / images for b in blocks] for name in TENSORS}
         return AttentionStatistics(
             distributions=[{name: counter.result() for name, counter in block.items()} for block in self._blocks],
             distance=np.stack([d.result() for d in self._distances]) if self._distances else None,

@@ -15,6 +15,7 @@ PARTS = {
     "attention_weights": "attention weights (qkv, proj)",
     "attention_inputs": "inputs of qkv and proj",
     "attention_activations": "attention activations (q, k, v, map)",
+    "between": "patch merging between stages",
     "edges": "first and last layer",
 }
 
@@ -45,7 +46,7 @@ def part_of(point: str) -> str:
         return "attention_activations"
     if "attn" in path:
         return "attention_weights" if path[-1] == "weight" else "attention_inputs"
-    return "edges"
+    return "between" if "downsample" in path else "edges"
 
 
 def layer_of(point: str) -> str:

@@ -12,8 +12,10 @@ from timm.layers.attention import Attention
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from qvit.architecture import VitArchitecture
 from qvit.distill.taps import tap_queries_keys
 from qvit.engines.reference import ReferenceEngine
+from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
 from qvit.integer.ops import Rectify
 from qvit.layers.attention import QuantAttention
@@ -198,8 +200,17 @@ class IntegerTracer(ReferenceEngine):
 
 
 def tracer_of(model: nn.Module | IntegerModel) -> ModelTracer | IntegerTracer:
-    """The tracer of a model; see `ModelTracer` for its errors."""
-    return IntegerTracer(model) if isinstance(model, IntegerModel) else ModelTracer(model)
+    """The tracer of a model.
+
+    Raises:
+        TrainingError: as `ModelTracer`.
+        UnsupportedModelError: a frozen model of another family than ViT.
+    """
+    if not isinstance(model, IntegerModel):
+        return ModelTracer(model)
+    if not isinstance(model.architecture, VitArchitecture):
+        raise UnsupportedModelError(f"Attention of a frozen {model.name} cannot be shown: name its run or checkpoint instead.")
+    return IntegerTracer(model)
 
 
 def _is_attention(module: Any) -> bool:

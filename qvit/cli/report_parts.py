@@ -18,6 +18,7 @@ from qvit.analyze.report.section import Section
 from qvit.analyze.report.sensitivity_figure import sensitivity_section
 from qvit.analyze.report.training_figures import training_section
 from qvit.analyze.sensitivity import Sensitivity, evaluations, sensitivity
+from qvit.architecture import VitArchitecture
 from qvit.batches import PixelBatches
 from qvit.calibration import calibrate
 from qvit.cli.images import as_tensors, location_of, name_of, open_evaluation, spaced
@@ -81,7 +82,7 @@ class Report:
         a, known = self.student.architecture, self.student.facts
         bits = f"weights {self.student.weight_bits}, activations {self.student.act_bits}"
         facts: dict[str, Any] = {"bits": bits, "method": self.student.title.rpartition(" ")[0]}
-        if hasattr(a, "embed_dim") and hasattr(a, "num_heads"):
+        if isinstance(a, VitArchitecture):
             facts["shape"] = f"{a.depth} blocks, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
         size = self.student.preprocessing.input_size
         facts["images"] = f"{size[1]} × {size[2]} pixels" + (f", patches of {a.patch_size[0]} × {a.patch_size[1]}" if a else "")

@@ -11,6 +11,7 @@ import numpy as np
 
 from qvit.analyze.cost import model_cost
 from qvit.analyze.report.result_figures import accuracy_of
+from qvit.architecture import VitArchitecture
 from qvit.bench.worker import time_calls
 from qvit.cli.checkpoints import provenance_of
 from qvit.cli.images import name_of
@@ -50,8 +51,8 @@ def own_rows(opened: Opened, latency: bool, threads: int | None) -> list[dict[st
     if latency:
         row |= _timed(frozen, threads)
     rows = [row] if accuracy_of(row) or latency else []
-    if row.get("float_top1") is not None:
-        parameters = model_cost(frozen.architecture, frozen.specs).parameters
+    parameters = _float_parameters(opened)
+    if row.get("float_top1") is not None and parameters is not None:
         same = {key: row[key] for key in ("model", "data", "float_top1", "own")}
         bits = {"method": "float", "weight_bits": 32, "act_bits": 32, "file_bytes": 4 * parameters}
         rows.append({**same, **bits, "source": "the float model's checkpoint"})
@@ -64,6 +65,16 @@ def rows_of(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
     where = machine.get("gpu") or machine.get("cpu")
     rows = [row for row in report["rows"] if accuracy_of(row) or row.get("ms_median") is not None]
     return [{**row, "own": False, "source": path.name, "machine": where} for row in rows]
+
+
+def _float_parameters(opened: Opened) -> int | None:
+    """Parameters of the float model, without those of IRM and of the quantizers; ``None`` where they cannot be counted."""
+    if not isinstance(opened.model, IntegerModel):
+        added = ("_quantizer.", ".rectify_q.", ".rectify_k.")
+        return sum(p.numel() for name, p in opened.model.named_parameters() if not any(part in name for part in added))
+    if isinstance(opened.architecture, VitArchitecture):
+        return model_cost(opened.architecture, opened.model.specs).parameters
+    return None
 
 
 def _data_name(data: Any) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ from qvit.convert import family_of, preprocessing_of
 from qvit.distill import tap_queries_keys
 from qvit.errors import InputError
 from qvit.layers.points import record_codes
+from qvit.preprocessing import Preprocessing
 
 SIZES: dict[str, Any] = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 2}
 
@@ -123,6 +126,30 @@ def test_without_a_grid_there_is_no_distance(models: dict[str, Any], pixels: np.
     assert len(measured.distributions) == 2
     assert class_token_maps(subject, pixels) is None
     known.tracer.close()
+
+
+def test_windows_have_distributions_and_similarities_only() -> None:
+    """A Swin Transformer: heads differ from stage to stage, and the batch of q and k counts windows."""
+    swin: Any = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=8, depths=(1, 2), num_heads=(1, 2), num_classes=5
+    ).eval()
+    noisy = copy.deepcopy(swin)
+    noisy.layers[1].blocks[0].attn.qkv.weight.data.mul_(-1.5)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    subjects = {
+        role: Subject(role, tracer_of(model), Preprocessing((3, 32, 32)), architecture=None)
+        for role, model in (("teacher", swin), ("student", noisy))
+    }
+    measured = measure(subjects, [pixels[:1], pixels[1:]], "teacher")["student"]
+    assert measured.distance is None
+    assert [d["q"].before.values for d in measured.distributions] == [3 * 64 * 8, 3 * 16 * 16, 3 * 16 * 16]
+    assert measured.similarity is not None
+    assert [len(heads) for heads in measured.similarity["q"]] == [1, 2, 2]
+    assert measured.similarity["q"][0] == pytest.approx(0, abs=1e-3)
+    # The sign and size of the weights do not change similarities; what follows from them in the next block does.
+    assert measured.similarity["q"][1] == pytest.approx(0, abs=1e-3)
+    assert (measured.similarity["q"][2] > 1e-2).all()
+    assert (measured.similarity["q"][2] < 2**0.5).all()
 
 
 def test_teachers_of_another_shape_are_not_compared(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 
 from qvit.analyze.trace import Grid, IntegerTracer, ModelTracer, tracer_of
-from qvit.errors import TrainingError
+from qvit.errors import TrainingError, UnsupportedModelError
 from qvit.integer.freeze import freeze
+from qvit.integer.model import IntegerModel
 from qvit.layers.points import float_mode, record_codes
 from qvit.spec import Dims, HalfStep, Operand, PerHead, QuantSpec
 
@@ -94,6 +97,12 @@ def test_closing_leaves_the_model_as_it_was(
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(TrainingError, match="ResNet"):
         tracer_of(timm.create_model("resnet18"))
+
+
+def test_a_frozen_model_of_another_family_is_refused(frozen: IntegerModel) -> None:
+    other = dataclasses.replace(frozen, architecture=types.SimpleNamespace(name="swin_tiny"))
+    with pytest.raises(UnsupportedModelError, match="frozen swin_tiny cannot be shown"):
+        tracer_of(other)
 
 
 def test_a_fitted_grid_has_the_least_error_among_steps() -> None:

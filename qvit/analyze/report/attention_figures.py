@@ -109,7 +109,7 @@ def similarity_section(
 
     def panel(name: str):  # type: ignore[no-untyped-def]
         lines = {
-            role: Line(values[name].mean(1), theme.ROLES[role], theme.MARKERS[role], spread=values[name])
+            role: Line([heads.mean() for heads in values[name]], theme.ROLES[role], theme.MARKERS[role], spread=values[name])
             for role, values in shown.items()
         }
 

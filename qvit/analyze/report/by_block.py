@@ -21,14 +21,14 @@ class Line:
         colour: a name of `theme.COLOURS`.
         marker: Matplotlib's; empty for none.
         dashed: drawn with gaps.
-        spread: values of the single heads, [L, H], shown as points behind the line.
+        spread: values of the single heads of each block, [H] each, shown as points behind the line.
     """
 
     values: Sequence[float] | np.ndarray
     colour: str
     marker: str
     dashed: bool = False
-    spread: np.ndarray | None = None
+    spread: Sequence[np.ndarray] | np.ndarray | None = None
 
 
 def plot_lines(axes: Axes, lines: Sequence[Line]) -> None:
@@ -38,8 +38,8 @@ def plot_lines(axes: Axes, lines: Sequence[Line]) -> None:
         colour = theme.light(line.colour)
         x = np.arange(len(line.values))
         if line.spread is not None:
-            heads = line.spread.shape[1]
-            axes.plot(np.repeat(x, heads), line.spread.ravel(), "o", color=colour, markersize=3.2, alpha=0.4, mew=0)
+            for block, heads in enumerate(line.spread):
+                axes.plot(np.full(len(heads), block), heads, "o", color=colour, markersize=3.2, alpha=0.4, mew=0)
         axes.plot(x, line.values, "--" if line.dashed else "-", color=colour, marker=line.marker or None)
     axes.set_xlim(-0.4, blocks - 0.6)
     axes.xaxis.set_major_locator(MaxNLocator(min(blocks, 12), integer=True))

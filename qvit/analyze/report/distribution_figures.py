@@ -33,8 +33,6 @@ def distribution_section(statistics: Mapping[str, AttentionStatistics], titles: 
     if "baseline" in statistics:
         entropy_keys.append(Key(f"codes of {titles['baseline']}", "vermilion", "^"))
     entropy_keys.append(Key("most that the codes can hold", "muted", "dotted"))
-    heads = student.distributions[0]["q"].codes
-    assert heads is not None
     outside = max(h.outside for block in student.distributions for d in block.values() for h in (d.before, d.after) if h)
     without = (
         "“Without IRM” is what the same number of levels would hold on the values before IRM, with the step of least squared "
@@ -51,7 +49,7 @@ def distribution_section(statistics: Mapping[str, AttentionStatistics], titles: 
             "quantization. Codes of b bits hold b bits at most, if all are equally frequent."
         ),
         caption=(
-            f"Values of all {heads.counts.shape[0]} heads of a block on {images} images; bins span four standard deviations "
+            f"Values of all heads of a block on {images} images; bins span four standard deviations "
             f"on either side, and {_share(outside)} of the values lie outside. Entropies are means over the heads, "
             f"each of which has a step of its own. {without}"
             "Calibration may rotate q and k within a head, which leaves their products, but not these histograms, unchanged."

@@ -20,7 +20,7 @@ def test_every_part_and_layer_is_drawn(level: float) -> None:
     assert f"head {level / 2:.1f} %" in section.panels[1].description
     assert section.table is not None
     assert section.table.rows[0] == ["nothing", f"{level:.2f}", "+0.00"]
-    assert len(section.table.rows) == 2 + 5 + 2
+    assert len(section.table.rows) == 2 + 6 + 2
 
 
 def test_before_and_after_training_side_by_side() -> None:
