@@ -14,7 +14,7 @@ from qvit.analyze.report.attention_figures import distance_section, maps_section
 from qvit.analyze.report.distribution_figures import distribution_section
 from qvit.analyze.report.result_figures import results_section
 from qvit.analyze.report.rows import sensitivity_rows, statistics_rows, training_rows
-from qvit.analyze.report.section import Section
+from qvit.analyze.report.section import TITLES, Section
 from qvit.analyze.report.sensitivity_figure import sensitivity_section
 from qvit.analyze.report.training_figures import training_section
 from qvit.analyze.sensitivity import Sensitivity, evaluations, sensitivity
@@ -88,7 +88,9 @@ class Report:
         facts["images"] = f"{size[1]} × {size[2]} pixels" + (f", patches of {a.patch_size[0]} × {a.patch_size[1]}" if a else "")
         for key, name in (("integer_top1", "top-1, integers"), ("fake_top1", "top-1"), ("float_top1", "top-1, float")):
             if known.get(key) is not None:
-                facts[name] = f"{known[key]:.2f} %" + (f" of {known['images']:.0f} images" if "images" in known else "")
+                # The float model's accuracy was measured when it was trained, perhaps on other images.
+                counted = "images" in known and key != "float_top1"
+                facts[name] = f"{known[key]:.2f} %" + (f" of {known['images']:.0f} images" if counted else "")
         if self.student.metadata:
             facts["epochs"] = str(self.student.metadata.epochs)
             seed = self.student.metadata.recipe.get("seed")
@@ -143,20 +145,14 @@ class Report:
         logs = {role: model.log for role, model in self.opened.items() if model.log}
         if "student" not in logs:
             why = "There is no log of the training here: name the folder of the run, which holds metrics.jsonl."
-            self.sections.append(Section(id="training", title="Training", missing=[why]))
+            self.sections.append(_missing("training", why))
             return
         self.sections.append(training_section(logs, self.titles))
         self.rows += training_rows(logs)
 
     def add_attention(self) -> None:
         if self.batches is None or self.shown is None:
-            for name, title in (
-                ("distributions", "Queries and keys, and what their codes hold"),
-                ("distance", "How far attention reaches"),
-                ("maps", "Where the class token looks"),
-                ("similarity", "Token similarities against the teacher’s"),
-            ):
-                self.sections.append(Section(id=name, title=title, missing=[self.no_images]))
+            self.sections += [_missing(name, self.no_images) for name in ("distributions", "distance", "maps", "similarity")]
             return
         self._drop_teacher_without_attention()
         titles = self.titles
@@ -193,7 +189,7 @@ class Report:
         if self.student.metadata is None:
             why = "A frozen file holds no floating-point weights to leave unquantized: name the run or its checkpoint."
         if why or self.batches is None:
-            self.sections.append(Section(id="sensitivity", title="What hurts when it is quantized alone", missing=[why]))
+            self.sections.append(_missing("sensitivity", why))
             return
         kept = list(as_tensors(self.batches, self.student.preprocessing))
         models = {"calibrated": self._calibrated_teacher(), "trained": self.student.model}
@@ -216,10 +212,11 @@ class Report:
     def _calibrated_teacher(self) -> Any | None:
         """The teacher as a run would begin with it: quantized like the student and calibrated on training images.
 
-        ``None`` where there is none of the student's architecture, or no recipe of a training run, or no training images.
+        ``None`` where there is none of the student's architecture, or no recipe of a training run, or no training images, or
+        where the run began with another student.
         """
         recipe = recipe_of(self.student.metadata) if self.student.metadata else None
-        if recipe is None or self.teacher is None or self.teacher.architecture is None:
+        if recipe is None or recipe.quant.start_from or self.teacher is None or self.teacher.architecture is None:
             return None
         if replace(self.student.architecture, name="") != replace(self.teacher.architecture, name=""):
             return None
@@ -231,3 +228,8 @@ class Report:
         model: Any = quantize(self.teacher.model.cpu(), spec=spec, preprocessing=preprocessing).to(self.device)
         calibrate(model, calibration_batches(recipe, source, preprocessing), images=recipe.quant.calibration_images)
         return model.eval()
+
+
+def _missing(name: str, why: str) -> Section:
+    """A section with nothing but the reason."""
+    return Section(id=name, title=TITLES[name], missing=[why])

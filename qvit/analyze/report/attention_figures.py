@@ -15,7 +15,7 @@ from PIL import Image
 from qvit.analyze.attention_statistics import TENSORS, AttentionStatistics
 from qvit.analyze.report import theme
 from qvit.analyze.report.by_block import Line, plot_lines
-from qvit.analyze.report.section import Group, Key, Section, Strip, Table, Thumbnail
+from qvit.analyze.report.section import TITLES, Group, Key, Section, Strip, Table, Thumbnail
 from qvit.analyze.report.svg import Panel, draw
 
 MAP_COLOURS = "viridis"  # as readable without colour vision, and in grey
@@ -25,7 +25,7 @@ _COARSE = 64  # pixels a side below which they are shown as squares
 def distance_section(statistics: Mapping[str, AttentionStatistics], titles: Mapping[str, str], images: int) -> Section:
     """Mean attention distance by block, of every model that has one."""
     shown = {role: s for role, s in statistics.items() if s.distance is not None}
-    section = partial(Section, id="distance", title="How far attention reaches", source="figure 6 of the paper")
+    section = partial(Section, id="distance", title=TITLES["distance"], source="figure 6 of the paper")
     if "student" not in shown:
         why = "Attention of this model does not run over one grid of patches, so it has no distance that blocks could share."
         return section(missing=[why])
@@ -95,7 +95,7 @@ def similarity_section(
     section = partial(
         Section,
         id="similarity",
-        title="Token similarities against the teacher’s",
+        title=TITLES["similarity"],
         source="equations 2.22 and 2.23 of the book chapter on Q-ViT",
     )
     shown = {role: s.similarity for role, s in statistics.items() if s.similarity is not None}
@@ -156,7 +156,7 @@ def maps_section(
         labels: what each of them is.
         titles: role -> what the page calls it.
     """
-    section = partial(Section, id="maps", title="Where the class token looks")
+    section = partial(Section, id="maps", title=TITLES["maps"])
     shown = {role: m for role, m in maps.items() if m is not None}
     if "student" not in shown:
         return section(missing=["This model has no class token over one grid of patches, so there is no map of it."])

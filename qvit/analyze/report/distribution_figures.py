@@ -12,7 +12,7 @@ from qvit.analyze.attention_statistics import TENSORS, AttentionStatistics, Tens
 from qvit.analyze.distributions import CodeShares, Histogram
 from qvit.analyze.report import theme
 from qvit.analyze.report.by_block import Line, plot_lines
-from qvit.analyze.report.section import Group, Key, Section, Table
+from qvit.analyze.report.section import TITLES, Group, Key, Section, Table
 from qvit.analyze.report.svg import Panel, draw
 
 
@@ -42,7 +42,7 @@ def distribution_section(statistics: Mapping[str, AttentionStatistics], titles: 
     )
     return Section(
         id="distributions",
-        title="Queries and keys, and what their codes hold",
+        title=TITLES["distributions"],
         source="figures 1 and 7 of the paper",
         reading=(
             "The closer the values are to a Gaussian and the more evenly the codes are used, the more of q and k survives "

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from qvit.analyze.report import theme
-from qvit.analyze.report.section import Key, Section, Table
+from qvit.analyze.report.section import TITLES, Key, Section, Table
 from qvit.analyze.report.svg import Panel, draw
 
 _TITLES = {"float": "float", "baseline": "baseline", "irm": "IRM", "dgd": "DGD", "qvit": "Q-ViT"}
@@ -40,7 +40,7 @@ def results_section(rows: Sequence[Row], hints: Sequence[str] = ()) -> Section:
     sized = [row for row in rows if accuracy_of(row) and _is_number(row.get("file_bytes"))]
     timed = [row for row in rows if accuracy_of(row) and _is_number(row.get("ms_median"))]
     used = [row for row in rows if accuracy_of(row) or _is_number(row.get("ms_median"))]
-    section = partial(Section, id="results", title="Accuracy against size and latency")
+    section = partial(Section, id="results", title=TITLES["results"])
     if not used:
         nothing = "No row holds an accuracy or a latency: give result files with --results."
         return section(missing=[nothing, *hints])

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 
 from qvit.analyze.report.svg import Panel
 
+# Identifier of a section -> its title.
+TITLES = {
+    "results": "Accuracy against size and latency",
+    "training": "Training",
+    "distributions": "Queries and keys, and what their codes hold",
+    "distance": "How far attention reaches",
+    "maps": "Where the class token looks",
+    "similarity": "Token similarities against the teacher’s",
+    "sensitivity": "What hurts: one part or one layer quantized alone",
+}
+
 
 @dataclass(frozen=True)
 class Key:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from qvit.analyze.report import theme
-from qvit.analyze.report.section import Key, Section, Table
+from qvit.analyze.report.section import TITLES, Key, Section, Table
 from qvit.analyze.report.svg import Panel, draw
 from qvit.analyze.sensitivity import PARTS, Sensitivity
 
@@ -31,7 +31,7 @@ def sensitivity_section(trained: Sensitivity, images: int, calibrated: Sensitivi
     )
     return Section(
         id="sensitivity",
-        title="What hurts: one part or one layer quantized alone",
+        title=TITLES["sensitivity"],
         source="figure 5 of the paper",
         reading=(
             "A bar that ends far left of the dashed line marks the part that loses most when it alone is quantized. The dashed "

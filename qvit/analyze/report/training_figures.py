@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qvit.analyze.report import theme
-from qvit.analyze.report.section import Key, Section
+from qvit.analyze.report.section import TITLES, Key, Section
 from qvit.analyze.report.svg import Panel, draw
 
 # Terms of the loss as the log names them -> title and the axis of the plot.
@@ -40,7 +40,7 @@ def training_section(logs: Mapping[str, Log], titles: Mapping[str, str]) -> Sect
         panels.append(_curve(logs, "lr", *_RATE))
     return Section(
         id="training",
-        title="Training",
+        title=TITLES["training"],
         caption=(
             "From the log of the run. Losses are means over the steps since the point before, on augmented training images; "
             "top-1 is on the validation images, in fake quantization, as the log has it."
