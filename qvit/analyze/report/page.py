@@ -26,6 +26,7 @@ _MARKS = {
         f'<rect x="{5 * place}" y="1" width="5" height="10" fill="{to_hex(matplotlib.colormaps[MAP_COLOURS](place / 4))}"/>'
         for place in range(5)
     ),
+    "dot": '<circle cx="12" cy="6" r="4" fill="{c}"/>',
     "ring": '<circle cx="12" cy="6" r="4.5" fill="none" stroke="{c}" stroke-width="1.5"/>',
     "o": '<path d="M1 6H23" stroke="{c}" stroke-width="2"/><circle cx="12" cy="6" r="4" fill="{c}"/>',
     "s": '<path d="M1 6H23" stroke="{c}" stroke-width="2"/><rect x="8" y="2" width="8" height="8" fill="{c}"/>',

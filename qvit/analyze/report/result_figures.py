@@ -53,7 +53,7 @@ def results_section(rows: Sequence[Row], hints: Sequence[str] = ()) -> Section:
         label = "latency of a batch, ms"
         panels.append(_scatter(f"results-latency-{number}", f"latency, {data}", mine, "ms_median", label, _plain))
     methods = list(dict.fromkeys(_method(row) for row in (*sized, *timed)))
-    keys = [Key(_TITLES.get(method, method), theme.METHODS.get(method, _OTHER), "o") for method in methods]
+    keys = [Key(_TITLES.get(method, method), theme.METHODS.get(method, _OTHER), "dot") for method in methods]
     unplaced = sum(accuracy_of(row) is None for row in used)
     if unplaced:
         rows_hold = "1 row holds" if unplaced == 1 else f"{unplaced} rows hold"
