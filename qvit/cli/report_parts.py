@@ -83,7 +83,9 @@ class Report:
         bits = f"weights {self.student.weight_bits}, activations {self.student.act_bits}"
         facts: dict[str, Any] = {"bits": bits, "method": self.student.title.rpartition(" ")[0]}
         if isinstance(a, VitArchitecture):
-            facts["shape"] = f"{a.depth} blocks, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
+            facts["shape"] = (
+                f"{a.depth} block{'' if a.depth == 1 else 's'}, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
+            )
         size = self.student.preprocessing.input_size
         facts["images"] = f"{size[1]} × {size[2]} pixels" + (f", patches of {a.patch_size[0]} × {a.patch_size[1]}" if a else "")
         for key, name in (("integer_top1", "top-1, integers"), ("fake_top1", "top-1"), ("float_top1", "top-1, float")):

@@ -11,9 +11,7 @@ from qvit.cli.report_results import own_rows, rows_of
 from qvit.training.checkpoint import load_model
 
 
-def test_a_checkpoint_and_its_frozen_file_have_the_same_float_size(
-    report_runs: Path, checkpoints: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_and_its_frozen_file_have_the_same_float_size(report_runs: Path, checkpoints: Path) -> None:
     student = open_quantized(report_runs / "qvit")
     before = [p.clone() for p in student.model.parameters()]
     own, parent = own_rows(student, latency=False, threads=None)

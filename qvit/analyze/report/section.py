@@ -26,8 +26,8 @@ class Key:
     Attributes:
         label: what it stands for.
         colour: a name of `theme.COLOURS`.
-        mark: ``line``, ``dashed``, ``dotted``, ``fill``, ``dot``, ``ring``, ``heat`` (the colours of maps, whatever the colour),
-            or a line with a marker: ``o``, ``s``, ``^``.
+        mark: ``line``, ``dashed``, ``dotted``, ``fill``, ``dot``, ``ring``, ``heat`` (the colours of maps, whatever the
+            colour), or a line with a marker: ``o``, ``s``, ``^``.
     """
 
     label: str
