@@ -45,7 +45,18 @@ class MissingDependencyError(QvitError, ImportError):
     """A part of qvit whose extra is not installed; the message names the extra."""
 
 
-_TRAIN_PACKAGES = {"torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "tensorboard"}
+_TRAIN_PACKAGES = {
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "pydantic",
+    "yaml",
+    "sklearn",
+    "tensorboard",
+    "matplotlib",
+    "jinja2",
+}
 
 
 def missing_package(error: ModuleNotFoundError, what: str) -> MissingDependencyError | None:

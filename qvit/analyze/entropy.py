@@ -10,8 +10,13 @@ def code_entropy(codes: np.ndarray) -> float:
 
     An empty array has none (0.0). Source: Q-ViT, section 3.2, which maximises it for q and k.
     """
-    if not codes.size:
+    return count_entropy(np.unique(codes, return_counts=True)[1])
+
+
+def count_entropy(counts: np.ndarray) -> float:
+    """The same from how often each code occurs, [codes], zeros allowed; 0.0 where none does."""
+    counts = counts[counts > 0]
+    if not counts.size:
         return 0.0
-    _, counts = np.unique(codes, return_counts=True)
-    shares = counts / codes.size
+    shares = counts / counts.sum()
     return abs(float((shares * np.log2(shares)).sum()))

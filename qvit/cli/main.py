@@ -25,6 +25,7 @@ _COMMANDS = {
     "predict": "predict",
     "inspect": "inspect",
     "bench": "bench",
+    "report": "report",
 }
 
 

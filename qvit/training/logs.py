@@ -83,19 +83,26 @@ class RunLog:
         self._stack.close()
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Removes the lines of steps after ``step``, and a last line that was cut off."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; without those that were cut off, and empty where there is no log."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            done = json.loads(line)["step"]
+            values = json.loads(line)
+            values["kind"], values["step"]
         except (ValueError, KeyError, TypeError):
             continue
-        if done <= step:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept).encode())
+        kept.append(values)
+    return kept
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Removes the lines of steps after ``step``, and a last line that was cut off."""
+    if path.exists():
+        kept = [json.dumps(values) + "\n" for values in read_metrics(path) if values["step"] <= step]
+        write_atomically(path, "".join(kept).encode())
 
 
 def _tensorboard(output: Path, step: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import qvit
 from qvit.cli.main import run
 from qvit.convert import preprocessing_of
 from qvit.sources import DigitsSource
-from qvit.training.checkpoint import Metadata, save_checkpoint
+from qvit.training.checkpoint import Metadata, load_student, save_checkpoint
 from qvit.training.data import evaluation_loader
+
+from .reports import few_digits, train_run
 
 # A model of the digits' size, small enough to be calibrated in a moment.
 MODEL = "vit_tiny_patch16_224"
@@ -99,3 +102,31 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def report_runs(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+    """A folder with ``images`` (30 for validation), two small runs on them, ``qvit`` and ``baseline``, and ``student.qvit``."""
+    folder = tmp_path_factory.mktemp("runs")
+    images = few_digits(folder / "images")
+    for method in ("qvit", "baseline"):
+        train_run(folder / method, images, checkpoints / "float.safetensors", method)
+    student, metadata = load_student(folder / "qvit" / "best.safetensors")
+    qvit.freeze(student, metadata.classes).save(folder / "student.qvit")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_report(tmp_path_factory: pytest.TempPathFactory, report_runs: Path) -> Path:
+    """A folder with ``page.html``, a report that has everything but latency, and ``report.json``, its result file."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [{"data": "images", "method": "irm", "weight_bits": 3, "act_bits": 3, "integer_top1": 55.5, "file_bytes": 9999}]
+    (folder / "other.json").write_text(json.dumps({"schema": 1, "hardware": {"cpu": "some cpu"}, "rows": rows}))
+    files = ("-o", folder / "page.html", "--json", folder / "report.json", "--results", folder / "other.json")
+    options = ("--baseline", report_runs / "baseline", "--images", 30, "--maps", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["qvit", "report", *map(str, (report_runs / "qvit", *files, *options))])
+        with pytest.raises(SystemExit) as ended:
+            run()
+    assert ended.value.code == 0
+    return folder
