@@ -19,7 +19,6 @@ from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
-_ROWS_APART = 1 << 30  # rows of a product go where they are
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 
@@ -252,10 +251,11 @@ class Plan:
         gamma: torch.Tensor | None = None,
         position: torch.Tensor | None = None,
         halved: bool = False,
-        rows_in: int = _ROWS_APART,
-        rows_out: int = _ROWS_APART,
+        rows_in: int = 0,
+        rows_out: int = 0,
         row_first: int = 0,
     ) -> None:
+        """``out = gamma * layer(a) + residual``; with a position, rows go where images with prefix tokens have them."""
         values = {
             "rows": rows,
             "out": out,
@@ -267,7 +267,15 @@ class Plan:
             "rows_out": rows_out,
             "row_first": row_first,
         }
-        self._gemm(layer, {"EPILOGUE": _FLOATS, "HALVED": int(halved)}, a, values)
+        defines = {
+            "EPILOGUE": _FLOATS,
+            "RESIDUAL": int(residual is not None),
+            "GAMMA": int(gamma is not None),
+            "POSITION": int(position is not None),
+            "HALVED": int(halved),
+            "EVEN": int(layer.m % 2 == 0),
+        }
+        self._gemm(layer, defines, a, values)
 
     def _linear_norm(
         self,
@@ -298,8 +306,6 @@ class Plan:
             "residual": residual,
             "gamma": gamma,
             "ldo": out.shape[1],
-            "rows_in": _ROWS_APART,
-            "rows_out": _ROWS_APART,
             "chunks": chunks(width),
             "inverse": norm.gain,
             "shift": norm.shift,
@@ -312,7 +318,15 @@ class Plan:
             "margin": norm.margin,
             "eps": norm.eps,
         }
-        self._gemm(layer, {"EPILOGUE": _FLOATS_AND_CODES, "HALVED": 0}, a, values, tile)
+        defines = {
+            "EPILOGUE": _FLOATS_AND_CODES,
+            "RESIDUAL": 1,
+            "GAMMA": int(gamma is not None),
+            "POSITION": 0,
+            "HALVED": 0,
+            "EVEN": 1,
+        }
+        self._gemm(layer, defines, a, values, tile)
 
     def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor) -> None:
         codes: c.CodeConstants = block["fc2_codes"]

@@ -15,9 +15,9 @@ struct GemmArgs {
     void* out;                // codes [M, N], floats [.., ldo], or q [B, H, N, D]
     void* out_k;              // the same of k and v; codes, where floats and codes go out
     void* out_v;
-    const float* residual;    // floats: added; may be `out`
-    const float* gamma;       // floats: LayerScale [N], or nothing
-    const float* position;    // floats: added after all, [rows_out, N], or nothing
+    const float* residual;    // floats, RESIDUAL: added; may be `out`
+    const float* gamma;       // floats, GAMMA: LayerScale [N]
+    const float* position;    // floats, POSITION: added after all, [rows_out, N]
     const float* inverse;     // codes: 1 / step of the next input, or gain behind a standardisation [N]
     const float* offset;      // codes: offset of the next input [N]
     const float* step;        // codes: step of the next input [N]
@@ -25,7 +25,7 @@ struct GemmArgs {
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
-    int rows_in, rows_out, row_first;  // floats: row r goes to r / rows_in * rows_out + row_first + r % rows_in
+    int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in
     int heads, tokens;                 // heads: row r is token r % tokens of image r / tokens
     int chunks;                        // floats and codes: tiles that a row of codes has
     float low, high, margin;           // of the next codes
@@ -43,20 +43,25 @@ __device__ __forceinline__ float affine(int sum, float scale, float bias) {
     return __fadd_rn(__fmul_rn(W_HALF ? 0.5f * whole : whole, scale), bias);
 }
 
-// Two neighbouring floats at once where rows begin at even places.
-__device__ __forceinline__ void load_pair(const float* from, bool both, float (&to)[2]) {
-    if (both && reinterpret_cast<size_t>(from) % 8 == 0) {
-        const float2 pair = *reinterpret_cast<const float2*>(from);
-        to[0] = pair.x, to[1] = pair.y;
+// Two neighbouring constants.
+__device__ __forceinline__ void load_pair(const float* from, float (&to)[2]) {
+    const float2 pair = *reinterpret_cast<const float2*>(from);
+    to[0] = pair.x, to[1] = pair.y;
+}
+
+#if EPILOGUE == 0 || EPILOGUE == 3  // floats
+
+// Two neighbouring floats of a row; `both`: there are two. EVEN: there always are, and rows begin at even places.
+__device__ __forceinline__ void load_row_pair(const float* from, bool both, float (&to)[2]) {
+    if constexpr (EVEN) {
+        load_pair(from, to);
     } else {
         to[0] = from[0], to[1] = both ? from[1] : 0.0f;
     }
 }
 
-#if EPILOGUE == 0 || EPILOGUE == 3  // floats
-
-__device__ __forceinline__ void store_pair(float* to, bool both, const float (&from)[2]) {
-    if (both && reinterpret_cast<size_t>(to) % 8 == 0) {
+__device__ __forceinline__ void store_row_pair(float* to, bool both, const float (&from)[2]) {
+    if constexpr (EVEN) {
         *reinterpret_cast<float2*>(to) = {from[0], from[1]};
     } else {
         to[0] = from[0];
@@ -69,25 +74,25 @@ __device__ __forceinline__ void store_pair(float* to, bool both, const float (&f
 // LayerScale, residual and position, in the reference engine's order, of columns c and c + 1 of row r; out and back.
 __device__ __forceinline__ void add_up(const GemmArgs& p, int r, int c, float (&y)[2]) {
     const bool both = c + 1 < p.n;
-    const int to = r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in;
-    float* out = static_cast<float*>(p.out) + static_cast<size_t>(to) * p.ldo + c;
+    const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : r;
+    const size_t at = static_cast<size_t>(to) * p.ldo + c;
     float other[2];
-    if (p.gamma) {
-        load_pair(p.gamma + c, both, other);
+    if constexpr (GAMMA) {
+        load_row_pair(p.gamma + c, both, other);
         y[0] = __fmul_rn(y[0], other[0]), y[1] = __fmul_rn(y[1], other[1]);
     }
-    if (p.residual) {
-        load_pair(p.residual + static_cast<size_t>(to) * p.ldo + c, both, other);
+    if constexpr (RESIDUAL) {
+        load_row_pair(p.residual + at, both, other);
         y[0] = __fadd_rn(other[0], y[0]), y[1] = __fadd_rn(other[1], y[1]);
     }
-    if (p.position) {
-        load_pair(p.position + static_cast<size_t>(to % p.rows_out) * p.n + c, both, other);
+    if constexpr (POSITION) {
+        load_row_pair(p.position + static_cast<size_t>(to % p.rows_out) * p.n + c, both, other);
         y[0] = __fadd_rn(y[0], other[0]), y[1] = __fadd_rn(y[1], other[1]);
     }
-#if HALVED
-    y[0] *= 0.5f, y[1] *= 0.5f;
-#endif
-    store_pair(out, both, y);
+    if constexpr (HALVED) {
+        y[0] *= 0.5f, y[1] *= 0.5f;
+    }
+    store_row_pair(static_cast<float*>(p.out) + at, both, y);
 }
 
 #endif
@@ -100,8 +105,8 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
     for (int j = 0; j < kColumns; j++) {
         const int c = column0 + 8 * j + 2 * (lane % 4);
         float scale[2], bias[2];
-        load_pair(p.scale + c, true, scale);
-        load_pair(p.bias + c, true, bias);
+        load_pair(p.scale + c, scale);
+        load_pair(p.bias + c, bias);
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
 #pragma unroll
@@ -219,8 +224,8 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
 #pragma unroll
     for (int j = 0; j < kColumns; j++) {
         float scale[2], bias[2];
-        load_pair(p.scale + c0 + 8 * j, true, scale);
-        load_pair(p.bias + c0 + 8 * j, true, bias);
+        load_pair(p.scale + c0 + 8 * j, scale);
+        load_pair(p.bias + c0 + 8 * j, bias);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float pair[2] = {affine(sums[0][j][2 * half], scale[0], bias[0]),
@@ -257,8 +262,8 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
         for (int j = 0; j < kOut / 8; j++) {
             const int c = first + 8 * j + c0;
             float gain[2], shift[2];
-            load_pair(p.inverse + c, true, gain);
-            load_pair(p.shift + c, true, shift);
+            load_pair(p.inverse + c, gain);
+            load_pair(p.shift + c, shift);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int code[2];
