@@ -11,7 +11,7 @@ from qvit.layers.linear import QuantLinear
 from qvit.layers.mlp import QuantMlp
 from qvit.layers.patch_embed import QuantPatchProjection
 from qvit.preprocessing import Preprocessing
-from qvit.spec import ModelSpec, Operand, QuantSpec
+from qvit.spec import ModelSpec, Operand, PerToken, QuantSpec, SpecError
 
 
 def mlp_ratio(embed_dim: int, hidden: int) -> float:
@@ -22,20 +22,24 @@ def mlp_ratio(embed_dim: int, hidden: int) -> float:
 class Swap:
     """Makes quantized modules out of float ones, with specs resolved by name.
 
+    Args:
+        spec: of the model.
+        token_scales: whether a scale may follow the tokens; else ``why_not`` ends the sentence that refuses it.
+
     Attributes:
         statistical: the blocks' weights have steps that follow from them (StatsQ).
-        specs: name of every point that was resolved -> its spec.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: ModelSpec, token_scales: bool = True, why_not: str = "") -> None:
+        self._spec, self._token_scales, self._why_not = spec, token_scales, why_not
         self.statistical = spec.weight_quantizer == "statsq"
-        self.specs: dict[str, QuantSpec] = {}
 
     def resolve(self, name: str, operand: Operand, edge: bool = False) -> QuantSpec:
-        """The spec of a point; raises `SpecError` as `ModelSpec.resolve`."""
-        self.specs[name] = self._spec.resolve(name, operand, edge)
-        return self.specs[name]
+        """The spec of a point; raises `SpecError` as `ModelSpec.resolve`, or where a scale follows tokens and may not."""
+        resolved = self._spec.resolve(name, operand, edge)
+        if isinstance(resolved.scale, PerToken) and not self._token_scales:
+            raise SpecError(f"{name}: a scale per token is refused {self._why_not}.")
+        return resolved
 
     def resolver(self, prefix: str) -> Callable[[str, Operand], QuantSpec]:
         """`resolve` of the points of one module, by what their names end in."""

@@ -19,12 +19,12 @@ from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import nn
 
 from qvit.architecture import SwinArchitecture
-from qvit.errors import SpecError, UnsupportedModelError
+from qvit.errors import UnsupportedModelError
 from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.exact import MapAverage
 from qvit.layers.window_attention import QuantWindowAttention
 from qvit.preprocessing import Preprocessing
-from qvit.spec import ModelSpec, PerToken
+from qvit.spec import ModelSpec
 
 MODEL_CLASSES = (SwinTransformer,)
 
@@ -34,6 +34,8 @@ _V2 = (
 )
 # Model class -> why it is not taken.
 REFUSED = {SwinTransformerV2: _V2, SwinTransformerV2Cr: _V2}
+
+_NO_TOKENS = "in a Swin Transformer, whose tokens have one place in a map and another in a window: use per_tensor or per_head"
 
 _NORMS = (nn.LayerNorm, LayerNorm)
 _CONTAINERS = (nn.Sequential, nn.Identity, nn.Dropout, nn.Linear, nn.Conv2d, nn.Softmax, DropPath, Mlp)
@@ -212,7 +214,7 @@ def tail(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def swap(model: Any, a: SwinArchitecture, spec: ModelSpec, preprocessing: Preprocessing) -> None:
     """Replaces, in place, the modules of a checked float model with quantized ones that take over their parameters."""
-    swap = Swap(spec)
+    swap = Swap(spec, token_scales=False, why_not=_NO_TOKENS)
     swap.patch_projection(model, preprocessing)
     for stage, layer in enumerate(model.layers):
         if stage:
@@ -224,11 +226,3 @@ def swap(model: Any, a: SwinArchitecture, spec: ModelSpec, preprocessing: Prepro
             block.mlp = swap.mlp(block.mlp, f"{name}.mlp", None, a.activation)
     model.head.global_pool = MapAverage()
     model.head.fc = swap.linear(model.head.fc, "head.fc", None, edge=True)
-    _refuse_token_scales(swap)
-
-
-def _refuse_token_scales(swap: Swap) -> None:
-    """A token of Swin has a place in its map and another in its window, and its map changes from stage to stage."""
-    for name, resolved in swap.specs.items():
-        if isinstance(resolved.scale, PerToken):
-            raise SpecError(f"{name}: a scale per token is refused in a Swin Transformer: use per_tensor or per_head.")

@@ -54,8 +54,8 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(SwinArchitecture)])
 @pytest.mark.parametrize(
     "value",
-    [None, [], {}, "xxx", -1, 1.5, float("nan"), 1 << 40, [1, 2, 3], [0, 16], ["a", "b"], [[7, 7]], [[7, 7, 7]] * 4, [[0, 7]] * 4,
-     [True] * 4, [-1] * 4, [0] * 4, [1 << 40] * 4, "224"],
+    [None, [], {}, "xxx", -1, 1.5, float("nan"), 1 << 40, [1, 2, 3], [0, 16], ["a", "b"], [[7, 7]], [[7, 7, 7]] * 4,
+     [[0, 7]] * 4, [True] * 4, [-1] * 4, [0] * 4, [1 << 40] * 4, "224"],
 )  # fmt: skip
 def test_damaged_fields_are_refused_or_harmless(name: str, value: object) -> None:
     """Every field with every wrong kind of value: `FileFormatError` in one sentence, or a value of the right kind."""
