@@ -85,7 +85,8 @@ def _blocks(model: Any) -> dict[str, Any] | None:
     tokens: list[Any] = [getattr(attention, "window_area", None) or _tokens(model) for attention in attentions]
     if not attentions or None in tokens:
         return None
-    maps = {id(b.attn): b.input_resolution for b in transformer_blocks(model) if hasattr(b, "input_resolution")}
+    windowed: list[Any] = transformer_blocks(model)
+    maps = {id(b.attn): b.input_resolution for b in windowed if hasattr(b, "input_resolution")}
     windows = []
     for attention, area in zip(attentions, tokens, strict=True):
         rows, columns = maps.get(id(attention), (area, 1))
