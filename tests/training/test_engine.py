@@ -177,6 +177,55 @@ def test_killed_at_a_random_step_and_resumed_ends_with_the_same_bits(
         assert metrics(killed, kind) == metrics(whole, kind)
 
 
+SWIN = {"img_size": 8, "patch_size": 1, "window_size": 4, "num_classes": 3, "embed_dim": 8} | {
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "drop_path_rate": 0.1,
+}
+
+
+def test_swin_learns_with_irm_dgd_and_features(tiny_recipe: MakeRecipe, image_folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        model={"name": "swin_tiny_patch4_window7_224", "args": SWIN},
+        distill={"dgd": 0.3, "feature": 0.5, "feature_blocks": "all"},
+        optim={"lr": 5e-3},
+        schedule={"epochs": 6},
+    )
+    result = fit(recipe, tmp_path, progress=False)
+    rows = metrics(tmp_path, "train")
+    assert {"label", "hard", "dgd", "feature"} <= set(rows[0])
+    assert sum(row["loss"] for row in rows[-5:]) < 0.8 * sum(row["loss"] for row in rows[:5])
+    student, metadata = load_student(tmp_path / LAST)
+    assert metadata.architecture.name == "swin_tiny_patch4_window7_224"
+    table = student.layers[0].blocks[1].attn.relative_position_bias_table
+    assert torch.equal(table, result.model.layers[0].blocks[1].attn.relative_position_bias_table)
+    source = open_source(str(image_folder), "val")
+    measured = agreement(student, ReferenceEngine(freeze(student)), evaluation_loader(source, metadata.preprocessing, 4))
+    assert set(measured.codes.values()) == {100.0}
+    assert (measured.top1, measured.logits) == (100.0, 0.0)
+
+
+def test_swin_resumes_with_the_same_bits(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(
+        model={"name": "swin_tiny_patch4_window7_224", "args": SWIN}, distill={"dgd": 0.3}, schedule={"epochs": 2}
+    )
+    original, calls = qvit.training.loop.learning_rate, []
+
+    def interrupting(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(qvit.training.loop, "learning_rate", interrupting)
+    with pytest.raises(TrainingInterrupted):
+        fit(recipe, tmp_path / "a", progress=False)
+    monkeypatch.undo()
+    fit(recipe, tmp_path / "a", resume=True, progress=False)
+    fit(recipe, tmp_path / "b", progress=False)
+    assert same_tensors(tmp_path / "a" / LAST, tmp_path / "b" / LAST)
+
+
 @pytest.mark.parametrize("where", ["step", "evaluation"])
 def test_ctrl_c_saves_and_resumes_with_the_same_bits(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
