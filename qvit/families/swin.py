@@ -62,6 +62,8 @@ def check(model: Any) -> None:
                 raise UnsupportedModelError(
                     f"{name} has another eps ({module.eps}) than the last norm ({model.norm.eps}), which is not supported."
                 )
+    if empty := [stage for stage, layer in enumerate(model.layers) if not len(layer.blocks)]:
+        raise UnsupportedModelError(f"layers.{empty[0]} has no blocks, which is not supported: use depths of 1 or more.")
     if not isinstance(model.head.fc, nn.Linear) or model.num_classes <= 0:
         raise UnsupportedModelError("The model has no classification head: create it with num_classes > 0.")
     if type(model.head.global_pool) is not SelectAdaptivePool2d or model.global_pool != "avg":

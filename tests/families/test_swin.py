@@ -132,6 +132,7 @@ def test_a_map_smaller_than_the_windows_is_one_window() -> None:
             {"always_partition": True, "depths": (2, 2)},
             r"layers\.1\.blocks\.1 shifts its windows by \(2, 2\).*always_partition",
         ),
+        ({"depths": (1, 0)}, r"layers\.1 has no blocks"),
         ({"head_dim": 16}, r"layers\.0\.blocks\.0\.attn\.qkv"),
         ({"norm_layer": nn.BatchNorm1d}, "BatchNorm1d"),
         ({"norm_layer": lambda c, **kw: nn.LayerNorm(c, bias=False)}, "without weight and bias"),
