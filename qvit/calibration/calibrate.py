@@ -58,15 +58,20 @@ def calibrate(
     try:
         with torch.no_grad(), float_mode(student):
             tokens = torch.cat([family.stem(student, part) for part in x.split(_BATCH)])
-            for block in student.blocks:
-                if not scales_only:
-                    _prepare_block(block, tokens, student.qvit.spec.equalise)
-                tokens = _calibrate_block(block, tokens)
-            heads = nn.ModuleList([getattr(student, name) for name in student.qvit.architecture.heads])
+            for merging, blocks in family.stages(student):
+                if merging is not None:
+                    if not scales_only and student.qvit.spec.equalise:
+                        _prepare_merging(merging, tokens)
+                    tokens = _calibrate_part(merging, tokens)
+                for block in blocks:
+                    if not scales_only:
+                        _prepare_block(family, block, tokens, student.qvit.spec.equalise)
+                    tokens = _calibrate_part(block, tokens)
+            heads = nn.ModuleList([student.get_submodule(name) for name in student.qvit.architecture.heads])
             with _observing(heads) as samples:
                 for part in tokens.split(_BATCH):
                     family.tail(student, part)
-            _search(heads, samples)
+            _search(heads, samples, len(x))
             _fit_weight(student.patch_embed.proj.weight_quantizer, student.patch_embed.proj.effective_weight())
     finally:
         student.train(training)
@@ -110,8 +115,18 @@ def _check_pixels(student: Any, x: torch.Tensor) -> None:
         )
 
 
-def _prepare_block(block: Any, tokens: torch.Tensor, equalise: bool) -> None:
-    """Equalises one block and initialises its IRM, in float mode on its inputs [S, N, C]; the float function stays."""
+def _prepare_merging(merging: Any, tokens: torch.Tensor) -> None:
+    """Equalises one patch merging, in float mode on its inputs [S, rows, columns, C]; the float function stays."""
+    seen: list[torch.Tensor] = []
+    handle = merging.reduction.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    for part in tokens.split(_BATCH):
+        merging(part)
+    handle.remove()
+    equalise_norm(merging.norm, merging.reduction, factors_of(torch.cat(seen)))
+
+
+def _prepare_block(family: Any, block: Any, tokens: torch.Tensor, equalise: bool) -> None:
+    """Equalises one block and initialises its IRM, in float mode on its inputs [S, .., C]; the float function stays."""
     attention, mlp = block.attn, block.mlp
     if equalise:
         normed = block.norm1(tokens)
@@ -120,24 +135,20 @@ def _prepare_block(block: Any, tokens: torch.Tensor, equalise: bool) -> None:
         width = attention.proj.in_features
         equalise_values(attention.qkv, attention.proj, factors_of(attention.qkv(normed)[..., -width:]))
     if not isinstance(attention.rectify_q, nn.Identity):
-        initialise_rectify(attention, block.norm1(tokens))
+        # Which window a token lies in makes no difference: IRM is fitted to all tokens alike.
+        initialise_rectify(attention, block.norm1(tokens).flatten(1, -2))
     if equalise:
         # norm2 sees what attention adds; IRM is in place by now.
-        middle = torch.cat([_after_attention(block, part) for part in tokens.split(_BATCH)])
+        middle = torch.cat([family.after_attention(block, part) for part in tokens.split(_BATCH)])
         equalise_norm(block.norm2, mlp.fc1, factors_of(block.norm2(middle)))
 
 
-def _calibrate_block(block: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Sets the scales and offsets of one block in float mode on its inputs [S, N, C]; returns its outputs."""
-    with _observing(block) as samples:
-        out = torch.cat([block(part) for part in tokens.split(_BATCH)])
-    _search(block, samples)
+def _calibrate_part(part: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Sets the scales and offsets of one block or patch merging in float mode on its inputs [S, .., C]; returns its outputs."""
+    with _observing(part) as samples:
+        out = torch.cat([part(some) for some in tokens.split(_BATCH)])
+    _search(part, samples, len(tokens))
     return out
-
-
-def _after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The residual stream [S, N, C] between attention and MLP."""
-    return tokens + block.ls1(block.attn(block.norm1(tokens)))
 
 
 @contextmanager
@@ -155,11 +166,11 @@ def _observing(module: nn.Module):  # type: ignore[no-untyped-def]
             quantizer.observer = None
 
 
-def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]]) -> None:
-    """Sets every quantizer of ``module``: activations from their samples, weights from themselves."""
+def _search(module: nn.Module, samples: dict[LSQQuantizer, list[torch.Tensor]], images: int) -> None:
+    """Sets every quantizer of ``module``: activations from their samples of so many images, weights from themselves."""
     for quantizer, seen in samples.items():
         if seen:
-            x = _thin(torch.cat(seen), quantizer)
+            x = _thin(torch.cat(seen), quantizer, images)
             quantizer.set_parameters(*mse_optimal(x, quantizer.spec, quantizer.scale.shape, _offset_shape(quantizer)))
     for layer in module.modules():
         if isinstance(layer, QuantLinear):
@@ -176,12 +187,21 @@ def _offset_shape(quantizer: LSQQuantizer) -> tuple[int, ...] | None:
     return None if quantizer.offset is None else tuple(quantizer.offset.shape)
 
 
-def _thin(x: torch.Tensor, quantizer: LSQQuantizer) -> torch.Tensor:
-    """An evenly spaced part of a sample [S, .., N, C]: fewer tokens where no parameter follows them, then fewer images."""
+def _thin(x: torch.Tensor, quantizer: LSQQuantizer, images: int) -> torch.Tensor:
+    """An evenly spaced part of a sample [S, .., N, C]: fewer tokens where no parameter follows them, then fewer images.
+
+    Where S counts windows, there are fewer windows first, not less than one for each of the ``images``.
+    """
+    if len(x) > images:
+        x = _fewer(x, max(images, len(x) * _VALUES_PER_POINT // x.numel()))
     if x.dim() > 2 and not isinstance(quantizer.spec.scale, PerToken):
         rows = max(1, x.shape[-2] * _VALUES_PER_POINT // x.numel())
         if rows < x.shape[-2]:
             index = torch.linspace(0, x.shape[-2] - 1, rows, device=x.device).round().long()
             x = x.index_select(-2, index)
-    count = max(1, len(x) * _VALUES_PER_POINT // x.numel())
+    return _fewer(x, max(1, len(x) * _VALUES_PER_POINT // x.numel()))
+
+
+def _fewer(x: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` evenly spaced ones of x [S, ..], or all if there are no more."""
     return x[torch.linspace(0, len(x) - 1, count, device=x.device).round().long()] if count < len(x) else x

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qvit.errors import TrainingError
+from qvit.layers.blocks import transformer_blocks
 
 # A channel in which the teacher is nearly constant counts with this share of the mean variance, so that it does not rule.
 _LEAST_VARIANCE = 0.01
@@ -36,16 +37,18 @@ class FeatureTap:
         self._taken: dict[int, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
         norm: Any = getattr(model, "norm", None)
-        blocks: Any = getattr(model, "blocks", None)
-        if not isinstance(norm, nn.Module) or blocks is None:
-            raise TrainingError(f"{type(model).__name__} has no features that could be matched: use a timm ViT as the teacher.")
-        self._modules = [*list(blocks)[:-1], norm] if every else [norm]
+        blocks = transformer_blocks(model)
+        if not isinstance(norm, nn.Module) or not blocks:
+            raise TrainingError(
+                f"{type(model).__name__} has no features that could be matched: use a timm ViT or Swin as the teacher."
+            )
+        self._modules = [*blocks[:-1], norm] if every else [norm]
         for place, module in enumerate(self._modules):
             self._handles.append(module.register_forward_hook(self._keeper(place)))
 
     def _keeper(self, place: int):  # type: ignore[no-untyped-def]
         def hook(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-            self._taken[place] = output
+            self._taken[place] = output.flatten(1, -2)  # the maps of Swin: [B, rows, columns, C]
 
         return hook
 

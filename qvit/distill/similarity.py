@@ -74,6 +74,9 @@ def _squared_norm(x: torch.Tensor) -> torch.Tensor:
 def dgd_loss(student_taps: Taps, teacher_taps: Taps) -> torch.Tensor:
     """The distances of q and of k, summed over blocks and heads and averaged over the batch (equation 2.23).
 
+    Where attention stays within windows (Swin), the batch counts windows: tokens of one window alone are compared with each
+    other, and the average is over windows and images.
+
     Args:
         student_taps, teacher_taps: one (q, k) a block, each [B, H, N, D] (`qvit.distill.tap_queries_keys`).
 

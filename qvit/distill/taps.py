@@ -19,6 +19,7 @@ class QueryKeyTaps:
     - A float model: what timm's attention computes from ``attn.qkv`` (after ``q_norm`` and ``k_norm`` where it has them),
       whether its attention is fused or not.
     - A quantized student: q~ and k~ as they enter their quantizers, after IRM.
+    - A Swin Transformer, float or quantized: B counts windows, N their tokens, so that DGD compares window by window.
 
     Gradients flow through what was tapped unless the forward pass ran without them.
 

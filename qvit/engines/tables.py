@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qvit.architecture import VitArchitecture
 from qvit.integer.model import IntegerModel
 
 
@@ -20,6 +21,7 @@ def pixel_codes(model: IntegerModel) -> np.ndarray:
 def embedding(model: IntegerModel) -> np.ndarray:
     """float32 [N, C]: the prefix tokens as they enter the blocks, then what is added to each patch."""
     a = model.architecture
+    assert isinstance(a, VitArchitecture)
     out = np.zeros((a.num_tokens, a.embed_dim), np.float32)
     prefix = a.num_prefix_tokens
     tokens = [token[0] for token in (model.cls_token, model.dist_token, model.reg_token) if token is not None]

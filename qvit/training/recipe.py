@@ -37,7 +37,7 @@ class Recipe(Section):
         method: ``float`` trains the float model; ``baseline`` a quantized one with logit distillation; ``irm`` adds
             rectification of q and k, ``dgd`` the distillation of their similarities, and ``qvit`` both.
         model: the float model to start from; not needed where a live model is passed to `qvit.train`.
-        teacher: the float model as it was before quantization, where this is left out.
+        teacher: the float model as it was before quantization, where this is left out; the method ``float`` has none then.
         batch_size: images a step and process.
         seed: of everything that is drawn.
         needs_gpu: refuse to start where there is no GPU, rather than train for weeks on a CPU.

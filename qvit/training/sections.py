@@ -134,7 +134,10 @@ class QuantSection(Section):
 
 
 class DistillSection(Section):
-    """Weights of the loss's terms (`qvit.distill.losses.DistillationLoss`); not read where the method is ``float``.
+    """Weights of the loss's terms (`qvit.distill.losses.DistillationLoss`).
+
+    Where the method is ``float``, ``label``, ``hard``, ``soft`` and ``temperature`` are read if a teacher is given, and the
+    rest never.
 
     Attributes:
         label: cross-entropy with the labels.

@@ -76,7 +76,7 @@ def set_up(
     if train.classes != val.classes:
         raise InputError("The validation images have other classes than the training images: use the same class folders.")
 
-    loss = loss_of(recipe)
+    loss = loss_of(recipe, taught=teacher is not None or recipe.teacher is not None)
     original = None if hasattr(model, "qvit") else model
     if recipe.quantized and original is not None:
         model = quantize(original, spec=recipe.model_spec(), preprocessing=preprocessing)
@@ -102,11 +102,11 @@ def set_up(
     return Setup(model, teacher, loss, preprocessing, train, val, float_top1)
 
 
-def loss_of(recipe: Recipe) -> DistillationLoss:
-    """The loss of a recipe; labels alone for the method ``float``."""
-    if not recipe.quantized:
-        return DistillationLoss(label=1, hard=0)
+def loss_of(recipe: Recipe, taught: bool) -> DistillationLoss:
+    """The loss of a recipe; for the method ``float`` labels alone, or where it is ``taught``, with the teacher's answers."""
     d = recipe.distill
+    if not recipe.quantized:
+        return DistillationLoss(d.label, d.hard, d.soft, d.temperature) if taught else DistillationLoss(label=1, hard=0)
     return DistillationLoss(d.label, d.hard, d.soft, d.temperature, recipe.dgd_weight, d.feature)
 
 

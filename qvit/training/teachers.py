@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qvit.errors import RecipeError
+from qvit.layers.blocks import transformer_blocks
 
 
 def check_teacher(teacher: Any, student: Any, dgd: bool, features: str | None) -> None:
@@ -15,9 +16,9 @@ def check_teacher(teacher: Any, student: Any, dgd: bool, features: str | None) -
     Args:
         teacher: a float model.
         student: a timm vision transformer, quantized or not.
-        dgd: q and k of all blocks are compared: their number, heads and tokens must be equal; head widths may differ.
-        features: which are compared, those behind the ``last`` block or behind ``all``; tokens and embedding width must be
-            equal, and for ``all`` the number of blocks; ``None`` for none.
+        dgd: q and k of all blocks are compared: their number, heads, tokens and windows must be equal; head widths may differ.
+        features: which are compared, those behind the ``last`` block or behind ``all``; tokens and width must be equal, and for
+            ``all`` the number of blocks; ``None`` for none.
 
     Raises:
         RecipeError: they differ in classes or size of images, or in a shape that is compared; the message says in which.
@@ -38,29 +39,32 @@ def check_teacher(teacher: Any, student: Any, dgd: bool, features: str | None) -
                 f"The teacher ({type(teacher).__name__}) has no queries and keys that DGD could compare: use a timm ViT, or "
                 "set distill.dgd to 0."
             )
-        for what in ("blocks", "heads", "tokens"):
+        for what in ("blocks", "heads", "tokens", "windows"):
             if theirs[what] != own[what]:  # type: ignore[index]
                 raise RecipeError(
                     f"The teacher has {theirs[what]} {what}, the student {own[what]}, and DGD compares them: use a teacher of "  # type: ignore[index]
                     "the student's shape, or set distill.dgd to 0."
                 )
     if features is not None:
-        shape, wanted = _features(teacher), _features(student)
-        if shape is None:
+        shapes, wanted_shapes = _features(teacher), _features(student)
+        if not shapes:
             raise RecipeError(
                 f"The teacher ({type(teacher).__name__}) has no features that could be matched: use a timm ViT, or set "
                 "distill.feature and activations_first.feature to 0."
             )
-        if shape != wanted:
+        if features == "all" and shapes[-1] == wanted_shapes[-1] and len(shapes) != len(wanted_shapes):
             raise RecipeError(
-                f"The teacher's features are {shape[0]} tokens {shape[1]} wide, the student's {wanted[0]} tokens {wanted[1]} "  # type: ignore[index]
-                "wide: use a teacher of the student's shape, or set distill.feature and activations_first.feature to 0."
-            )
-        if features == "all" and len(teacher.blocks) != len(student.blocks):
-            raise RecipeError(
-                f"The teacher has {len(teacher.blocks)} blocks, the student {len(student.blocks)}, and features behind all of "
+                f"The teacher has {len(shapes)} blocks, the student {len(wanted_shapes)}, and features behind all of "
                 "them are matched: use a teacher of the student's shape, or set distill.feature_blocks=last."
             )
+        compared = slice(None) if features == "all" and len(shapes) == len(wanted_shapes) else slice(-1, None)
+        for shape, wanted in zip(shapes[compared], wanted_shapes[compared], strict=True):
+            if shape != wanted:
+                raise RecipeError(
+                    f"The teacher's features are {shape[0]} tokens {shape[1]} wide, the student's {wanted[0]} tokens "
+                    f"{wanted[1]} wide: use a teacher of the student's shape, or set distill.feature and "
+                    "activations_first.feature to 0."
+                )
 
 
 def _images(model: Any) -> tuple[int, ...] | None:
@@ -70,20 +74,36 @@ def _images(model: Any) -> tuple[int, ...] | None:
     return None if size is None or weight is None else (weight.shape[1], *size)
 
 
-def _tokens(model: Any) -> int:
-    return model.patch_embed.num_patches + model.num_prefix_tokens
+def _tokens(model: Any) -> int | None:
+    """Tokens that attend to each other where all of an image do; ``None`` for another model."""
+    return model.patch_embed.num_patches + model.num_prefix_tokens if hasattr(model, "num_prefix_tokens") else None
 
 
-def _blocks(model: Any) -> dict[str, int] | None:
-    """Blocks, heads and tokens of a vision transformer; ``None`` for another model."""
+def _blocks(model: Any) -> dict[str, Any] | None:
+    """Blocks, heads, tokens and windows of a vision transformer, those of its blocks in a list; ``None`` for another model."""
     attentions = [m for m in model.modules() if isinstance(getattr(m, "qkv", None), nn.Module) and hasattr(m, "num_heads")]
-    if not attentions or not hasattr(model, "num_prefix_tokens"):
+    tokens: list[Any] = [getattr(attention, "window_area", None) or _tokens(model) for attention in attentions]
+    if not attentions or None in tokens:
         return None
-    return {"blocks": len(attentions), "heads": attentions[0].num_heads, "tokens": _tokens(model)}
+    windowed: list[Any] = transformer_blocks(model)
+    maps = {id(b.attn): b.input_resolution for b in windowed if hasattr(b, "input_resolution")}
+    windows = []
+    for attention, area in zip(attentions, tokens, strict=True):
+        rows, columns = maps.get(id(attention), (area, 1))
+        windows.append(rows * columns // area)
+    heads = [attention.num_heads for attention in attentions]
+    return {"blocks": len(attentions), "heads": _one(heads), "tokens": _one(tokens), "windows": _one(windows)}
 
 
-def _features(model: Any) -> tuple[int, int] | None:
-    """(tokens, width) of what leaves the blocks of a vision transformer; ``None`` for another model."""
-    if not hasattr(model, "blocks") or not hasattr(model, "num_prefix_tokens"):
-        return None
-    return _tokens(model), model.embed_dim
+def _one(numbers: list[Any]) -> Any:
+    """The number, where all are the same."""
+    return numbers[0] if len(set(numbers)) == 1 else numbers
+
+
+def _features(model: Any) -> list[tuple[int, int]]:
+    """(tokens, width) of what leaves each block of a vision transformer; empty for another model."""
+    blocks: list[Any] = transformer_blocks(model)
+    if all(hasattr(block, "input_resolution") for block in blocks):
+        return [(block.input_resolution[0] * block.input_resolution[1], block.dim) for block in blocks]
+    tokens = _tokens(model)
+    return [] if tokens is None else [(tokens, model.embed_dim)] * len(blocks)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 import qvit
 from qvit.bench.models import float_model, write_random_model
 from qvit.errors import QvitError
-from qvit.families import vit
+from qvit.families import swin, vit
 
 
 def test_random_integers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +36,7 @@ def test_random_integers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_cannot_be_made(tmp_path: Path) -> None:
-    for name, bits in (("swin_tiny_patch4_window7_224", 4), ("no_such_model", 4), ("vit_tiny_patch16_224", 1)):
+    for name, bits in (("swinv2_tiny_window8_256", 4), ("no_such_model", 4), ("vit_tiny_patch16_224", 1)):
         with pytest.raises(QvitError):
             write_random_model(name, bits, tmp_path / "model.qvit")
     assert list(tmp_path.iterdir()) == []
@@ -47,3 +49,10 @@ def test_float_models_have_the_architecture() -> None:
     assert not built.training
     assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert built(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_float_swins_have_the_architecture(small_swin: Callable[..., Any]) -> None:
+    model = small_swin()
+    built = float_model(swin.describe(model))
+    assert swin.describe(built) == swin.describe(model)
+    assert built(torch.zeros(1, 3, 32, 32)).shape == (1, 5)

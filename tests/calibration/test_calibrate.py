@@ -1,5 +1,7 @@
 """`calibrate`: the float function is kept, every quantizer is set, mistakes are named."""
 
+import importlib
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,9 @@ from qvit.errors import InputError, NotCalibratedError, UnsupportedModelError
 from qvit.layers.points import float_mode, quantization_points
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.statsq import StatsQuantizer
-from qvit.spec import ModelSpec
+from qvit.spec import Dims, ModelSpec, Operand
+
+calibrate_module = importlib.import_module("qvit.calibration.calibrate")
 
 
 def _images(model, count=8, seed=0):
@@ -131,3 +135,55 @@ def test_distilled_heads_are_calibrated():
     qvit.calibrate(student, [_images(student)], images=8)
     assert student.head.input_quantizer.calibrated
     assert student.head_dist.input_quantizer.calibrated
+
+
+def test_the_float_function_of_swin_is_kept(small_swin):
+    model = small_swin()
+    student = qvit.quantize(model, spec=ModelSpec.of_bits(8, rectify=False)).eval()
+    images = _images(student)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    qvit.calibrate(student, [images], images=8)
+    moved = {name for name, p in student.named_parameters() if not torch.equal(p, before[name]) and "quantizer" not in name}
+    # patch merging is equalised as the blocks are
+    assert {"layers.1.downsample.norm.weight", "layers.1.downsample.reduction.weight"} <= moved
+    assert {f"layers.0.blocks.1.{part}.weight" for part in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1")} <= moved
+    assert "layers.0.blocks.0.attn.relative_position_bias_table" not in moved
+    with torch.no_grad():
+        with float_mode(student):
+            assert _relative(student(images), model(images)) < 1e-5
+        assert _relative(student(images), model(images)) < 0.05
+
+
+def test_rectified_swin_keeps_the_float_function_nearly(small_swin):
+    model = small_swin()
+    student = qvit.quantize(model, bits=4).train()
+    images = _images(student)
+    with torch.no_grad(), float_mode(student.eval()):
+        default = _relative(student(images), model(images))
+        qvit.calibrate(student.train(), [images], images=8)
+        assert student.training
+        fitted = _relative(student.eval()(images), model(images))
+    assert fitted < 0.5 * default
+    assert all(q.calibrated for q in quantization_points(student).values() if isinstance(q, LSQQuantizer))
+
+
+def test_scales_of_swin_alone(small_swin):
+    student = qvit.quantize(small_swin(), bits=4)
+    before = {name: p.clone() for name, p in student.named_parameters() if "_quantizer." not in name}
+    qvit.calibrate(student, [_images(student)], images=8, scales_only=True)
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters() if name in before)
+    assert student.layers[1].downsample.reduction.input_quantizer.calibrated
+
+
+def test_samples_of_windows_lose_windows_before_tokens(monkeypatch):
+    """Else the few tokens that are left would all lie in the same place of their windows."""
+    monkeypatch.setattr(calibrate_module, "_VALUES_PER_POINT", 1000)
+    quantizer = LSQQuantizer(ModelSpec.of_bits(4).resolve("x.input", Operand.INPUT), Dims(channels=2))
+    windows = torch.arange(64.0)[:, None, None].expand(64, 10, 2)
+    thinned = calibrate_module._thin(windows, quantizer, images=4)
+    assert thinned.shape == (50, 10, 2)
+    assert thinned[0, 0, 0] == 0
+    assert thinned[-1, 0, 0] == 63
+    of_images = calibrate_module._thin(windows, quantizer, images=64)
+    assert of_images.shape == (64, 7, 2)
+    assert calibrate_module._thin(windows.expand(64, 10, 2), quantizer, images=60).shape == (60, 8, 2)

@@ -87,3 +87,16 @@ def test_the_loss_is_the_mean_over_places() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(TrainingError, match=r"features are \[1, 2, 3\] and the teacher's \[1, 2, 4\]"):
         feature_distance(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+
+
+def test_maps_are_flattened_and_the_blocks_of_all_stages_kept(small_swin: Callable[..., nn.Module]) -> None:
+    model = small_swin()
+    images = torch.randn(2, 3, 32, 32)
+    with FeatureTap(model, every=True) as tap:
+        model(images)
+        first, second, last = tap.collect()
+    assert (first.shape, second.shape, last.shape) == ((2, 64, 16), (2, 64, 16), (2, 16, 32))
+    again = model.layers[0].blocks[1](first.view(2, 8, 8, 16))
+    torch.testing.assert_close(again.flatten(1, 2), second)
+    torch.testing.assert_close(model.norm(model.layers[1](again)).flatten(1, 2), last)
+    assert feature_loss([first, second, last], [first, second, last]).item() == 0

@@ -170,3 +170,39 @@ def test_under_distributed_data_parallel(make_student, tmp_path) -> None:
 def test_a_model_without_attention_is_refused() -> None:
     with pytest.raises(TrainingError, match="ResNet"):
         tap_queries_keys(timm.create_model("resnet18"))
+
+
+def test_taps_of_swin_are_those_of_every_window(small_swin, make_student) -> None:
+    model = small_swin()
+    student = make_student(model, rectify=False, weight_bits=8, act_bits=8)
+    images = torch.randn(2, 3, 32, 32)
+    with tap_queries_keys(model) as teacher_taps, tap_queries_keys(student) as student_taps:
+        with torch.no_grad(), float_mode(student):
+            model(images)
+            student(images)
+        theirs, own = teacher_taps.collect(), student_taps.collect()
+    shapes = [(8, 2, 16, 8), (8, 2, 16, 8), (2, 4, 16, 8)]  # windows of all images, heads, tokens of a window, D
+    assert [q.shape for q, _ in theirs] == [k.shape for _, k in own] == shapes
+    for (q, k), (q_student, k_student) in zip(theirs, own, strict=True):
+        torch.testing.assert_close(q_student, q, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(k_student, k, rtol=1e-4, atol=1e-4)
+    # the second block sees windows of the rolled map: compare with the map of tokens
+    block = model.layers[0].blocks[1]
+    normed = block.norm1(model.layers[0].blocks[0](model.patch_embed(images)))
+    first_window = torch.roll(normed, (-2, -2), (1, 2))[0, :4, :4].reshape(16, 16)
+    want = block.attn.qkv(first_window)[:, :16].view(16, 2, 8).transpose(0, 1)
+    torch.testing.assert_close(theirs[1][0][0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_dgd_compares_tokens_of_one_window_alone(small_swin) -> None:
+    """Whole windows of an image may trade places with their teacher's alike; tokens of different windows may not."""
+    model = small_swin()
+    with tap_queries_keys(model) as taps:
+        model(torch.randn(2, 3, 32, 32))
+        (q, k), *_ = taps.collect()
+    other = q + 0.3 * torch.randn_like(q)
+    loss = dgd_loss([(q, k)], [(other, k)])
+    order = torch.randperm(8)
+    torch.testing.assert_close(dgd_loss([(q[order], k)], [(other[order], k)]), loss)
+    whole = [x.unflatten(0, (2, 4)).transpose(1, 2).flatten(2, 3) for x in (q, other)]  # all tokens of an image at once
+    assert not torch.isclose(dgd_loss([(whole[0], k)], [(whole[1], k)]), loss)

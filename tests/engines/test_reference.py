@@ -25,7 +25,7 @@ from qvit.integer.packing import pack
 from qvit.layers.points import quantization_points, record_codes
 from qvit.preprocessing import Preprocessing
 from qvit.spec import HalfStep, ModelSpec, Operand, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec
-from tests.engines.cases import ARCHITECTURES, GRANULARITIES, SMALL
+from tests.engines.cases import ARCHITECTURES, GRANULARITIES, SMALL, SWIN_GRANULARITIES, SWINS
 
 Factory = Callable[..., Any]
 
@@ -70,6 +70,41 @@ def test_every_granularity(
 ) -> None:
     student = perturb(make_student(small_vit(**SMALL), **fields))
     _assert_same(student, _images(student), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_of_swin(bits: int, make_student: Factory, small_swin: Factory, perturb: Factory, tmp_path: Path) -> None:
+    student = perturb(make_student(small_swin(), weight_bits=bits, act_bits=bits))
+    _assert_same(student, _images(student, 2), tmp_path)
+
+
+@pytest.mark.parametrize("options", SWINS.values(), ids=SWINS.keys())
+def test_every_swin(
+    options: dict[str, Any], make_student: Factory, small_swin: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    student = perturb(make_student(small_swin(**options), weight_bits=3, act_bits=2))
+    _assert_same(student, _images(student, 2), tmp_path)
+
+
+@pytest.mark.parametrize("fields", SWIN_GRANULARITIES.values(), ids=SWIN_GRANULARITIES.keys())
+def test_every_granularity_of_swin(
+    fields: dict[str, Any], make_student: Factory, small_swin: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    student = perturb(make_student(small_swin(), **fields))
+    _assert_same(student, _images(student, 2), tmp_path)
+
+
+def test_groups_of_input_channels_in_swin(make_student: Factory, small_swin: Factory, perturb: Factory, tmp_path: Path) -> None:
+    overrides = {f"layers.*.{operand}": {"scale": "per_group_64"} for operand in ("weight", "input")}
+    student = perturb(make_student(small_swin(embed_dim=64, depths=(1, 1)), overrides=overrides))
+    _assert_same(student, _images(student, 2), tmp_path)
+
+
+def test_a_calibrated_swin(small_swin: Factory, tmp_path: Path) -> None:
+    student = qvit.quantize(small_swin(), bits=3).eval()
+    images = _images(student, 4)
+    qvit.calibrate(student, [images], images=4)
+    _assert_same(student, images, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])

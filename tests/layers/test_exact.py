@@ -8,7 +8,7 @@ from timm.layers import LayerNorm, activations
 from torch import nn
 from torch.nn import functional as F
 
-from qvit.layers.exact import exact, make_exact, softmax, standardise
+from qvit.layers.exact import MapAverage, exact, make_exact, softmax, standardise
 
 _X = torch.randn(5, 33, generator=torch.Generator().manual_seed(0)) * 3 + 1
 _ACTIVATIONS = [nn.GELU(), nn.GELU(approximate="tanh"), activations.GELU(), activations.GELUTanh(), activations.QuickGELU()]
@@ -57,3 +57,13 @@ def test_functions() -> None:
     with torch.no_grad():
         assert torch.equal(softmax(_X), _X.double().softmax(-1).float())
         assert torch.equal(standardise(_X, 1e-6), F.layer_norm(_X.double(), (33,), eps=1e-6).float())
+
+
+def test_the_average_over_a_map() -> None:
+    x = torch.randn(3, 5, 7, 11) * 1000
+    plain = MapAverage()(x)
+    assert torch.equal(plain, x.mean((1, 2)))
+    with torch.no_grad():
+        got = MapAverage()(x)
+    assert torch.equal(got, x.double().mean((1, 2)).float())
+    assert got.dtype == torch.float32

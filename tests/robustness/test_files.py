@@ -18,10 +18,10 @@ from tests.robustness.mutations import damage_header, damage_tensor, rewrite
 NAMES = ["w4a4", "w2a2", "w3a8", "distilled", "average"]
 
 
-def _attack(path: Path) -> None:
+def _attack(path: Path, engine: str | None = "cpu") -> None:
     """Loads and runs a damaged file: a `QvitError` of one line, or logits."""
     try:
-        runner = load(path, engine="cpu", threads=2)
+        runner = load(path, engine=engine, threads=2)
         size = runner.model.preprocessing.input_size
         images = np.random.default_rng(0).integers(0, 256, (2, *size), dtype=np.uint8)
         shape = np.shape(runner(images))
@@ -39,6 +39,20 @@ def test_a_header_that_lies(models: dict[str, IntegerModel], case: Path, data: s
     models[name].save(case)
     rewrite(case, lambda header, tensors: [damage_header(data, header) for _ in range(data.draw(st.integers(1, 3)))])  # type: ignore[func-returns-value,arg-type]
     _attack(case)
+
+
+@examples(60)
+@given(data=st.data())
+def test_a_swin_that_lies(frozen_swin: IntegerModel, case: Path, data: st.DataObject) -> None:
+    """Whichever engine runs it."""
+
+    def damage(header: dict, tensors: dict[str, np.ndarray]) -> None:
+        for _ in range(data.draw(st.integers(1, 3))):
+            damage_header(data, header) if data.draw(st.booleans()) else damage_tensor(data, tensors)
+
+    frozen_swin.save(case)
+    rewrite(case, damage)
+    _attack(case, engine=None)
 
 
 @examples(60)

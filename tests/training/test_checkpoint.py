@@ -46,6 +46,21 @@ def saved_student(make_student: Callable[..., nn.Module], tmp_path: Path) -> tup
     return student, tmp_path / "s.safetensors"
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_swin_comes_back(
+    quantized: bool, small_swin: Callable[..., nn.Module], make_student: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model = small_swin(num_classes=7)
+    model = make_student(model, weight_bits=3) if quantized else model
+    save_checkpoint(tmp_path / "m.safetensors", model, describe(model))
+    back, metadata = load_model(tmp_path / "m.safetensors")
+    assert metadata.architecture.windows == ((4, 4), (4, 4))
+    assert (metadata.student is not None) is quantized
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(back(images), model(images))
+
+
 def test_a_student_comes_back(saved_student: tuple[nn.Module, Path]) -> None:
     student, path = saved_student
     model, metadata = load_student(path)

@@ -47,6 +47,11 @@ RANDOM = {
     },
     "data": {"mixup": 0.5, "label_smoothing": 0.1},
 }
+SWIN = {"img_size": 8, "patch_size": 1, "window_size": 4, "num_classes": 3, "embed_dim": 8} | {
+    "depths": [2, 1],
+    "num_heads": [2, 4],
+    "drop_path_rate": 0.1,
+}
 
 
 def metrics(output: Path, kind: str) -> list[dict[str, Any]]:
@@ -79,6 +84,30 @@ def test_a_float_model_learns_and_is_saved(tiny_recipe: MakeRecipe, tmp_path: Pa
     source = open_source(metadata.recipe["data"]["train"], "val")
     assert evaluate(model, evaluation_loader(source, metadata.preprocessing, 4)).top1 == result.best_top1
     assert any(path.name.startswith("events.") for path in result.output.iterdir())
+
+
+def test_a_float_model_learns_from_a_teacher_alone(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    model = RANDOM["model"]
+    teacher = timm.create_model(model["name"], **model["args"]).eval()
+    with torch.no_grad():
+        teacher.head.weight.mul_(30)  # answers that are not all alike
+    changes = {"method": "float", "distill": {"label": 0, "hard": 0, "soft": 1, "temperature": 2}, "optim": {"lr": 5e-3}}
+    fit(tiny_recipe(**changes, schedule={"epochs": 6}), tmp_path / "a", teacher=teacher, progress=False)
+    losses = [row["loss"] for row in metrics(tmp_path / "a", "train")]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert load_model(tmp_path / "a" / LAST)[1].student is None
+    # the recipe's teacher, and a model of another family
+    swin = {"name": "swin_tiny_patch4_window7_224", "args": SWIN}
+    data = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    recipe = tiny_recipe(**changes, schedule={"epochs": 1}, model=swin, teacher=model, data=data)
+    fit(recipe, tmp_path / "b", progress=False)
+    assert set(metrics(tmp_path / "b", "train")[0]) - {"kind", "step", "epoch", "loss", "lr"} == {"soft"}
+
+
+def test_a_float_model_without_a_teacher_reads_labels_alone(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    fit(tiny_recipe(method="float", schedule={"epochs": 1}, distill={"soft": 1}), tmp_path, progress=False)
+    row = metrics(tmp_path, "train")[0]
+    assert row["loss"] == row["label"]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +204,48 @@ def test_killed_at_a_random_step_and_resumed_ends_with_the_same_bits(
     assert same_tensors(killed / BEST, whole / BEST)
     for kind in ("train", "eval"):
         assert metrics(killed, kind) == metrics(whole, kind)
+
+
+def test_swin_learns_with_irm_dgd_and_features(tiny_recipe: MakeRecipe, image_folder: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(
+        model={"name": "swin_tiny_patch4_window7_224", "args": SWIN},
+        distill={"dgd": 0.3, "feature": 0.5, "feature_blocks": "all"},
+        optim={"lr": 5e-3},
+        schedule={"epochs": 6},
+    )
+    result = fit(recipe, tmp_path, progress=False)
+    rows = metrics(tmp_path, "train")
+    assert {"label", "hard", "dgd", "feature"} <= set(rows[0])
+    assert sum(row["loss"] for row in rows[-5:]) < 0.8 * sum(row["loss"] for row in rows[:5])
+    student, metadata = load_student(tmp_path / LAST)
+    assert metadata.architecture.name == "swin_tiny_patch4_window7_224"
+    table = student.layers[0].blocks[1].attn.relative_position_bias_table
+    assert torch.equal(table, result.model.layers[0].blocks[1].attn.relative_position_bias_table)
+    source = open_source(str(image_folder), "val")
+    measured = agreement(student, ReferenceEngine(freeze(student)), evaluation_loader(source, metadata.preprocessing, 4))
+    assert set(measured.codes.values()) == {100.0}
+    assert (measured.top1, measured.logits) == (100.0, 0.0)
+
+
+def test_swin_resumes_with_the_same_bits(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(
+        model={"name": "swin_tiny_patch4_window7_224", "args": SWIN}, distill={"dgd": 0.3}, schedule={"epochs": 2}
+    )
+    original, calls = qvit.training.loop.learning_rate, []
+
+    def interrupting(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(qvit.training.loop, "learning_rate", interrupting)
+    with pytest.raises(TrainingInterrupted):
+        fit(recipe, tmp_path / "a", progress=False)
+    monkeypatch.undo()
+    fit(recipe, tmp_path / "a", resume=True, progress=False)
+    fit(recipe, tmp_path / "b", progress=False)
+    assert same_tensors(tmp_path / "a" / LAST, tmp_path / "b" / LAST)
 
 
 @pytest.mark.parametrize("where", ["step", "evaluation"])

@@ -7,6 +7,7 @@ import shlex
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from .helpers import write_images
 
 NAMES = recipe_names()
 SMALL = {"embed_dim": 24, "depth": 1, "num_heads": 2}
+SMALL_SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +62,19 @@ def test_it_says_how_it_is_launched_and_what_to_expect(name: str) -> None:
 def test_it_takes_a_step(name: str, images: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(name)
     assert recipe.model is not None
-    args = recipe.model.args | SMALL
+    swin = recipe.model.name.startswith("swin")
+    args = recipe.model.args | (SMALL_SWIN if swin else SMALL)
     changes = ["model.pretrained=false", "model.checkpoint=null", "batch_size=6", "data.workers=0", "needs_gpu=false"]
     changes += ["precision=fp32", "quant.calibration_images=12"]
     if recipe.data.train != "digits":
-        args |= {"img_size": 16, "patch_size": 8, "num_classes": 3}
+        args |= {"img_size": 16, "patch_size": 2 if swin else 8, "num_classes": 3}
         changes.append(f"data.train={images}")
         if recipe.data.cache:
             changes.append("data.cache_size=12")
     changes += [f"model.args.{key}={value}" for key, value in args.items()]
+    if recipe.teacher is not None:
+        small = SMALL | {"img_size": 16, "patch_size": 8, "num_classes": 3}
+        changes += ["teacher.checkpoint=null", *(f"teacher.args.{key}={value}" for key, value in small.items())]
     loop = open_loop(recipe.override(*changes), tmp_path, progress=False)
     before = [p.detach().clone() for p in loop.model.parameters()]
     batch, labels = next(iter(loop.loader))

@@ -66,6 +66,45 @@ def test_a_teacher_that_is_no_transformer(dgd: bool, features: str | None, words
         check_teacher(Classifier(), quantize(model(), bits=4), dgd, features)
 
 
+SWIN: dict[str, Any] = {"img_size": 16, "patch_size": 2, "window_size": 4, "num_classes": 3, "embed_dim": 16}
+
+
+def swin(**changes: Any) -> nn.Module:
+    stages = {"depths": (2, 1), "num_heads": (2, 4)}
+    return timm.create_model("swin_tiny_patch4_window7_224", **SWIN | stages | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dgd", "features", "words"),
+    [
+        ({"depths": (2, 2)}, True, None, "4 blocks, the student 3"),
+        ({"num_heads": (4, 4)}, True, None, r"teacher has 4 heads, the student \[2, 2, 4\]"),
+        ({"window_size": 2}, True, None, "4 tokens, the student 16"),
+        ({"patch_size": 1}, True, None, r"\[16, 16, 4\] windows, the student \[4, 4, 1\]"),
+        ({"img_size": 32}, False, None, r"\(3, 32, 32\)"),
+        ({"embed_dim": 32}, False, "last", "16 tokens 64 wide, the student's 16 tokens 32 wide"),
+        ({"depths": (2, 2)}, False, "all", "4 blocks, the student 3, and features"),
+    ],
+)
+def test_a_swin_that_differs_is_refused(changes: dict, dgd: bool, features: str | None, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        check_teacher(swin(**changes), quantize(swin(), bits=4), dgd, features)
+    assert "\n" not in str(caught.value)
+
+
+def test_teachers_of_a_swin() -> None:
+    student = quantize(swin(), bits=4)
+    check_teacher(swin(), student, dgd=True, features="all")
+    check_teacher(swin(embed_dim=32), student, dgd=True, features=None)
+    check_teacher(swin(depths=(1, 2)), student, dgd=False, features="last")
+    vit = model(img_size=16)
+    check_teacher(vit, student, dgd=False, features=None)
+    with pytest.raises(RecipeError, match="2 blocks, the student 3"):
+        check_teacher(vit, student, dgd=True, features=None)
+    with pytest.raises(RecipeError, match="17 tokens 24 wide, the student's 16 tokens 32 wide"):
+        check_teacher(vit, student, dgd=False, features="all")
+
+
 def test_nothing_is_written_before(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="3 blocks, the student 2"):
         fit(tiny_recipe(), tmp_path / "run", teacher=model(depth=3), progress=False)
