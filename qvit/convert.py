@@ -10,9 +10,9 @@ from typing import Any
 import timm.data
 from torch import nn
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture, SwinArchitecture, architecture_from_dict
 from qvit.errors import SpecError, UnsupportedModelError
-from qvit.families import vit
+from qvit.families import swin, vit
 from qvit.families.missing import lacks
 from qvit.layers.exact import make_exact
 from qvit.layers.points import quantization_points
@@ -20,7 +20,7 @@ from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
 
 # Model class -> the family that knows it.
-_FAMILIES: dict[type, Any] = dict.fromkeys(vit.MODEL_CLASSES, vit)
+_FAMILIES: dict[type, Any] = dict.fromkeys(vit.MODEL_CLASSES, vit) | dict.fromkeys(swin.MODEL_CLASSES, swin)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class StudentInfo:
         preprocessing: what its inputs have gone through.
     """
 
-    architecture: VitArchitecture
+    architecture: Architecture
     spec: ModelSpec
     preprocessing: Preprocessing
 
@@ -49,7 +49,7 @@ class StudentInfo:
     def from_dict(cls, data: Mapping[str, Any]) -> StudentInfo:
         """Reads what `to_dict` wrote."""
         return cls(
-            VitArchitecture.from_dict(data["architecture"]),
+            architecture_from_dict(data["architecture"]),
             ModelSpec.from_dict(data["spec"]),
             Preprocessing.from_dict(data["preprocessing"]),
         )
@@ -61,6 +61,8 @@ def family_of(model: nn.Module) -> Any:
     Raises:
         UnsupportedModelError: none does.
     """
+    if type(model) in swin.REFUSED:
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {swin.REFUSED[type(model)]}")
     if type(model) not in _FAMILIES:
         known = ", ".join(sorted(cls.__name__ for cls in _FAMILIES))
         reason = lacks(model) or f"qvit quantizes timm's {known}"
@@ -85,7 +87,7 @@ def quantize(
     """A quantized copy of a timm vision transformer; calibrate it before use. The given model is left as it is.
 
     Args:
-        model: a float VisionTransformer or VisionTransformerDistilled.
+        model: a float VisionTransformer, VisionTransformerDistilled or SwinTransformer.
         bits: weights and activations of every block, with the defaults of `ModelSpec`; or give a ``spec``.
         spec: everything about the quantization, overrides included.
         preprocessing: what the images have gone through; by default what timm declares for the model. Its mean and std
@@ -119,6 +121,11 @@ def quantize(
     return student.to(next(model.parameters()).device).train(model.training)
 
 
+def build(architecture: Architecture) -> nn.Module:
+    """A float timm model of the architecture, with random weights."""
+    return swin.build(architecture) if isinstance(architecture, SwinArchitecture) else vit.build(architecture)
+
+
 def rebuild(info: StudentInfo) -> nn.Module:
     """An uncalibrated student with random weights, for a state dict to be loaded into."""
-    return quantize(vit.build(info.architecture), spec=info.spec, preprocessing=info.preprocessing)
+    return quantize(build(info.architecture), spec=info.spec, preprocessing=info.preprocessing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +42,11 @@ def write_random_model(name: str, bits: int, path: Path) -> None:
     qvit.freeze(student, provenance={"data": "noise"}).save(path)
 
 
-def float_model(architecture: VitArchitecture) -> nn.Module:
+def float_model(architecture: Architecture) -> nn.Module:
     """The float model of an architecture, with random weights, in evaluation mode."""
     import torch
 
-    from qvit.families import vit
+    from qvit.convert import build
 
     torch.manual_seed(0)
-    return vit.build(architecture).eval()
+    return build(architecture).eval()

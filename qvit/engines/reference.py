@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from qvit.architecture import SwinArchitecture
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
 from qvit.quantizers import exact_float
@@ -46,6 +47,7 @@ class ReferenceEngine:
         self.device = torch.device(device)
         # Keyed by identity; the array is kept beside its tensor, so that its id stays taken.
         self._constants: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
+        self._positions: dict[int, torch.Tensor] = {}  # by the identity of the model's tables
         self._weights = {layer.name: self._tensor(layer.weight.codes()) for layer in model.linears()}
         self._biases = {layer.name: self._maybe(layer.folded_bias()) for layer in model.linears()}
 
@@ -54,6 +56,13 @@ class ReferenceEngine:
         if id(array) not in self._constants:
             self._constants[id(array)] = array, torch.from_numpy(np.array(array)).to(self.device)
         return self._constants[id(array)][1]
+
+    def _expanded(self, windows: ops.Windows) -> torch.Tensor:
+        """The bias [H, N, N], expanded once."""
+        key = id(windows.bias_table)
+        if key not in self._positions:
+            self._positions[key] = torch.from_numpy(windows.bias()).to(self.device)
+        return self._positions[key]
 
     def _maybe(self, array: np.ndarray | None) -> torch.Tensor | None:
         return None if array is None else self._tensor(array)
@@ -125,6 +134,14 @@ class ReferenceEngine:
             scores = scores + column * (scale_k * attention.factor)
         return scores
 
+    def place(self, scores: torch.Tensor, windows: ops.Windows) -> torch.Tensor:
+        """Scores [B W, H, N, N] with the relative position bias and, in shifted windows, the mask."""
+        scores = scores + self._expanded(windows)
+        mask = self._maybe(windows.mask())
+        if mask is None:
+            return scores
+        return (scores.unflatten(0, (-1, windows.count)) + mask[:, None]).flatten(0, 1)
+
     def values(self, p: Codes, v: Codes, attention: ops.Attention) -> torch.Tensor:
         """codes of the softmax map [B, H, N, N] and of v [B, H, N, D] -> float [B, H, N, D]."""
         scale_p, scale_v = self._tensor(attention.map.scale), self._tensor(attention.v.scale)
@@ -168,10 +185,15 @@ class ReferenceEngine:
         """What each head reads, float32 [B, C]."""
         model, a = self.model, self.model.architecture
         x = self._embed(images.to(self.device, torch.float32), taps)
-        for index, block in enumerate(model.blocks):
-            x = self._block(x, block, f"blocks.{index}", taps)
+        for stage in model.stages:
+            if stage.merging is not None:
+                x = self._merge(x, stage.merging, taps)
+            for block in stage.blocks:
+                x = self._block(x, block, taps)
         x = self.norm(x, model.norm)
-        if a.dist_token:
+        if isinstance(a, SwinArchitecture):
+            pooled = [x.double().mean(dim=1).float()]
+        elif a.dist_token:
             pooled = [x[:, 0], x[:, 1]]
         elif a.global_pool == "token":
             pooled = [x[:, 0]]
@@ -192,6 +214,8 @@ class ReferenceEngine:
         x = x.permute(0, 2, 4, 1, 3, 5).reshape(b, rows * columns, a.patch_features)
         std = torch.tensor(model.preprocessing.std, device=self.device).repeat_interleave(ph * pw)
         x = self._linear(x * std, model.patch, taps)
+        if isinstance(a, SwinArchitecture):
+            return self.norm(x, model.norm_pre)
         prefix = [
             self._tensor(token).expand(b, -1, -1)
             for token in (model.cls_token, model.dist_token, model.reg_token)
@@ -206,19 +230,40 @@ class ReferenceEngine:
             x = x if position is None else x + position
         return self.norm(x, model.norm_pre)
 
-    def _block(self, x: torch.Tensor, block: ops.Block, name: str, taps: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _merge(self, x: torch.Tensor, merging: ops.PatchMerging, taps: dict[str, torch.Tensor]) -> torch.Tensor:
+        """2 x 2 neighbours become one token, [B, L, C] -> [B, L / 4, M]."""
+        (rows, columns), c = merging.map, x.shape[-1]
+        squares = x.reshape(len(x), rows // 2, 2, columns // 2, 2, c)
+        neighbours = torch.cat([squares[:, :, down, :, right] for right in (0, 1) for down in (0, 1)], dim=-1)
+        return self._linear(self.norm(neighbours, merging.norm), merging.reduction, taps).flatten(1, 2)
+
+    def _block(self, x: torch.Tensor, block: ops.Block, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         """One transformer block, [B, N, C] -> [B, N, C]."""
-        attention = block.attention
-        b, n, c = x.shape
-        qkv = self._linear(self.norm(x, block.norm1), block.qkv, taps)
-        q, k, v = qkv.reshape(b, n, 3, attention.heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        q = taps[f"{name}.attn.q"] = self.quantize(self.rectify(q, attention.rectify_q), attention.q)
-        k = taps[f"{name}.attn.k"] = self.quantize(self.rectify(k, attention.rectify_k), attention.k)
-        v = taps[f"{name}.attn.v"] = self.quantize(v, attention.v)
-        p = taps[f"{name}.attn.map"] = self.quantize(exact_float.softmax(self.scores(q, k, attention)), attention.map)
-        out = self.values(p, v, attention).transpose(1, 2).reshape(b, n, c)
-        y = self._linear(out, block.proj, taps)
+        y = self._attention(self.norm(x, block.norm1), block, taps)
         x = x + (y if block.ls1 is None else y * self._tensor(block.ls1))
         y = self._linear(self.norm(x, block.norm2), block.fc1, taps)
         y = self._linear(self.gelu(y), block.fc2, taps)
         return x + (y if block.ls2 is None else y * self._tensor(block.ls2))
+
+    def _attention(self, x: torch.Tensor, block: ops.Block, taps: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Attention with its linear layers, [B, N, C] -> [B, N, C], in windows where it has some."""
+        attention, windows, name = block.attention, block.attention.windows, f"{block.name}.attn"
+        tokens = None if windows is None else self._tensor(windows.tokens()).long()
+        if tokens is not None:
+            x = x[:, tokens].flatten(0, 1)
+        b, n, c = x.shape
+        qkv = self._linear(x, block.qkv, taps)
+        q, k, v = qkv.reshape(b, n, 3, attention.heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q = taps[f"{name}.q"] = self.quantize(self.rectify(q, attention.rectify_q), attention.q)
+        k = taps[f"{name}.k"] = self.quantize(self.rectify(k, attention.rectify_k), attention.k)
+        v = taps[f"{name}.v"] = self.quantize(v, attention.v)
+        scores = self.scores(q, k, attention)
+        if windows is not None:
+            scores = self.place(scores, windows)
+        p = taps[f"{name}.map"] = self.quantize(exact_float.softmax(scores), attention.map)
+        y = self._linear(self.values(p, v, attention).transpose(1, 2).reshape(b, n, c), block.proj, taps)
+        if tokens is None:
+            return y
+        back = torch.empty_like(tokens.flatten())
+        back[tokens.flatten()] = torch.arange(tokens.numel(), device=self.device)
+        return y.reshape(-1, tokens.numel(), c)[:, back]

@@ -16,12 +16,10 @@ from torch import nn
 from qvit.architecture import VitArchitecture
 from qvit.errors import UnsupportedModelError
 from qvit.families.missing import lacks
+from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.attention import QuantAttention
-from qvit.layers.linear import QuantLinear
-from qvit.layers.mlp import QuantMlp
-from qvit.layers.patch_embed import QuantPatchProjection
 from qvit.preprocessing import Preprocessing
-from qvit.spec import ModelSpec, Operand, QuantSpec
+from qvit.spec import ModelSpec
 
 MODEL_CLASSES = (VisionTransformer, VisionTransformerDistilled)
 
@@ -124,11 +122,6 @@ def _settings(block: Any) -> dict[str, str]:
     }
 
 
-def mlp_ratio(embed_dim: int, hidden: int) -> float:
-    """The ratio from which timm, which truncates ``embed_dim * ratio``, gets ``hidden`` back."""
-    return (hidden + 0.5) / embed_dim
-
-
 def describe(model: Any) -> VitArchitecture:
     """The architecture of a checked float model."""
     block = model.blocks[0]
@@ -203,6 +196,16 @@ def stem(model: Any, images: torch.Tensor) -> torch.Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
+def stages(model: Any) -> list[tuple[Any | None, list[Any]]]:
+    """A ViT is one stage: its blocks, with no patch merging (``None``) in front."""
+    return [(None, list(model.blocks))]
+
+
+def after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The residual stream [B, N, C] between attention and MLP."""
+    return tokens + block.ls1(block.attn(block.norm1(tokens)))
+
+
 def tail(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """What leaves the last block, [B, N, C] -> logits [B, classes]."""
     return model.forward_head(model.norm(tokens))
@@ -218,35 +221,12 @@ def _fix_size(model: Any) -> None:
 
 def swap(model: Any, a: VitArchitecture, spec: ModelSpec, preprocessing: Preprocessing) -> None:
     """Replaces, in place, the modules of a checked float model with quantized ones that take over their parameters."""
-
-    def layer(linear: nn.Linear, name: str, tokens: int | None, edge: bool = False) -> QuantLinear:
-        return QuantLinear(
-            linear,
-            spec.resolve(f"{name}.weight", Operand.WEIGHT, edge),
-            spec.resolve(f"{name}.input", Operand.INPUT, edge),
-            tokens,
-            statistical=statistical and not edge,
-        )
-
-    statistical = spec.weight_quantizer == "statsq"
     _fix_size(model)
-    projection = "patch_embed.proj"
-    model.patch_embed.proj = QuantPatchProjection(
-        model.patch_embed.proj,
-        spec.resolve(f"{projection}.weight", Operand.WEIGHT, edge=True),
-        spec.resolve(f"{projection}.input", Operand.INPUT, edge=True),
-        preprocessing.mean,
-        preprocessing.std,
-    )
+    swap = Swap(spec)
+    swap.patch_projection(model, preprocessing)
     for index, block in enumerate(model.blocks):
         name = f"blocks.{index}"
-
-        def resolve(suffix: str, operand: Operand, prefix: str = f"{name}.attn") -> QuantSpec:
-            return spec.resolve(f"{prefix}.{suffix}", operand)
-
-        block.attn = QuantAttention(block.attn, resolve, a.num_tokens, spec.rectify, statistical)
-        fc1 = layer(block.mlp.fc1, f"{name}.mlp.fc1", a.num_tokens)
-        fc2 = layer(block.mlp.fc2, f"{name}.mlp.fc2", a.num_tokens)
-        block.mlp = QuantMlp(block.mlp, fc1, fc2, a.activation)
+        block.attn = QuantAttention(block.attn, swap.resolver(f"{name}.attn"), a.num_tokens, spec.rectify, swap.statistical)
+        block.mlp = swap.mlp(block.mlp, f"{name}.mlp", a.num_tokens, a.activation)
     for head in a.heads:
-        setattr(model, head, layer(getattr(model, head), head, None, edge=True))
+        setattr(model, head, swap.linear(getattr(model, head), head, None, edge=True))

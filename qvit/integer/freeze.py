@@ -17,6 +17,7 @@ from qvit.layers.linear import QuantLinear
 from qvit.layers.patch_embed import QuantPatchProjection
 from qvit.layers.points import quantization_points
 from qvit.layers.rectify import Rectify
+from qvit.layers.window_attention import QuantWindowAttention
 from qvit.quantizers.lsq import LSQQuantizer
 
 _SMALLEST_NORMAL_HALF = 2.0**-14
@@ -117,6 +118,8 @@ def _tensors_of(module: nn.Module) -> dict[str, np.ndarray]:
         out = {}
         for name in ("q", "k", "v", "map"):
             out.update(_point(getattr(module, f"{name}_quantizer"), name))
+        if isinstance(module, QuantWindowAttention):
+            out["relative_position_bias_table"] = _stored(module.relative_position_bias_table)
         return out
     if isinstance(module, (nn.LayerNorm, Rectify)):
         return {"weight": _stored(module.weight), "bias": _stored(module.bias)}

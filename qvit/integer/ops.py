@@ -13,6 +13,8 @@ against. Sums are exact integers, so engines agree bit for bit up to the float s
     epilogue gelu     sums -> codes [.., M]                               quantize(GELU(epilogue float))
     epilogue rectify  sums -> codes [B, H, N, D]                          quantize(weight * standardise(epilogue float) + bias)
     attention         codes of q, k, v -> float [B, N, C]                 see `Attention`; proj's input is quantized next
+    windows           float [B, L, C] <-> float [B W, N, C]               see `Windows`; around attention, in Swin alone
+    merge             float [B, L, C] -> float [B, L / 4, M]              see `PatchMerging`; in Swin alone
 
 Codes are round-half-to-even: that is what PyTorch's and NumPy's ``round``, C's ``nearbyint`` and CUDA's ``rintf`` do.
 All arrays here are NumPy; float vectors are float32, whatever they were stored as.
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qvit.integer.packing import unpack
+from qvit.integer.windows import relative_index, window_mask, window_tokens
 from qvit.spec import HalfStep, PerGroup, QuantSpec
 
 
@@ -132,10 +135,59 @@ class LayerNorm:
 
 
 @dataclass(frozen=True, eq=False)
+class Windows:
+    """Swin's windows around attention, which tokens of different windows do not enter together.
+
+    The map of L tokens, row by row, is cut into W windows of N tokens; an image then counts as W sequences, so that the codes
+    in attention, and those of the inputs of qkv and proj, are [B W, ..], the windows of an image one behind the other:
+
+        windows[b W + w, n] = map[b, tokens()[w, n]]            in front of qkv (behind norm1), and back behind proj
+
+    To the scores of `Attention` two numbers are added, each sum rounded to float32, in this order:
+
+        scores[b W + w, h, n, m] = (scores[b W + w, h, n, m] + bias()[h, n, m]) + mask()[w, n, m]
+
+    Attributes:
+        map: (height, width) of the map in tokens; L is their product.
+        size: (height, width) of a window; N is their product. It divides the map.
+        shift: (down, right) in tokens; (0, 0) for windows that start at the map's corner.
+        bias_table: float32 [(2 height - 1) (2 width - 1), H], the relative position bias as the file holds it.
+    """
+
+    map: tuple[int, int]
+    size: tuple[int, int]
+    shift: tuple[int, int]
+    bias_table: np.ndarray
+
+    @property
+    def area(self) -> int:
+        """N, tokens of a window."""
+        return self.size[0] * self.size[1]
+
+    @property
+    def count(self) -> int:
+        """W, windows of an image."""
+        return self.map[0] * self.map[1] // self.area
+
+    def tokens(self) -> np.ndarray:
+        """int32 [W, N]: where in the map each token of each window lies; every token of the map occurs once."""
+        return window_tokens(self.map, self.size, self.shift)
+
+    def bias(self) -> np.ndarray:
+        """float32 [H, N, N], queries n by keys m."""
+        return np.ascontiguousarray(self.bias_table[relative_index(self.size)].transpose(2, 0, 1))
+
+    def mask(self) -> np.ndarray | None:
+        """float32 [W, N, N], 0 or -100; ``None`` without a shift. Blocks of equal geometry share one array."""
+        return window_mask(self.map, self.size, self.shift)
+
+
+@dataclass(frozen=True, eq=False)
 class Attention:
     """Multi-head attention on codes of q, k and v [B, H, N, D].
 
         scores[n, m] = factor * scale_q scale_k (sum_d code_q code_k + 1/2 sum_d code_k[m])      half-step offset of q
+        scores[n, m] = scores[n, m] + bias[n, m] + mask[n, m]                                    in windows (`Windows`)
         codes_p      = quantize(softmax(scores))
         out[n, d]    = scale_p scale_v[d] sum_m code_p code_v + scale_p offset_v[d] sum_m code_p
 
@@ -147,6 +199,7 @@ class Attention:
         factor: D^-0.5.
         rectify_q, rectify_k: IRM in front of the quantizers, or ``None``.
         q, k, v, map: quantizers.
+        windows: attention stays within them; ``None``: all tokens of an image attend to all.
     """
 
     heads: int
@@ -158,14 +211,21 @@ class Attention:
     k: Quantizer
     v: Quantizer
     map: Quantizer
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
     """``x + ls1 * proj(attention(qkv(norm1(x))))``, then ``x + ls2 * fc2(gelu(fc1(norm2(x))))``; x float32 [B, N, C].
 
-    ``ls1``, ``ls2``: LayerScale float32 [C], or ``None``.
+    In Swin attention and its two linear layers see windows (`Windows`), the MLP sees the map.
+
+    Attributes:
+        name: its path in the timm model, ``blocks.0`` or ``layers.0.blocks.0``.
+        ls1, ls2: LayerScale float32 [C], or ``None``.
     """
+
+    name: str
 
     norm1: LayerNorm
     qkv: Linear
@@ -176,3 +236,34 @@ class Block:
     fc1: Linear
     fc2: Linear
     ls2: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class PatchMerging:
+    """Halves the sides of a map: ``reduction(quantize(LayerNorm(neighbours)))``, float32 [B, L, C] -> [B, L / 4, M].
+
+    The four neighbours of each 2 x 2 square are concatenated column by column, [top left, bottom left, top right, bottom
+    right], 4 C features, which the norm and the linear layer read.
+
+    Attributes:
+        map: (height, width) of the map that comes in, both even.
+        norm: over 4 C.
+        reduction: [M, 4 C]; its input's codes are [B, height / 2, width / 2, 4 C].
+    """
+
+    map: tuple[int, int]
+    norm: LayerNorm
+    reduction: Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Blocks that work on one map. A ViT is one stage; a Swin Transformer has several.
+
+    Attributes:
+        merging: runs in front of the blocks; ``None`` in the first stage.
+        blocks: run one after the other.
+    """
+
+    merging: PatchMerging | None
+    blocks: tuple[Block, ...]

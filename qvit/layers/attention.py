@@ -76,19 +76,34 @@ class QuantAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise SpecError("Quantized attention takes no mask: run the model without attn_mask and is_causal.")
-        b, n, _ = x.shape
         if self._fuses(x):
             return self.proj_drop(self.proj(self._fused(x)))
+        return self.attend(x)
+
+    def attend(self, x: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """x [B, N, C] -> [B, N, C] with the plain modules.
+
+        Args:
+            x: what enters qkv.
+            place: scores [B, H, N, N] -> the same with what depends on the tokens' places alone, just before softmax.
+        """
+        b, n, _ = x.shape
         q, k, v = self.rectified(x)
         if self.tap is not None:
             self.tap(q, k)
-        if self.q_quantizer.enabled:
+        quantized = self.q_quantizer.enabled
+        if quantized:
             scores = code_scores(self.q_quantizer(q), self.k_quantizer(k), self.scale)
+        else:
+            q, k = self.q_quantizer.observe(q), self.k_quantizer.observe(k)
+            scores = q @ k.transpose(-2, -1) * self.scale
+        if place is not None:
+            scores = place(scores)
+        if quantized:
             attention = self.attn_drop(exact.softmax(scores))
             out = code_values(self.map_quantizer(attention), self.v_quantizer(v))
         else:
-            q, k = self.q_quantizer.observe(q), self.k_quantizer.observe(k)
-            attention = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+            attention = self.attn_drop(scores.softmax(dim=-1))
             out = self.map_quantizer.observe(attention).to(v.dtype) @ self.v_quantizer.observe(v)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(b, n, -1)))
 

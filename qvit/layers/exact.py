@@ -75,6 +75,13 @@ class _QuickGELU(_ExactActivation, activations.QuickGELU):
     exact_name = "quick_gelu"
 
 
+class MapAverage(nn.Module):
+    """The average over the places of a map: [B, H, W, C] -> [B, C], float32."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double().mean((1, 2)).float() if exact(x) else x.mean((1, 2))
+
+
 _EXACT: dict[type, type] = {
     nn.LayerNorm: _PlainNorm,
     LayerNorm: _TimmNorm,

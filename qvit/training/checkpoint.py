@@ -19,9 +19,8 @@ import timm
 import torch
 from torch import nn
 
-import qvit.families.vit
-from qvit.architecture import VitArchitecture
-from qvit.convert import StudentInfo, family_of, rebuild
+from qvit.architecture import Architecture, architecture_from_dict
+from qvit.convert import StudentInfo, build, family_of, rebuild
 from qvit.errors import QvitError, TrainingError, WeightsError
 from qvit.files import write_atomically
 from qvit.preprocessing import Preprocessing
@@ -48,7 +47,7 @@ class Metadata:
         versions: of the libraries that wrote it.
     """
 
-    architecture: VitArchitecture
+    architecture: Architecture
     preprocessing: Preprocessing
     student: StudentInfo | None
     classes: list[str]
@@ -88,7 +87,7 @@ class Metadata:
     def from_dict(cls, data: Mapping[str, Any]) -> Metadata:
         """Reads what `to_dict` wrote; raises `KeyError`, `TypeError` or a `QvitError` where that fails."""
         return cls(
-            architecture=VitArchitecture.from_dict(data["architecture"]),
+            architecture=architecture_from_dict(data["architecture"]),
             preprocessing=Preprocessing.from_dict(data["preprocessing"]),
             student=StudentInfo.from_dict(data["student"]) if data["student"] else None,
             **{name: data[name] for name in ("classes", "recipe", "epochs", "step", "processes", "metrics", "versions")},
@@ -216,7 +215,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, Metadata]:
     checkpoint = read_checkpoint(path)
     metadata = checkpoint.metadata
     try:
-        model = rebuild(metadata.student) if metadata.student else qvit.families.vit.build(metadata.architecture)
+        model = rebuild(metadata.student) if metadata.student else build(metadata.architecture)
         model.load_state_dict(checkpoint.model_state())
     except (RuntimeError, QvitError) as error:
         raise WeightsError(f"{path} is damaged: its tensors do not fit the model it describes ({_short(error)}).") from None

@@ -176,7 +176,7 @@ def test_unsupported_modules_are_named(name: str, options: dict, named: str) -> 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24}),
+        ("swinv2_tiny_window8_256", {"depths": (1, 1, 1, 1), "embed_dim": 24}),
         ("resnet18", {}),
         ("vit_tiny_r_s16_p8_224", {"depth": 1}),
     ],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture
 from qvit.bench.peers.onnxruntime import OnnxRuntimeInt8
 from qvit.bench.peers.openvino import OpenVinoInt8
 from qvit.bench.peers.torch import TorchBfloat16, TorchInt8
@@ -40,7 +40,7 @@ class Peer(Protocol):
     packages: tuple[str, ...]
     model: str
 
-    def prepare(self, model: nn.Module, architecture: VitArchitecture, batch: int, folder: Path) -> None:
+    def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         """Writes what `load` reads into an empty folder, and nothing else; runs in a process that is not measured.
 
         Args:

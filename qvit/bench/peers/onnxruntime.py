@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture, VitArchitecture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +26,7 @@ class OnnxRuntimeInt8:
     packages: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript", "torch", "timm")
     model = "onnxruntime"
 
-    def prepare(self, model: nn.Module, architecture: VitArchitecture, batch: int, folder: Path) -> None:
+    def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         """Exports, fuses attention, GELU and LayerNorm, then quantizes.
 
         In this order, and with the optimisation inside the quantizer's preprocessing off: it would undo the fusions.
@@ -37,6 +37,8 @@ class OnnxRuntimeInt8:
         from onnxruntime.transformers import optimizer
         from onnxruntime.transformers.fusion_options import FusionOptions
 
+        # 0: the optimizer reads the number off each attention.
+        heads = architecture.num_heads if isinstance(architecture, VitArchitecture) else 0
         images = torch.randn(batch, architecture.in_chans, *architecture.img_size)
         with tempfile.TemporaryDirectory() as scratch:
             exported, fused, prepared = (f"{scratch}/{name}.onnx" for name in ("exported", "fused", "prepared"))
@@ -54,7 +56,7 @@ class OnnxRuntimeInt8:
             optimizer.optimize_model(
                 exported,
                 model_type="vit",
-                num_heads=architecture.num_heads,
+                num_heads=heads,
                 hidden_size=architecture.embed_dim,
                 opt_level=0,
                 optimization_options=FusionOptions("vit"),

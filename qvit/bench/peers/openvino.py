@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,7 @@ class OpenVinoInt8:
         self.name = "openvino" if rest == "f32" else f"openvino-{rest}"
         self.title = "OpenVINO int8" if rest == "f32" else f"OpenVINO int8, rest {rest}"
 
-    def prepare(self, model: nn.Module, architecture: VitArchitecture, batch: int, folder: Path) -> None:
+    def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         """Converts with a fixed batch; NNCF's settings for transformers, which quantize attention too."""
         import nncf
         import openvino

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,7 @@ class TorchInt8(_Compiled):
     packages: tuple[str, ...] = ("torchao", "torch", "timm")
     model = "torch"
 
-    def prepare(self, model: nn.Module, architecture: VitArchitecture, batch: int, folder: Path) -> None:
+    def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         """The quantizer that Inductor's x86 backend fuses: activations per tensor, weights per channel."""
         import torch
         from torchao.quantization import pt2e
@@ -81,7 +81,7 @@ class TorchBfloat16(_Compiled):
     packages: tuple[str, ...] = ("torch", "timm")
     model = "torch-bf16"
 
-    def prepare(self, model: nn.Module, architecture: VitArchitecture, batch: int, folder: Path) -> None:
+    def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         import torch
 
         images = torch.randn(batch, architecture.in_chans, *architecture.img_size, dtype=torch.bfloat16)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from qvit.architecture import VitArchitecture
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
@@ -17,8 +18,7 @@ _MOST_TOKENS = 1 << 16
 _ULPS = 1e-6  # relative error that the float32 steps stay below
 
 
-def _shape(model: IntegerModel) -> dict[str, int]:
-    a = model.architecture
+def _shape(a: VitArchitecture) -> dict[str, int]:
     return {
         "tokens": a.num_tokens,
         "prefix": a.num_prefix_tokens,
@@ -43,9 +43,11 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
     """The compiled module's builder (``kind``) with every part of the model in it.
 
     Raises:
-        UnsupportedModelError: a head is wider than 512 channels, or there are more than 65,536 tokens.
+        UnsupportedModelError: the model is no ViT, a head is wider than 512 channels, or there are more than 65,536 tokens.
     """
     a = model.architecture
+    if not isinstance(a, VitArchitecture):
+        raise UnsupportedModelError(f"The CPU engine does not run {a.name}, a Swin Transformer, yet: use engine='reference'.")
     if a.head_dim > 512:
         raise UnsupportedModelError(f"Heads of {a.head_dim} channels are too wide for the CPU engine: use engine='reference'.")
     if a.num_tokens > _MOST_TOKENS:
@@ -53,7 +55,7 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
             f"The model has {a.num_tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or "
             "larger patches."
         )
-    b = kind(isa, _shape(model))
+    b = kind(isa, _shape(a))
     _pixels(b, model)
     _linear(b, "patch", 0, model.patch)
     b.set_embed(_embed(model))
@@ -81,6 +83,7 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
 def tap_shapes(model: IntegerModel, batch: int) -> dict[str, tuple[int, ...]]:
     """Activation point -> shape of its codes, in the order in which the compiled engine takes them."""
     a = model.architecture
+    assert isinstance(a, VitArchitecture)
     n, c, heads = a.num_tokens, a.embed_dim, (batch, a.num_heads, a.num_tokens, a.head_dim)
     shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.input": (batch, a.num_patches, a.patch_features)}
     for i in range(a.depth):
@@ -279,6 +282,7 @@ def _pixels(b: Any, model: IntegerModel) -> None:
 def _embed(model: IntegerModel) -> np.ndarray:
     """float32 [N, C]: the prefix tokens as they enter the blocks, then what is added to each patch."""
     a = model.architecture
+    assert isinstance(a, VitArchitecture)
     out = np.zeros((a.num_tokens, a.embed_dim), _F32)
     prefix = a.num_prefix_tokens
     tokens = [token[0] for token in (model.cls_token, model.dist_token, model.reg_token) if token is not None]

@@ -1,11 +1,12 @@
-"""What a vision transformer looks like, independent of timm and PyTorch: enough to rebuild the graph around its tensors."""
+"""What a plain ViT or DeiT looks like."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from qvit.architecture.fields import check_sizes, read_fields
 from qvit.errors import FileFormatError
 
 
@@ -97,40 +98,15 @@ class VitArchitecture:
         Raises:
             FileFormatError: a field is missing, unknown or of the wrong type, or the sizes contradict each other.
         """
-        names = {f.name for f in fields(cls)}
-        if set(data) != names:
-            odd = sorted(set(data) ^ names)[0]
-            raise FileFormatError(
-                f"The architecture's field {odd!r} is missing or unknown: the file is damaged or of another version."
-            )
-        values = dict(data)
-        for name in ("img_size", "patch_size"):
-            pair = values[name]
-            if (
-                not isinstance(pair, (list, tuple))
-                or len(pair) != 2
-                or not all(type(v) is int and 0 < v <= 65536 for v in pair)
-            ):
-                raise FileFormatError(f"The architecture's {name} is {pair!r}, not a height and a width: the file is damaged.")
-            values[name] = (pair[0], pair[1])
-        for f in fields(cls):
-            value = values[f.name]
-            kind = {"str": str, "int": int, "bool": bool, "float": float}.get(str(f.type))
-            if kind and not (type(value) is kind or (kind is float and type(value) is int)):
-                raise FileFormatError(
-                    f"The architecture's {f.name} is {value!r}, not of type {kind.__name__}: the file is damaged."
-                )
-        architecture = cls(**values)
+        architecture = cls(**read_fields(cls, data))
         sizes = ("in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_hidden")
-        if any(not 0 < getattr(architecture, size) <= 1 << 20 for size in sizes) or not 0 <= architecture.reg_tokens <= 4096:
+        check_sizes(architecture, sizes)
+        if not 0 <= architecture.reg_tokens <= 4096:
             raise FileFormatError("A size of the architecture is out of range: the file is damaged.")
-        if not 0 <= architecture.norm_eps < 1:
-            raise FileFormatError(
-                f"The architecture's norm_eps is {architecture.norm_eps!r}, not a small number: the file is damaged."
-            )
         for name, known in (("global_pool", ("token", "avg")), ("activation", ("gelu", "gelu_tanh", "quick_gelu"))):
-            if values[name] not in known:
-                raise FileFormatError(f"The architecture's {name} is {values[name]!r}, which this qvit does not know.")
+            value = getattr(architecture, name)
+            if value not in known:
+                raise FileFormatError(f"The architecture's {name} is {value!r}, which this qvit does not know.")
         if architecture.global_pool == "token" and not (architecture.class_token or architecture.reg_tokens):
             raise FileFormatError("The architecture pools a class token that it does not have: the file is damaged.")
         if architecture.dist_token and not (architecture.class_token and architecture.global_pool == "token"):
