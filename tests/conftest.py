@@ -80,6 +80,15 @@ def _small_vit(name: str = "deit_tiny_patch16_224", **options: Any) -> nn.Module
     return _randomise(timm.create_model(name, **(defaults | options))).eval()
 
 
+def _small_swin(name: str = "swin_tiny_patch4_window7_224", **options: Any) -> nn.Module:
+    """A float Swin Transformer of two small stages, with shifted and unshifted windows and random parameters.
+
+    By default 8 x 8 tokens in 4 windows, in a shifted and an unshifted block, then 4 x 4 tokens in one window.
+    """
+    defaults: dict[str, Any] = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4), "img_size": 32, "window_size": 4}
+    return _randomise(timm.create_model(name, **({"num_classes": 5} | defaults | options))).eval()
+
+
 def _set_plausible_scales(student: nn.Module, images: torch.Tensor) -> nn.Module:
     """Gives every quantizer the scale (and offset) that spans the values it sees on ``images``; in place.
 
@@ -133,6 +142,12 @@ def small_vit() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture(scope="session")
+def small_swin() -> Callable[..., nn.Module]:
+    """``small_swin(name, **options of timm.create_model)``: a small float Swin Transformer, not degenerate."""
+    return _small_swin
+
+
+@pytest.fixture(scope="session")
 def set_plausible_scales() -> Callable[..., nn.Module]:
     """``set_plausible_scales(student, images)``: calibration for tests that must not rest on `qvit.calibrate`."""
     return _set_plausible_scales
@@ -176,6 +191,14 @@ def frozen(make_student: Callable[..., nn.Module], small_vit: Callable[..., nn.M
     options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 12, "num_heads": 3, "depth": 2}
     student = _perturb(make_student(small_vit("vit_tiny_patch16_224", **options), overrides={"*.fc1": 3, "*.fc2": 2}))
     return freeze(student, [f"digit {i}" for i in range(10)], {"fake_top1": 12.5, "data": "digits"})
+
+
+@pytest.fixture(scope="session")
+def frozen_swin(make_student: Callable[..., nn.Module]) -> IntegerModel:
+    """A frozen Swin Transformer of two tiny stages (`_small_swin`) at mixed widths, 5 classes, 32 x 32 pixels."""
+    torch.manual_seed(1)
+    student = _perturb(make_student(_small_swin(), overrides={"*.fc1": 3, "*.fc2": 2}))
+    return freeze(student, list("abcde"), {"fake_top1": 12.5, "data": "noise"})
 
 
 @pytest.fixture

@@ -66,3 +66,45 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "QuickGELU": ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}),
     "one head, wide MLP": ("vit_tiny_patch16_224", {"num_heads": 1, "mlp_ratio": 6.5}),
 }
+
+# Options of `small_swin`; the maps are of 8 x 8 and 4 x 4 tokens and the windows of 4 x 4 where nothing else is said.
+SWINS: dict[str, dict[str, Any]] = {
+    "two stages": {},
+    "no shift where the window is the map": {"depths": (2, 2)},
+    "one stage": {"depths": (2,), "num_heads": (2,)},
+    "three stages": {"patch_size": 2, "depths": (2, 2, 1), "num_heads": (2, 2, 4)},
+    "shift along one axis": {"img_size": (32, 64), "depths": (1, 2)},
+    "odd windows": {"img_size": 48, "window_size": 3, "depths": (2, 2)},
+    "oblong windows": {"window_size": (2, 4), "depths": (2, 2)},
+    "windows of each stage": {"window_size": ((2, 4), (4, 2)), "depths": (2, 2)},
+    "no bias in qkv": {"qkv_bias": False},
+    "greyscale": {"in_chans": 1},
+    "odd heads": {"embed_dim": 21, "num_heads": (3, 7), "mlp_ratio": (2.7, 1.5)},
+    "pixels beyond the last patch": {"img_size": (35, 33)},
+}
+
+SWIN_GRANULARITIES: dict[str, dict[str, Any]] = {
+    "no rectify": {"rectify": False},
+    "input offset per tensor": {"overrides": {"layers.*.input": {"offset": "per_tensor"}}},
+    "input without offset": {"overrides": {"layers.*.input": {"offset": "none", "signed": True}}},
+    "weight per tensor": {"overrides": {"layers.*.weight": {"scale": "per_tensor"}, "head.fc.weight": {"scale": "per_tensor"}}},
+    "q, k per tensor": {"overrides": {"*.q": {"scale": "per_tensor"}, "*.k": {"scale": "per_tensor"}}},
+    "q, k offset per channel": {"overrides": {"*.q": {"offset": "per_channel"}, "*.k": {"offset": "per_channel"}}},
+    "q, k without offset": {"overrides": {"*.q": {"offset": "none"}, "*.k": {"offset": "none"}}},
+    "v per channel, half step": {"overrides": {"*.v": {"offset": "half_step"}}},
+    "v without offset": {"overrides": {"*.v": {"offset": "none"}}},
+    "map per tensor": {"overrides": {"*.map": {"scale": "per_tensor"}}},
+    "statsq": {"weight_quantizer": "statsq"},
+    "mixed widths": {
+        "weight_bits": 3,
+        "act_bits": 5,
+        "edge_bits": 6,
+        "overrides": {
+            "layers.0.blocks.1": 2,
+            "layers.1.downsample": 3,
+            "layers.0.blocks.0.attn.q": 7,
+            "*.map": 8,
+            "patch_embed.proj.input": 4,
+        },
+    },
+}
