@@ -56,7 +56,7 @@ def render(kinds: Sequence[Kind], cpu: Sequence[str], refusals: Sequence[Refusal
         f"timm {timm.__version__} has {taken + refused} names that begin with {prefixes}. "
         f"qvit takes {taken} of them and refuses {refused}.",
         "How a name is checked: it is built with all of its own options, but tiny (two narrow blocks or four narrow stages, a "
-        "few patches, five classes). Names whose tiny models are the same are one row below. The first model of each row, with "
+        "few patches, windows of a third of the size, five classes). Names whose tiny models are the same are one row below. The first model of each row, with "
         "random parameters, is converted at 4 bits, calibrated, trained for one step with labels, teacher and DGD, rebuilt "
         "from its description and state dict, and frozen. "
         "Then the training graph, the reference engine and the CPU engine must give the same codes at every quantization point "
@@ -97,8 +97,10 @@ def _table(family: str, group: Sequence[tuple[Kind, str]]) -> str:
 
 def _options(architecture: Any) -> dict[str, Any]:
     options = {f.name: getattr(architecture, f.name) for f in fields(architecture) if f.name not in _SIZES}
-    if hasattr(architecture, "mlp_hidden"):
-        options["mlp_ratio"] = f"{architecture.mlp_hidden / architecture.embed_dim:.1f}"
+    hidden = architecture.mlp_hidden
+    options["mlp_ratio"] = f"{(hidden if isinstance(hidden, int) else hidden[0]) / architecture.embed_dim:.1f}"
+    if "windows" in options:
+        options["windows"] = ", ".join(f"{height} x {width}" for height, width in options["windows"])
     return options
 
 
