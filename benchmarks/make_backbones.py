@@ -55,12 +55,12 @@ def render(kinds: Sequence[Kind], cpu: Sequence[str], refusals: Sequence[Refusal
         "`tests/benchmarks/test_make_backbones.py` does the same again and compares.",
         f"timm {timm.__version__} has {taken + refused} names that begin with {prefixes}. "
         f"qvit takes {taken} of them and refuses {refused}.",
-        "How a name is checked: it is built with all of its own options, but tiny (two narrow blocks or four narrow stages, a "
-        "few patches, windows of a third of the size, five classes). Names whose tiny models are the same are one row below. The first model of each row, with "
-        "random parameters, is converted at 4 bits, calibrated, trained for one step with labels, teacher and DGD, rebuilt "
-        "from its description and state dict, and frozen. "
-        "Then the training graph, the reference engine and the CPU engine must give the same codes at every quantization point "
-        "and the same logits, bit for bit. No pretrained weights are loaded, and nothing here speaks of accuracy.",
+        "How a name is checked: it is built with all of its own options, but tiny (two narrow blocks or four narrow "
+        "stages, a few patches, windows of a third of the size, five classes). Names whose tiny models are the same are "
+        "one row below. The first model of each row, with random parameters, is converted at 4 bits, calibrated, trained "
+        "for one step with labels, teacher and DGD, rebuilt from its description and state dict, and frozen. Then the "
+        "training graph, the reference engine and the CPU engine must give the same codes at every quantization point and "
+        "the same logits, bit for bit. No pretrained weights are loaded, and nothing here speaks of accuracy.",
         "Models that timm makes without a classifier (CLIP, DINOv2, RADIO) need `num_classes=..` when they are created.",
         "## Taken",
         *(_table(family, group) for family, group in _by_family(kinds, cpu).items()),
