@@ -26,7 +26,7 @@ Layout::Layout(const Model& model) {
     rows = round_up(model.stages[0].shape.tokens(), kRowAlign);
     super_columns = most_merged = tokens_padded = dim_padded = 0;
     panel_bytes = x[0] = x[1] = codes = hidden = prepared = q = k = v = map = bias = 0;
-    groups = row_sums = false;
+    groups = false;
     for (const Stage& stage : model.stages) {
         const StageShape& s = stage.shape;
         StageLayout l{};
@@ -51,7 +51,6 @@ Layout::Layout(const Model& model) {
             super_columns = std::max(super_columns, columns);
             panel_bytes = std::max(panel_bytes, panels * layer.kernel->scratch_bytes(layer.group));
             groups |= layer.groups() > 1;
-            row_sums |= layer.row_sums;
             if (layer.kernel->prepare || layer.groups() > 1) {
                 prepare = true;
                 l.ld_prepared = std::max(l.ld_prepared, round_up(static_cast<int>(layer.kernel->row_bytes(layer.group)), 64));

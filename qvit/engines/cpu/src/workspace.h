@@ -27,7 +27,7 @@ struct Layout {
     int rows;             // tokens of the first stage, rounded up: most of all
     int super_columns;    // most columns of one step of `linear`
     size_t panel_bytes;   // unpacked panels of one step
-    bool groups, row_sums;
+    bool groups;
     // Most of all stages: floats of the residual stream; bytes of codes; rows of the softmax map.
     size_t x[2], codes, hidden, prepared, q, k, v, map, bias;
     int most_merged;      // features of merged neighbours
