@@ -13,6 +13,7 @@ from torch import nn
 from qvit.architecture import Architecture, SwinArchitecture, architecture_from_dict
 from qvit.errors import SpecError, UnsupportedModelError
 from qvit.families import swin, vit
+from qvit.families.missing import lacks
 from qvit.layers.exact import make_exact
 from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
@@ -64,7 +65,8 @@ def family_of(model: nn.Module) -> Any:
         raise UnsupportedModelError(f"{type(model).__name__} is not supported: {swin.REFUSED[type(model)]}")
     if type(model) not in _FAMILIES:
         known = ", ".join(sorted(cls.__name__ for cls in _FAMILIES))
-        raise UnsupportedModelError(f"{type(model).__name__} is not supported: qvit quantizes timm's {known}.")
+        reason = lacks(model) or f"qvit quantizes timm's {known}"
+        raise UnsupportedModelError(f"{type(model).__name__} is not supported: {reason}.")
     return _FAMILIES[type(model)]
 
 

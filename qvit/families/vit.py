@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, activations
+from timm.layers import DropPath, Format, LayerNorm, LayerScale, Mlp, PatchDropout, PatchEmbed, activations
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -15,6 +15,7 @@ from torch import nn
 
 from qvit.architecture import VitArchitecture
 from qvit.errors import UnsupportedModelError
+from qvit.families.missing import lacks
 from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.attention import QuantAttention
 from qvit.preprocessing import Preprocessing
@@ -61,8 +62,8 @@ def check(model: Any) -> None:
                 raise UnsupportedModelError(f"{name}.gate is not supported: use a model without gated attention.")
         elif not known:
             raise UnsupportedModelError(
-                f"{name or 'the model'} ({type(module).__name__}) is not supported: qvit quantizes plain ViT and DeiT blocks "
-                "(Attention, Mlp, LayerNorm, LayerScale)."
+                f"{name or 'the model'} ({type(module).__name__}) is not supported: "
+                f"{lacks(model) or 'qvit quantizes plain ViT and DeiT blocks (Attention, Mlp, LayerNorm, LayerScale)'}."
             )
         if type(module) in _NORMS and (module.weight is None or module.bias is None):
             raise UnsupportedModelError(f"{name} is a LayerNorm without weight and bias, which is not supported.")
@@ -70,8 +71,12 @@ def check(model: Any) -> None:
             raise UnsupportedModelError(f"{name}.norm is not supported: use a model without a norm between fc1 and fc2.")
     if model.global_pool not in ("token", "avg"):
         raise UnsupportedModelError(f"global_pool={model.global_pool!r} is not supported: use 'token' or 'avg'.")
-    if model.dynamic_img_size or getattr(model.patch_embed, "dynamic_img_pad", False):
-        raise UnsupportedModelError("dynamic_img_size is not supported: integer models have one input size.")
+    patches = model.patch_embed
+    if patches.dynamic_img_pad and any(size % patch for size, patch in zip(patches.img_size, patches.patch_size, strict=True)):
+        raise UnsupportedModelError(
+            f"dynamic_img_pad is not supported where patches of {patches.patch_size} do not fill the image size "
+            f"{patches.img_size}: create the model with an img_size that they fill."
+        )
     if model.num_classes <= 0 or not isinstance(model.head, nn.Linear):
         raise UnsupportedModelError("The model has no classification head: create it with num_classes > 0.")
     if not isinstance(model.patch_embed.norm, nn.Identity):
@@ -206,8 +211,17 @@ def tail(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return model.forward_head(model.norm(tokens))
 
 
+def _fix_size(model: Any) -> None:
+    """Takes dynamic_img_size and dynamic_img_pad away: a student has the one input size of its description."""
+    model.dynamic_img_size = False
+    patches = model.patch_embed
+    patches.flatten, patches.output_fmt = True, Format.NCHW
+    patches.strict_img_size, patches.dynamic_img_pad = True, False
+
+
 def swap(model: Any, a: VitArchitecture, spec: ModelSpec, preprocessing: Preprocessing) -> None:
     """Replaces, in place, the modules of a checked float model with quantized ones that take over their parameters."""
+    _fix_size(model)
     swap = Swap(spec)
     swap.patch_projection(model, preprocessing)
     for index, block in enumerate(model.blocks):

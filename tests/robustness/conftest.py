@@ -16,7 +16,9 @@ from qvit.integer.model import IntegerModel
 
 
 @pytest.fixture(scope="session")
-def models(make_student: Callable[..., nn.Module], small_vit: Callable[..., Any], perturb: Any) -> dict[str, IntegerModel]:
+def models(
+    make_student: Callable[..., nn.Module], small_vit: Callable[..., Any], small_swin: Callable[..., Any], perturb: Any
+) -> dict[str, IntegerModel]:
     """Small models of several widths, granularities and architectures."""
     tiny = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 1, "num_classes": 5}
 
@@ -31,6 +33,7 @@ def models(make_student: Callable[..., nn.Module], small_vit: Callable[..., Any]
         "w3a8": frozen(weight_bits=3, act_bits=8),
         "distilled": frozen("deit_tiny_distilled_patch16_224", weight_bits=3, act_bits=3),
         "average": frozen("vit_tiny_patch16_224", averaged, weight_bits=4, act_bits=4),
+        "swin": qvit.freeze(perturb(make_student(small_swin(img_size=16, patch_size=2), weight_bits=4, act_bits=3))),
     }
 
 

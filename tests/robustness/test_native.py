@@ -27,11 +27,15 @@ things = st.one_of(numbers, arrays, st.none(), st.text(max_size=8), st.floats(),
 @examples(100)
 @given(data=st.data())
 def test_a_builder_of_nonsense(data: st.DataObject) -> None:
-    keys = ["tokens", "prefix", "dim", "depth", "heads", "hidden", "classes", "channels", "height", "width", "patch_height",
-            "patch_width", "activation", "average", "average_all", "distilled"]  # fmt: skip
-    shape = {key: data.draw(numbers) for key in keys if data.draw(st.integers(0, 20))}
+    def sizes(keys: list[str]) -> dict[str, int]:
+        return {key: data.draw(numbers) for key in keys if data.draw(st.integers(0, 20))}
+
+    shape = sizes(["prefix", "classes", "channels", "height", "width", "patch_height", "patch_width", "activation", "average",
+                   "average_all", "distilled", "windowed"])  # fmt: skip
+    stage = ["map_height", "map_width", "window_height", "window_width", "dim", "depth", "heads", "hidden"]
+    stages = [sizes(stage) for _ in range(data.draw(st.integers(0, 3)))]
     try:
-        builder = _native.Builder(data.draw(st.sampled_from(["", "generic", "avx2", "warp"])), shape)
+        builder = _native.Builder(data.draw(st.sampled_from(["", "generic", "avx2", "warp"])), shape, stages)
         _native.Engine(builder, data.draw(numbers), False)
     except REFUSALS:
         pass
@@ -41,7 +45,7 @@ def test_a_builder_of_nonsense(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_parts_of_nonsense(models: dict[str, IntegerModel], data: st.DataObject) -> None:
     """A whole model with one argument of one call exchanged: by another thing, or by a changed array of the right type."""
-    model = models[data.draw(st.sampled_from(["w4a4", "w2a2", "distilled"]))]
+    model = models[data.draw(st.sampled_from(["w4a4", "w2a2", "distilled", "swin"]))]
     calls = _calls(model)
     number = data.draw(st.integers(0, len(calls) - 1))
     name, arguments = calls[number]
@@ -49,6 +53,10 @@ def test_parts_of_nonsense(models: dict[str, IntegerModel], data: st.DataObject)
     old = arguments[place]
     if isinstance(old, dict):
         new: Any = {**old, data.draw(st.sampled_from(sorted(old))): data.draw(numbers)}
+    elif name == "__init__" and isinstance(old, list):
+        number = data.draw(st.integers(0, len(old) - 1))
+        stage = old[number]
+        new = [*old[:number], {**stage, data.draw(st.sampled_from(sorted(stage))): data.draw(numbers)}, *old[number + 1 :]]
     elif isinstance(old, np.ndarray) and data.draw(st.booleans()):
         flat = old.reshape(-1)
         changed = [flat[:-1], old[None], np.concatenate([flat, flat]), old[..., ::-1], np.zeros_like(old)]
@@ -61,7 +69,8 @@ def test_parts_of_nonsense(models: dict[str, IntegerModel], data: st.DataObject)
         for method, values in calls[1:]:
             getattr(builder, method)(*values)
         engine = _native.Engine(builder, 2, False)
-        engine.run(np.zeros((2, 3, 16, 16), np.uint8), np.empty((2, 5), np.float32), None)
+        size = model.preprocessing.input_size
+        engine.run(np.zeros((2, *size), np.uint8), np.empty((2, model.architecture.num_classes), np.float32), None)
     except REFUSALS:
         pass
 
@@ -81,11 +90,19 @@ def _calls(model: IntegerModel) -> list[tuple[str, list[Any]]]:
     return calls
 
 
-@pytest.mark.parametrize("key", ["tokens", "dim", "depth", "heads", "hidden", "classes", "channels", "height", "patch_width"])
+@pytest.mark.parametrize(
+    "key", ["map_width", "window_height", "dim", "depth", "heads", "hidden", "classes", "channels", "height", "patch_width"]
+)
 @pytest.mark.parametrize("size", [0, (1 << 31) - 1, -1])
-def test_sizes_that_are_none(models: dict[str, IntegerModel], key: str, size: int) -> None:
-    calls = _calls(models["w4a4"])
-    calls[0] = ("__init__", [calls[0][1][0], calls[0][1][1] | {key: size}])
+@pytest.mark.parametrize("kind", ["w4a4", "swin"])
+def test_sizes_that_are_none(models: dict[str, IntegerModel], kind: str, key: str, size: int) -> None:
+    calls = _calls(models[kind])
+    isa, shape, stages = calls[0][1]
+    changed = {key: size}
+    calls[0] = (
+        "__init__",
+        [isa, shape | (changed if key in shape else {}), [s | (changed if key in s else {}) for s in stages]],
+    )
 
     def make() -> None:
         builder = _native.Builder(*calls[0][1])

@@ -19,14 +19,12 @@ _MOST_TOKENS = 1 << 16
 _ULPS = 1e-6  # relative error that the float32 steps stay below
 
 
-def _shape(a: VitArchitecture) -> dict[str, int]:
+def _shape(model: IntegerModel) -> dict[str, int]:
+    """What concerns the model as a whole."""
+    a = model.architecture
+    vit = a if isinstance(a, VitArchitecture) else None
     return {
-        "tokens": a.num_tokens,
-        "prefix": a.num_prefix_tokens,
-        "dim": a.embed_dim,
-        "depth": a.depth,
-        "heads": a.num_heads,
-        "hidden": a.mlp_hidden,
+        "prefix": 0 if vit is None else vit.num_prefix_tokens,
         "classes": a.num_classes,
         "channels": a.in_chans,
         "height": a.img_size[0],
@@ -34,36 +32,64 @@ def _shape(a: VitArchitecture) -> dict[str, int]:
         "patch_height": a.patch_size[0],
         "patch_width": a.patch_size[1],
         "activation": _ACTIVATIONS.index(a.activation),
-        "average": int(a.global_pool == "avg"),
-        "average_all": int(a.pool_include_prefix),
-        "distilled": int(a.dist_token),
+        "average": int(vit is None or vit.global_pool == "avg"),
+        "average_all": int(vit is None or vit.pool_include_prefix),
+        "distilled": int(vit is not None and vit.dist_token),
+        "windowed": int(vit is None),
     }
+
+
+def _stages(model: IntegerModel) -> list[dict[str, int]]:
+    """Sizes of each stage. A ViT's tokens are one window of one row."""
+    sizes = []
+    for stage in model.stages:
+        block = stage.blocks[0]
+        windows, tokens = block.attention.windows, model.architecture.num_tokens
+        height, width = (1, tokens) if windows is None else windows.map
+        window_height, window_width = (1, tokens) if windows is None else windows.size
+        sizes.append(
+            {
+                "map_height": height,
+                "map_width": width,
+                "window_height": window_height,
+                "window_width": window_width,
+                "dim": block.proj.weight.shape[0],
+                "depth": len(stage.blocks),
+                "heads": block.attention.heads,
+                "hidden": block.fc1.weight.shape[0],
+            }
+        )
+    return sizes
 
 
 def build(kind: Any, isa: str, model: IntegerModel) -> Any:
     """The compiled module's builder (``kind``) with every part of the model in it.
 
     Raises:
-        UnsupportedModelError: the model is no ViT, a head is wider than 512 channels, or there are more than 65,536 tokens.
+        UnsupportedModelError: a head is wider than 512 channels, or there are more than 65,536 tokens.
     """
-    a = model.architecture
-    if not isinstance(a, VitArchitecture):
-        raise UnsupportedModelError(f"The CPU engine does not run {a.name}, a Swin Transformer, yet: use engine='reference'.")
-    if a.head_dim > 512:
-        raise UnsupportedModelError(f"Heads of {a.head_dim} channels are too wide for the CPU engine: use engine='reference'.")
-    if a.num_tokens > _MOST_TOKENS:
+    widest = max(block.attention.head_dim for block in model.blocks)
+    if widest > 512:
+        raise UnsupportedModelError(f"Heads of {widest} channels are too wide for the CPU engine: use engine='reference'.")
+    tokens = model.architecture.num_tokens
+    if tokens > _MOST_TOKENS:
         raise UnsupportedModelError(
-            f"The model has {a.num_tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or "
+            f"The model has {tokens} tokens, more than the CPU engine's {_MOST_TOKENS}: use a smaller image size or "
             "larger patches."
         )
-    b = kind(isa, _shape(a))
+    b = kind(isa, _shape(model), _stages(model))
     _pixels(b, model)
     _linear(b, "patch", 0, model.patch)
-    b.set_embed(embedding(model))
+    if isinstance(model.architecture, VitArchitecture):
+        b.set_embed(embedding(model))
     for name in ("norm_pre", "norm", "fc_norm"):
         norm = getattr(model, name)
         if norm is not None:
             b.set_norm(name, 0, norm.weight, norm.bias, norm.eps, None, None, 0.0)
+    for i, stage in enumerate(model.stages):
+        if stage.merging is not None:
+            _linear(b, "merge", i, stage.merging.reduction)
+            _norm_codes(b, "merge", i, stage.merging.norm, stage.merging.reduction.input)
     for i, block in enumerate(model.blocks):
         _linear(b, "qkv", i, block.qkv)
         _linear(b, "proj", i, block.proj)
@@ -75,7 +101,10 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
         for which, gamma in ((1, block.ls1), (2, block.ls2)):
             if gamma is not None:
                 b.set_layer_scale(i, which, gamma)
-        _attention(b, i, block.attention, a.num_tokens)
+        windows = block.attention.windows
+        if windows is not None:
+            b.set_windows(i, *windows.shift, windows.bias_table)
+        _attention(b, i, block.attention, tokens if windows is None else windows.area)
     for i, head in enumerate(model.heads):
         _linear(b, "output", i, head)
     return b
@@ -84,18 +113,24 @@ def build(kind: Any, isa: str, model: IntegerModel) -> Any:
 def tap_shapes(model: IntegerModel, batch: int) -> dict[str, tuple[int, ...]]:
     """Activation point -> shape of its codes, in the order in which the compiled engine takes them."""
     a = model.architecture
-    assert isinstance(a, VitArchitecture)
-    n, c, heads = a.num_tokens, a.embed_dim, (batch, a.num_heads, a.num_tokens, a.head_dim)
     shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.input": (batch, a.num_patches, a.patch_features)}
-    for i in range(a.depth):
-        name = f"blocks.{i}"
-        shapes[f"{name}.attn.qkv.input"] = (batch, n, c)
-        shapes.update({f"{name}.attn.{part}": heads for part in ("q", "k", "v")})
-        shapes[f"{name}.attn.map"] = (batch, a.num_heads, n, n)
-        shapes[f"{name}.attn.proj.input"] = (batch, n, c)
-        shapes[f"{name}.mlp.fc1.input"] = (batch, n, c)
-        shapes[f"{name}.mlp.fc2.input"] = (batch, n, a.mlp_hidden)
-    shapes.update({f"{head}.input": (batch, c) for head in a.heads})
+    for stage in model.stages:
+        if stage.merging is not None:
+            height, width = stage.merging.map
+            layer = stage.merging.reduction
+            shapes[f"{layer.name}.input"] = (batch, height // 2, width // 2, layer.weight.shape[1])
+        for block in stage.blocks:
+            windows, c = block.attention.windows, block.proj.weight.shape[0]
+            count, n = (1, a.num_tokens) if windows is None else (windows.count, windows.area)
+            heads, name = block.attention.heads, block.name
+            shapes[f"{name}.attn.qkv.input"] = (batch * count, n, c)
+            width = block.attention.head_dim
+            shapes.update({f"{name}.attn.{part}": (batch * count, heads, n, width) for part in ("q", "k", "v")})
+            shapes[f"{name}.attn.map"] = (batch * count, heads, n, n)
+            shapes[f"{name}.attn.proj.input"] = (batch * count, n, c)
+            shapes[f"{name}.mlp.fc1.input"] = (batch, count * n, c)
+            shapes[f"{name}.mlp.fc2.input"] = (batch, count * n, block.fc1.weight.shape[0])
+    shapes.update({f"{head.name}.input": (batch, head.weight.shape[1]) for head in model.heads})
     return shapes
 
 

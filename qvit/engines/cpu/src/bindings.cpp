@@ -18,14 +18,19 @@ class PyEngine {
    public:
     PyEngine(Builder& builder, int threads, bool profile) {
         const Model& m = builder.model;
-        check(m.ops && m.patch.kernel && !m.embed.empty() && !m.pixel_table.empty(), "parts are missing");
+        check(m.ops && m.patch.kernel && (!m.embed.empty() || m.shape.windowed) && !m.pixel_table.empty(), "parts are missing");
         for (const Linear& output : m.outputs) {
             check(output.kernel, "a head is missing");
         }
-        for (const Block& b : m.blocks) {
-            check(b.qkv.kernel && b.proj.kernel && b.fc1.kernel && b.fc2.kernel && !b.norm1.gain.empty() && !b.norm2.gain.empty() &&
-                      !b.heads[0].gain.empty() && !b.heads[1].gain.empty() && !b.heads[2].gain.empty() && b.attention.layout.heads,
-                  "a part of a block is missing");
+        check(!m.stages.empty(), "parts are missing");
+        for (const Stage& stage : m.stages) {
+            check(&stage == &m.stages.front() || (stage.merge.kernel && !stage.merge_norm.gain.empty()), "patch merging is missing");
+            for (const Block& b : stage.blocks) {
+                check(b.qkv.kernel && b.proj.kernel && b.fc1.kernel && b.fc2.kernel && !b.norm1.gain.empty() &&
+                          !b.norm2.gain.empty() && !b.heads[0].gain.empty() && !b.heads[1].gain.empty() &&
+                          !b.heads[2].gain.empty() && b.attention.layout.heads && b.position_bias.empty() != m.shape.windowed,
+                      "a part of a block is missing");
+            }
         }
         engine_ = std::make_unique<Engine>(std::move(builder.model), threads, profile);
 #ifdef __GLIBC__
@@ -47,29 +52,38 @@ class PyEngine {
         check(logits.size() == batch * static_cast<size_t>(s.classes), "the array of logits");
         Taps to;
         if (taps) {
-            check(taps->size() == 1 + 8 * static_cast<size_t>(s.depth) + engine_->model().outputs.size(), "the number of taps");
-            const size_t B = batch, H = static_cast<size_t>(s.heads);
-            const size_t N = static_cast<size_t>(s.tokens), C = static_cast<size_t>(s.dim);
+            const Model& m = engine_->model();
+            size_t number = 1 + m.outputs.size() + m.stages.size() - 1;
+            for (const Stage& stage : m.stages) {
+                number += 8 * stage.blocks.size();
+            }
+            check(taps->size() == number, "the number of taps");
+            const size_t B = batch;
             size_t i = 0;
             const auto next = [&](size_t size) {
                 check((*taps)[i].size() == size, "the size of a tap");
                 return (*taps)[i++].data();
             };
-            to.patch = next(B * (N - static_cast<size_t>(s.prefix)) * static_cast<size_t>(s.patch_features()));
-            for (int block = 0; block < s.depth; block++) {
-                Taps::OfBlock t{};
-                t.qkv = next(B * N * C);
-                t.q = next(B * N * C);
-                t.k = next(B * N * C);
-                t.v = next(B * N * C);
-                t.map = next(B * H * N * N);
-                t.proj = next(B * N * C);
-                t.fc1 = next(B * N * C);
-                t.fc2 = next(B * N * static_cast<size_t>(s.hidden));
-                to.blocks.push_back(t);
+            to.patch = next(B * static_cast<size_t>(m.stages[0].shape.tokens() - s.prefix) * static_cast<size_t>(s.patch_features()));
+            for (const Stage& stage : m.stages) {
+                const size_t N = B * static_cast<size_t>(stage.shape.tokens()), C = static_cast<size_t>(stage.shape.dim);
+                to.merges.push_back(to.merges.empty() ? nullptr : next(N * static_cast<size_t>(stage.merge.K)));
+                to.stages.emplace_back();
+                for (size_t block = 0; block < stage.blocks.size(); block++) {
+                    Taps::OfBlock t{};
+                    t.qkv = next(N * C);
+                    t.q = next(N * C);
+                    t.k = next(N * C);
+                    t.v = next(N * C);
+                    t.map = next(N * static_cast<size_t>(stage.shape.heads) * static_cast<size_t>(stage.shape.window()));
+                    t.proj = next(N * C);
+                    t.fc1 = next(N * C);
+                    t.fc2 = next(N * static_cast<size_t>(stage.shape.hidden));
+                    to.stages.back().push_back(t);
+                }
             }
-            for (size_t k = 0; k < engine_->model().outputs.size(); k++) {
-                to.outputs.push_back(next(B * C));
+            for (size_t k = 0; k < m.outputs.size(); k++) {
+                to.outputs.push_back(next(B * static_cast<size_t>(m.stages.back().shape.dim)));
             }
         }
         const auto* data = images.data();
@@ -105,12 +119,11 @@ class PyEngine {
     std::map<std::string, std::string> kernels() const {
         const Model& m = engine_->model();
         std::map<std::string, std::string> names{{"patch_embed", m.patch.kernel->name}, {"head", m.outputs[0].kernel->name}};
-        if (!m.blocks.empty()) {
-            names["qkv"] = m.blocks[0].qkv.kernel->name;
-            names["proj"] = m.blocks[0].proj.kernel->name;
-            names["fc1"] = m.blocks[0].fc1.kernel->name;
-            names["fc2"] = m.blocks[0].fc2.kernel->name;
-        }
+        const Block& first = m.stages[0].blocks[0];
+        names["qkv"] = first.qkv.kernel->name;
+        names["proj"] = first.proj.kernel->name;
+        names["fc1"] = first.fc1.kernel->name;
+        names["fc2"] = first.fc2.kernel->name;
         return names;
     }
 
@@ -128,7 +141,7 @@ NB_MODULE(_native, m) {
     m.def("isa_names", [] { return isa_names(); }, "The instruction sets that run here, best first.");
     m.def("choose_isa", [](const std::string& name) { return std::string(name_of(choose_isa(name))); }, "name"_a);
     nb::class_<Builder>(m, "Builder")
-        .def(nb::init<const std::string&, const std::map<std::string, int>&>(), "isa"_a, "shape"_a)
+        .def(nb::init<const std::string&, const Sizes&, const std::vector<Sizes>&>(), "isa"_a, "shape"_a, "stages"_a)
         .def("set_linear", &Builder::set_linear, "which"_a, "index"_a, "bits"_a, "packed"_a, "scale"_a, "value_scale"_a,
              "half_step"_a, "bias"_a.none(), "x_bits"_a, "x_low"_a, "x_high"_a, "x_scale"_a, "x_offset"_a.none(),
              "x_row_scale"_a.none())
@@ -137,6 +150,7 @@ NB_MODULE(_native, m) {
         .def("set_layer_scale", &Builder::set_layer_scale, "index"_a, "which"_a, "gamma"_a)
         .def("set_heads", &Builder::set_heads, "index"_a, "which"_a, "rectify"_a, "eps"_a, "low"_a, "high"_a, "half_row"_a,
              "stored_bias"_a, "margin"_a, "constants"_a, "row_scale"_a.none())
+        .def("set_windows", &Builder::set_windows, "index"_a, "down"_a, "right"_a, "table"_a)
         .def("set_gelu", &Builder::set_gelu, "index"_a, "margin"_a)
         .def("set_attention", &Builder::set_attention, "index"_a, "numbers"_a, "factor"_a, "margin"_a, "q_scale"_a, "k_scale"_a,
              "q_offset"_a.none(), "p_scale"_a, "v_scale"_a, "v_offset"_a.none())

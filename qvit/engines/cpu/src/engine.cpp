@@ -8,7 +8,7 @@
 
 namespace qvit::cpu {
 
-const char* const kPhaseNames[kPhases] = {"patch embedding", "norm and codes", "prepare codes", "unpack weights",
+const char* const kPhaseNames[kPhases] = {"patch embedding", "patch merging", "norm and codes", "prepare codes", "unpack weights",
                                           "integer products", "rectify and codes", "attention", "gelu and codes",
                                           "residual", "heads", "waiting"};
 

@@ -1,5 +1,6 @@
 // Runs a `Model` on images. Threads own rows (tokens) of an image through the whole network, so that one barrier a block, before
-// attention reads the keys and values of the others, is all that they wait for. Batches give each thread images of its own.
+// attention reads the keys and values of the others, is all that they wait for. With windows, which move from block to block, the
+// rows are owned for a block, and the barrier is behind it. Batches give each thread images of its own.
 #pragma once
 
 #include <array>
@@ -15,14 +16,16 @@ namespace qvit::cpu {
 struct Taps {
     int16_t* patch = nullptr;               // [B, patches, K]
     struct OfBlock {
-        int16_t *qkv, *q, *k, *v, *map, *proj, *fc1, *fc2;  // inputs [B, N, K]; q, k, v [B, H, N, D]; map [B, H, N, N]
+        // Inputs [B, tokens, K], those of qkv and proj in the order of the windows; q, k, v [B W, H, N, D]; map [B W, H, N, N].
+        int16_t *qkv, *q, *k, *v, *map, *proj, *fc1, *fc2;
     };
-    std::vector<OfBlock> blocks;
+    std::vector<std::vector<OfBlock>> stages;
+    std::vector<int16_t*> merges;           // [B, tokens, 4 C] a stage; null for the first
     std::vector<int16_t*> outputs;          // [B, C] a head
 };
 
 // Phases of the profile. A thread's time between two stamps belongs to one of them.
-enum Phase : int { kPatches, kNorm, kPrepare, kUnpack, kGemm, kHeads, kAttention, kGelu, kResidual, kOutput, kWait, kPhases };
+enum Phase : int { kPatches, kMerge, kNorm, kPrepare, kUnpack, kGemm, kHeads, kAttention, kGelu, kResidual, kOutput, kWait, kPhases };
 extern const char* const kPhaseNames[kPhases];
 using Profile = std::array<double, kPhases>;  // seconds
 

@@ -190,6 +190,46 @@ void build_linear(const LinearSource& s, Isa isa, Linear& out) {
     }
 }
 
+Windows build_windows(const StageShape& s, int down, int right) {
+    const int H = s.map_height, W = s.map_width, wh = s.window_height, ww = s.window_width, N = s.window();
+    const int padded = (N + kPad - 1) / kPad * kPad, columns = W / ww;
+    Windows out;
+    out.order = Ints(static_cast<size_t>(s.tokens()));
+    out.mask.assign(static_cast<size_t>(s.windows()), -1);
+    if (down || right) {
+        out.region.resize(static_cast<size_t>(s.tokens()));
+    }
+    std::vector<float> masks;
+    size_t row = 0;
+    for (int window = 0; window < s.windows(); window++) {
+        uint8_t seen = 0;
+        const size_t first = row;
+        for (int n = 0; n < N; n++, row++) {
+            // A place in the map that was rolled up and left; behind its seam lie tokens of the opposite border.
+            const int y = window / columns * wh + n / ww, x = window % columns * ww + n % ww;
+            out.order[row] = (y + down) % H * W + (x + right) % W;
+            if (!out.region.empty()) {
+                const int region = 2 * (down > 0 && y >= H - down) + (right > 0 && x >= W - right);
+                out.region[row] = static_cast<uint8_t>(region);
+                seen = static_cast<uint8_t>(seen | 1 << region);
+            }
+        }
+        if (seen & (seen - 1)) {
+            const size_t at = masks.size();
+            out.mask[static_cast<size_t>(window)] = static_cast<int>(at / static_cast<size_t>(kRegions * padded));
+            masks.resize(at + static_cast<size_t>(kRegions * padded));
+            for (int region = 0; region < kRegions; region++) {
+                for (int n = 0; n < N; n++) {
+                    const bool same = out.region[first + static_cast<size_t>(n)] == region;
+                    masks[at + static_cast<size_t>(region * padded + n)] = same ? 0.0f : -100.0f;
+                }
+            }
+        }
+    }
+    out.masks = Floats(masks.data(), masks.size());
+    return out;
+}
+
 const char* name_of(Isa isa) {
     switch (isa) {
         case Isa::avx512vnni:

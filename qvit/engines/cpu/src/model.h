@@ -82,17 +82,51 @@ struct Block {
     float gelu_margin = 0.0f;
     Thresholds gelu{};           // count 0: GELU is computed
     Ints gelu_thresholds;
-    Attention attention{};       // without layout.q, k, v and `out`, which the workspace and proj give
+    Attention attention{};       // without layout.q, k, v, `out`, bias and mask, which the workspace, proj and windows give
     Floats q_scale, k_scale, p_scale, v_scale, v_offset, q_offset;
+    bool shifted = false;        // which of its stage's windows it has
+    // Relative position bias [H][2 wh - 1][2 ww - 1], the columns from the largest distance to the smallest: the biases of a
+    // query then lie in the order of the keys. Empty where attention is not cut into windows.
+    Floats position_bias;
+};
+
+// How the tokens of a map lie in windows. Rows of a block are in the order of the windows, one window behind the other.
+struct Windows {
+    Ints order;                   // [tokens] row -> token of the map; empty: the same
+    std::vector<uint8_t> region;  // [tokens] of a row: rows of a window attend to each other within a region; empty: all do
+    std::vector<int> mask;        // [windows] which of `masks` is the window's; -1: none
+    Floats masks;                 // [..][kRegions][tokens of a window, padded]: what is added to scores of a region's query
+
+    explicit operator bool() const { return !mask.empty(); }
+};
+constexpr int kRegions = 4;
+
+struct StageShape {
+    int map_height = 0, map_width = 0, window_height = 0, window_width = 0;  // in tokens; a ViT is one window of one row
+    int dim = 0, depth = 0, heads = 0, hidden = 0;
+
+    int tokens() const { return map_height * map_width; }
+    int window() const { return window_height * window_width; }  // its tokens
+    int windows() const { return tokens() / window(); }
+    int head_dim() const { return dim / heads; }
+};
+
+// Blocks of one width, and what comes before them: four neighbours become one token.
+struct Stage {
+    StageShape shape;
+    NormConstants merge_norm;  // over four times the width before; empty in the first stage
+    Linear merge;
+    Windows windows[2];        // as they are, and shifted
+    std::vector<Block> blocks;
 };
 
 struct Shape {
-    int tokens = 0, prefix = 0, dim = 0, depth = 0, heads = 0, hidden = 0, classes = 0;
+    int prefix = 0, classes = 0;
     int channels = 0, height = 0, width = 0, patch_height = 0, patch_width = 0;
     Activation activation = Activation::gelu;
     bool average = false, average_all = false, distilled = false;
+    bool windowed = false;  // attention stays within windows: threads meet after every block
 
-    int head_dim() const { return dim / heads; }
     int patch_features() const { return channels * patch_height * patch_width; }
     int patch_columns() const { return width / patch_width; }
 };
@@ -107,13 +141,15 @@ struct Model {
     float pixel_scale = 1.0f;
     std::vector<uint8_t> pixel_table;      // [channels][256] codes of 8-bit pixels
     bool pixels_are_codes = false;         // pixel_table is the identity
-    Floats embed;                          // [tokens][ld]: prefix tokens as they enter the blocks; positions of the patches
+    // [tokens][pitch]: prefix tokens as they enter the blocks; positions of the patches. Empty: neither.
+    Floats embed;
     NormConstants norm_pre, norm, fc_norm; // empty: absent
-    std::vector<Block> blocks;
+    std::vector<Stage> stages;
     std::vector<Linear> outputs;
-
-    int ld() const { return (shape.dim + kPad - 1) / kPad * kPad; }
 };
+
+// Floats from one token's row to the next.
+inline int row_pitch(const StageShape& shape) { return (shape.dim + kPad - 1) / kPad * kPad; }
 
 // Constants of a linear layer as they come from the file.
 struct LinearSource {
@@ -131,6 +167,9 @@ struct LinearSource {
     int tokens;
 };
 void build_linear(const LinearSource& source, Isa isa, Linear& out);
+
+// The windows of a stage, shifted down and right by so many tokens.
+Windows build_windows(const StageShape& shape, int down, int right);
 
 // Replaces GELU by thresholds where a block's codes of fc2's input have at most 4 bits and allow it.
 void build_thresholds(const OpTable& ops, Activation activation, Block& block);

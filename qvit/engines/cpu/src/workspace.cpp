@@ -7,22 +7,12 @@ namespace qvit::cpu {
 
 namespace {
 
-template <class Function>
-void for_each_linear(const Model& model, const Function& f) {
-    f(model.patch, 1);
-    for (const Block& block : model.blocks) {
-        f(block.qkv, model.shape.head_dim());
-        f(block.proj, 1);
-        f(block.fc1, 1);
-        f(block.fc2, 1);
-    }
-    for (const Linear& output : model.outputs) {
-        f(output, 1);
-    }
-}
+constexpr int kGroupRows = 192;
+
+size_t product(int a, int b) { return static_cast<size_t>(a) * static_cast<size_t>(b); }
 
 // A row of codes of K channels that kernels may read in place.
-int row_pitch(const Linear& layer) {
+int codes_pitch(const Linear& layer) {
     return std::max(round_up(layer.K, 64), static_cast<int>(layer.kernel->row_bytes(layer.K)));
 }
 
@@ -33,61 +23,95 @@ int step_columns(const Linear& layer, int unit) {
 }
 
 Layout::Layout(const Model& model) {
-    const Shape& s = model.shape;
-    rows = round_up(s.tokens, kRowAlign);
-    ld_x = model.ld();
-    ld_c = round_up(s.dim, 64);
-    ld_hidden = std::max(round_up(s.hidden, 64), row_pitch(model.patch));
-    ld_prepared = 64;
-    tokens_padded = round_up(s.tokens, 16);
-    dim4 = (s.head_dim() + 3) / 4;
-    dim_padded = round_up(s.head_dim(), 16);
-    super_columns = 0;
-    panel_bytes = 0;
-    groups = prepare = row_sums = false;
-    for_each_linear(model, [&](const Linear& layer, int unit) {
-        if (&layer != &model.patch) {
-            int& pitch = layer.K == s.dim ? ld_c : ld_hidden;
-            pitch = std::max(pitch, row_pitch(layer));
+    rows = round_up(model.stages[0].shape.tokens(), kRowAlign);
+    super_columns = most_merged = tokens_padded = dim_padded = 0;
+    panel_bytes = x[0] = x[1] = codes = hidden = prepared = q = k = v = map = bias = 0;
+    groups = false;
+    for (const Stage& stage : model.stages) {
+        const StageShape& s = stage.shape;
+        StageLayout l{};
+        l.ld_x = row_pitch(s);
+        l.ld_c = round_up(s.dim, 64);
+        l.ld_hidden = round_up(s.hidden, 64);
+        l.ld_prepared = 64;
+        l.tokens_padded = round_up(s.window(), 16);
+        l.dim4 = (s.head_dim() + 3) / 4;
+        l.dim_padded = round_up(s.head_dim(), 16);
+        l.q_window = static_cast<ptrdiff_t>(round_up(s.window(), kRowAlign)) * s.heads * 4 * l.dim4;
+        l.k_window = static_cast<ptrdiff_t>(s.heads) * l.dim4 * l.tokens_padded * 4;
+        l.v_window = static_cast<ptrdiff_t>(s.heads) * l.tokens_padded * l.dim_padded;
+        l.group = std::max(1, (kGroupRows + s.window() / 2) / s.window()) * s.window();
+        bool prepare = false;
+        const auto add = [&](const Linear& layer, int unit, int* pitch) {
+            if (pitch) {
+                *pitch = std::max(*pitch, codes_pitch(layer));
+            }
+            const int columns = step_columns(layer, unit);
+            const size_t panels = static_cast<size_t>(columns / layer.kernel->panel);
+            super_columns = std::max(super_columns, columns);
+            panel_bytes = std::max(panel_bytes, panels * layer.kernel->scratch_bytes(layer.group));
+            groups |= layer.groups() > 1;
+            if (layer.kernel->prepare || layer.groups() > 1) {
+                prepare = true;
+                l.ld_prepared = std::max(l.ld_prepared, round_up(static_cast<int>(layer.kernel->row_bytes(layer.group)), 64));
+            }
+        };
+        if (&stage == &model.stages.front()) {
+            add(model.patch, 1, &l.ld_hidden);
+        } else {
+            add(stage.merge, 1, &l.ld_hidden);
+            most_merged = std::max(most_merged, stage.merge.K);
         }
-        const int columns = step_columns(layer, unit);
-        const size_t panels = static_cast<size_t>(columns / layer.kernel->panel);
-        super_columns = std::max(super_columns, columns);
-        panel_bytes = std::max(panel_bytes, panels * layer.kernel->scratch_bytes(layer.group));
-        groups |= layer.groups() > 1;
-        row_sums |= layer.row_sums;
-        if (layer.kernel->prepare || layer.groups() > 1) {
-            prepare = true;
-            ld_prepared = std::max(ld_prepared, round_up(static_cast<int>(layer.kernel->row_bytes(layer.group)), 64));
+        for (const Block& block : stage.blocks) {
+            add(block.qkv, s.head_dim(), &l.ld_c);
+            add(block.proj, 1, &l.ld_c);
+            add(block.fc1, 1, &l.ld_c);
+            add(block.fc2, 1, &l.ld_hidden);
         }
-    });
-    // Rows of K channels and of the hidden layer may be the same numbers: both buffers then have the wider pitch.
-    ld_hidden = std::max(ld_hidden, s.hidden == s.dim ? ld_c : 0);
+        if (&stage == &model.stages.back()) {
+            for (const Linear& output : model.outputs) {
+                add(output, 1, &l.ld_c);
+            }
+        }
+        const int padded = round_up(s.tokens(), kRowAlign);
+        const size_t windows = static_cast<size_t>(s.windows());
+        x[stages.size() % 2] = std::max(x[stages.size() % 2], product(padded, l.ld_x));
+        // 256 bytes more: kernels may read past the last row's codes.
+        codes = std::max(codes, product(padded, l.ld_c) + 256);
+        hidden = std::max(hidden, product(padded, l.ld_hidden) + 256);
+        prepared = prepare ? std::max(prepared, product(padded, l.ld_prepared) + 256) : prepared;
+        q = std::max(q, windows * static_cast<size_t>(l.q_window) + 256);
+        k = std::max(k, windows * static_cast<size_t>(l.k_window));
+        v = std::max(v, windows * static_cast<size_t>(l.v_window) + 256);
+        map = std::max(map, product(round_up(s.window(), kRowAlign), s.window()));
+        bias = model.shape.windowed ? std::max(bias, product(s.window(), l.tokens_padded) + kPad) : 0;
+        tokens_padded = std::max(tokens_padded, l.tokens_padded);
+        dim_padded = std::max(dim_padded, l.dim_padded);
+        stages.push_back(l);
+    }
 }
 
 ImageSpace::ImageSpace(const Model& model, const Layout& l) {
-    const auto n = [](int a, int b) { return static_cast<size_t>(a) * static_cast<size_t>(b); };
-    const Shape& s = model.shape;
-    x = Floats(n(l.rows, l.ld_x));
-    // 256 bytes more: kernels may read past the last row's codes.
-    codes = aligned_bytes(n(l.rows, l.ld_c) + 256);
-    hidden = aligned_bytes(n(l.rows, l.ld_hidden) + 256);
-    if (l.prepare) {
-        prepared = aligned_bytes(n(l.rows, l.ld_prepared) + 256);
+    x[0] = Floats(l.x[0]);
+    x[1] = Floats(l.x[1]);
+    codes = aligned_bytes(l.codes);
+    hidden = aligned_bytes(l.hidden);
+    if (l.prepared) {
+        prepared = aligned_bytes(l.prepared);
     }
-    q = aligned_bytes(n(l.rows, s.heads * 4 * l.dim4) + 256);
-    for (int i = 0; i < 2; i++) {
-        k[i] = aligned_bytes(n(s.heads, l.dim4) * static_cast<size_t>(l.tokens_padded) * 4);
-        v[i] = aligned_bytes(n(s.heads, l.tokens_padded) * static_cast<size_t>(l.dim_padded) + 256);
+    q = aligned_bytes(l.q);
+    for (int i = 0; i < (model.shape.windowed ? 1 : 2); i++) {
+        k[i] = aligned_bytes(l.k);
+        v[i] = aligned_bytes(l.v);
     }
     row_sums = Ints(static_cast<size_t>(l.rows));
 }
 
 ThreadSpace::ThreadSpace(const Model& model, const Layout& l) {
     panels = aligned_bytes(l.panel_bytes + 256);
-    sums = aligned_bytes(static_cast<size_t>(kRowChunk) * static_cast<size_t>(l.super_columns) * 4 + 256);
+    sums = aligned_bytes(product(kMostChunk, l.super_columns) * 4 + 256);
     attention = aligned_bytes(attention_scratch(l.tokens_padded, l.dim_padded));
-    map = aligned_bytes(static_cast<size_t>(l.rows) * static_cast<size_t>(model.shape.tokens));
+    map = aligned_bytes(l.map);
     unpacked.resize(static_cast<size_t>(l.super_columns) / 16);
     int classes = 0;
     for (const Linear& output : model.outputs) {
@@ -95,8 +119,10 @@ ThreadSpace::ThreadSpace(const Model& model, const Layout& l) {
     }
     logits = Floats(static_cast<size_t>(classes));
     if (l.groups) {
-        accumulators = Floats(static_cast<size_t>(l.rows) * static_cast<size_t>(l.super_columns));
+        accumulators = Floats(product(l.rows, l.super_columns));
     }
+    merged = Floats(static_cast<size_t>(l.most_merged));
+    bias = Floats(l.bias);
 }
 
 }  // namespace qvit::cpu

@@ -119,14 +119,18 @@ struct ScoreRow {
     const int32_t* column;
     const float* k_scale;
     const float* k_float;  // or null
+    const float* bias;     // or null
+    const float* mask;     // or null
     float factor, q_scale;
     int32_t row_term;
     bool doubled;
 
     float operator()(int32_t sum, int m) const {
         const int32_t t = (doubled ? 2 * sum : sum) + column[m] + row_term;
-        const float score = static_cast<float>(t) * (q_scale * k_scale[m]);
-        return k_float ? score + k_float[m] * (k_scale[m] * factor) : score;
+        float score = static_cast<float>(t) * (q_scale * k_scale[m]);
+        score = k_float ? score + k_float[m] * (k_scale[m] * factor) : score;
+        score = bias ? score + bias[m] : score;
+        return mask ? score + mask[m] : score;
     }
 };
 
@@ -223,6 +227,53 @@ inline Exponentials exponentials_uniform(int32_t* row, const int32_t* column, in
     return {V::sum(total), static_cast<float>(most) * scale};
 }
 
+// One scale of k a head and no float correction, with the bias and the mask of a window. `top` is the largest magnitude without
+// the mask.
+template <class V, bool kBounded>
+inline Exponentials exponentials_placed(int32_t* row, const ScoreRow& score, int tokens, int padded, float scale) {
+    const auto factor = V::set(scale), log2e = V::set(kLog2e);
+    auto total = V::set(0.0f), top = V::set(0.0f), largest = V::set(-FLT_MAX);
+    float* out = reinterpret_cast<float*>(row);
+    float most = -FLT_MAX;
+    for (int m = 0; m < padded; m += V::W) {
+        const auto sum = V::iload(row + m);
+        auto s = V::to_float(V::iadd(score.doubled ? V::iadd(sum, sum) : sum, V::iload(score.column + m)));
+        s = V::add(V::mul(s, factor), V::load(score.bias + m));
+        const int n = tokens - m;
+        s = n >= V::W ? s : V::first(s, n > 0 ? n : 0);
+        top = V::max_abs(top, s);
+        if (score.mask) {
+            s = V::add(s, V::load(score.mask + m));
+        }
+        if constexpr (kBounded) {
+            const auto e = exp2_of<V>(V::mul(s, log2e));
+            const auto kept = n >= V::W ? e : V::first(e, n > 0 ? n : 0);
+            V::store(out + m, kept);
+            total = V::add(total, kept);
+        } else {
+            V::store(out + m, s);
+            if (n >= V::W) {
+                largest = V::max(largest, s);
+            }
+            for (int i = m; n < V::W && i < tokens; i++) {
+                most = out[i] > most ? out[i] : most;
+            }
+        }
+    }
+    if constexpr (!kBounded) {
+        const float whole = V::largest(largest);
+        const auto shift = V::set(whole > most ? whole : most);
+        for (int m = 0; m < padded; m += V::W) {
+            const int n = tokens - m;
+            const auto x = V::min(V::mul(V::sub(V::load(out + m), shift), log2e), V::set(0.0f));
+            const auto e = V::first(exp2_of<V>(x), n < 0 ? 0 : n < V::W ? n : V::W);
+            V::store(out + m, e);
+            total = V::add(total, e);
+        }
+    }
+    return {V::sum(total), V::largest(V::abs(top))};
+}
+
 template <class V>
 inline Exponentials exponentials_general(int32_t* row, const ScoreRow& score, int tokens, int padded) {
     float* out = reinterpret_cast<float*>(row);
@@ -313,17 +364,31 @@ void attention_of(const Attention& a, int head, int row0, int rows, uint8_t* out
         for (int r = 0; r < count; r++) {
             const int token = token0 + r;
             int32_t* row = scores + static_cast<ptrdiff_t>(r) * padded;
-            const ScoreRow score{column, k_scale, l.q_offset ? k_float : nullptr, a.factor, q_scale[token],
-                                 a.row_bias ? a.row_bias * byte_sum(q + r * ldq, l.head_dim) : 0, a.doubled};
+            const ScoreRow score{column,
+                                 k_scale,
+                                 l.q_offset ? k_float : nullptr,
+                                 a.bias ? a.bias + static_cast<ptrdiff_t>(token) * padded : nullptr,
+                                 a.mask ? a.mask + static_cast<ptrdiff_t>(a.region[token]) * padded : nullptr,
+                                 a.factor,
+                                 q_scale[token],
+                                 a.row_bias ? a.row_bias * byte_sum(q + r * ldq, l.head_dim) : 0,
+                                 a.doubled};
             const float uniform = q_scale[token] * k_scale[0];
-            const Exponentials e = a.bounded     ? exponentials_bounded<V>(row, column, l.tokens, padded, a.doubled, uniform)
-                                   : a.k_uniform ? exponentials_uniform<V>(row, column, l.tokens, padded, a.doubled, uniform)
-                                               : exponentials_general<V>(row, score, l.tokens, padded);
+            const Exponentials e = !a.k_uniform ? exponentials_general<V>(row, score, l.tokens, padded)
+                                   : a.bias     ? (a.bounded ? exponentials_placed<V, true>(row, score, l.tokens, padded, uniform)
+                                                             : exponentials_placed<V, false>(row, score, l.tokens, padded, uniform))
+                                   : a.bounded  ? exponentials_bounded<V>(row, column, l.tokens, padded, a.doubled, uniform)
+                                                : exponentials_uniform<V>(row, column, l.tokens, padded, a.doubled, uniform);
             const float* exponentials = reinterpret_cast<float*>(row);
             const float inverse = 1.0f / (e.total * p_scale[token]);
             // Scores are rounded to float32 by definition: the larger they are, the coarser.
             const float top = fabsf(e.top) + (a.k_uniform ? fabsf(static_cast<float>(score.row_term) * uniform) : 0.0f);
-            const float margin = a.margin * (1.0f + 0.1f * top);
+            float margin = a.margin * (1.0f + 0.1f * top);
+            if (a.bias) {
+                // They were rounded once more, behind the bias, and perhaps again behind the mask. That one is coarse, but counts
+                // only where a key outside the region is not negligible, and then some score is far above those inside.
+                margin = a.margin * (1.0f + 0.3f * (top + a.most_bias + (a.mask && top > 20.0f ? 100.0f : 0.0f)));
+            }
             uint8_t* row_codes = codes + static_cast<ptrdiff_t>(r) * padded;
             auto far = V::set(0.0f);
             row_sums[r] = map_codes<V>(exponentials, padded, inverse, a.p_high, row_codes, far);

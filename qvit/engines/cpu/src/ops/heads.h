@@ -203,20 +203,21 @@ inline void write_v(const int32_t* codes, int token, int head, const HeadLayout&
     }
 }
 
-template <class V, Sums::Form kForm>
+// kDim: the width of a head where the compiler is to know it, else 0.
+template <class V, Sums::Form kForm, int kDim>
 void head_codes_of(const Tile& t, const Sums& s, int which, int first_head, const HeadCodes& h, const HeadLayout& l) {
     alignas(64) int32_t codes[4 * kLd];
-    const int D = l.head_dim;
+    const int D = kDim ? kDim : l.head_dim;
     for (int i = 0; i < t.cols / D; i++) {
         const int head = first_head + i;
         for (int r = 0; r < t.rows; r += 4) {
             const int token = t.row0 + r;
-            if (D == 64 && which == 0) {
-                const ptrdiff_t ld = 64 * static_cast<ptrdiff_t>(l.heads);
-                four_rows<V, kForm, 64 / V::W>(t, s, h, r, i * D, D, head, l.tokens, l.q + token * ld + 64 * head, ld);
-            } else if (D == 64 && which == 1) {
+            if (kDim && which == 0) {
+                const ptrdiff_t ld = kDim * static_cast<ptrdiff_t>(l.heads);
+                four_rows<V, kForm, kDim / V::W>(t, s, h, r, i * D, D, head, l.tokens, l.q + token * ld + kDim * head, ld);
+            } else if (kDim && which == 1) {
                 alignas(64) uint8_t bytes[4 * kBytes];
-                four_rows<V, kForm, 64 / V::W>(t, s, h, r, i * D, D, head, l.tokens, bytes, kBytes);
+                four_rows<V, kForm, kDim / V::W>(t, s, h, r, i * D, D, head, l.tokens, bytes, kBytes);
                 write_k_bytes<V>(bytes, token, head, l);
             } else {
                 four_rows<V, kForm, 0>(t, s, h, r, i * D, D, head, l.tokens, codes, kLd);
@@ -234,7 +235,16 @@ void head_codes_of(const Tile& t, const Sums& s, int which, int first_head, cons
 
 template <class V>
 void to_head_codes(const Tile& t, const Sums& s, int which, int first_head, const HeadCodes& h, const HeadLayout& l) {
-    by_form(s, [&](auto form) { head_codes_of<V, decltype(form)::value>(t, s, which, first_head, h, l); });
+    by_form(s, [&](auto form) {
+        constexpr Sums::Form kForm = decltype(form)::value;
+        if (l.head_dim == 64) {
+            head_codes_of<V, kForm, 64>(t, s, which, first_head, h, l);
+        } else if (l.head_dim == 32) {
+            head_codes_of<V, kForm, 32>(t, s, which, first_head, h, l);
+        } else {
+            head_codes_of<V, kForm, 0>(t, s, which, first_head, h, l);
+        }
+    });
 }
 
 }  // namespace

@@ -120,6 +120,11 @@ struct Attention {
     const float* v_scale;   // [H][DP]
     const float* v_offset;  // [H][DP]
     Quantize out;           // of proj's input
+    // Windows: what is added to the scores, each sum rounded. Null: nothing.
+    const float* bias;      // [N][NP] of this head
+    float most_bias;        // the largest magnitude
+    const float* mask;      // [regions][NP] of this window, 0 or -100, the row being that of the query's region
+    const uint8_t* region;  // [N] of this window
 };
 
 // GELU and codes as comparisons of whole numbers: the code of channel c is the number of `count` ascending thresholds that
