@@ -13,12 +13,12 @@ from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names
 from qvit.cli.images import at_least_one, device_of, location_of, name_of
 from qvit.cli.results import write_results
 from qvit.cli.show import count, progress, show_facts
-from qvit.errors import InputError, SpecError
+from qvit.cli.spec_options import arguments_of, numbers, spec_of
+from qvit.errors import InputError
 from qvit.report_file import versions
 
 if TYPE_CHECKING:
     from qvit.preprocessing import Preprocessing
-    from qvit.spec import ModelSpec
     from qvit.training.checkpoint import Metadata
 
 _BATCH = 16
@@ -69,7 +69,7 @@ def command(
     """
     if output.suffix not in (INTEGER_SUFFIX, ".safetensors"):
         raise InputError(f"{output} is neither a .qvit nor a .safetensors file: end its name with one of them.")
-    spec = _spec(bits, weight_bits, act_bits, rectify, override or [])
+    spec = spec_of(bits, weight_bits, act_bits, rectify, override or [])
     at_least_one("--images", images)
 
     import numpy as np
@@ -80,7 +80,7 @@ def command(
 
     target = device_of(device)
     source = open_source(location_of(data), "train")
-    images_as = {"crop_pct": crop_pct, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
+    images_as = {"crop_pct": crop_pct, "mean": numbers(mean, "--mean"), "std": numbers(std, "--std")}
     original, preprocessing, trained = _float_model(model, checkpoint, model_arg or [], images_as)
     check_classes(source, original.num_classes, "calibration")
     names = class_names(classes, trained.classes if trained else source.classes)
@@ -120,53 +120,6 @@ def command(
     write_results(json, [row])
 
 
-def _spec(bits: int, weight_bits: int | None, act_bits: int | None, rectify: bool, overrides: list[str]) -> ModelSpec:
-    """The spec that the options describe."""
-    from qvit.spec import ModelSpec
-
-    return ModelSpec(
-        weight_bits=bits if weight_bits is None else weight_bits,
-        act_bits=bits if act_bits is None else act_bits,
-        rectify=rectify,
-        overrides=dict(_override(text) for text in overrides),
-    )
-
-
-def _override(text: str) -> tuple[str, Any]:
-    """``pattern=4`` or ``pattern={scale: per_token}`` -> pattern and what changes."""
-    pattern, value = _pair(text, "--override", "blocks.0.mlp.fc2=8")
-    if value.lstrip("-").isdigit():
-        return pattern, {"bits": int(value)}
-    change = _yaml(value)
-    if not isinstance(change, dict):
-        raise SpecError(f"--override {text!r}: write pattern=bits, or pattern={{bits: 4, scale: per_token}}.")
-    return pattern, change
-
-
-def _pair(text: str, option: str, example: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip() or not value.strip():
-        raise InputError(f"{option} {text!r} is not key=value: write it as {example}.")
-    return key.strip(), value.strip()
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    """``0.485,0.456,0.406`` -> the numbers."""
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text!r} is no list of numbers: write one a channel, as 0.485,0.456,0.406.") from None
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{text!r} is no valid YAML value.") from None
-
-
 def _float_model(
     name: str | None, checkpoint: Path | None, arguments: list[str], images_as: dict[str, Any]
 ) -> tuple[Any, Preprocessing, Metadata | None]:
@@ -179,9 +132,7 @@ def _float_model(
     # Through the recipe, whose error messages say what is wrong with a value.
     described: dict[str, Any] = {"data": images_as}
     if name is not None:
-        pairs = [_pair(text, "--model-arg", "patch_size=14") for text in arguments]
-        args = {key: _yaml(value) for key, value in pairs}
-        described["model"] = {"name": name, "args": args, "pretrained": path is None, "checkpoint": path}
+        described["model"] = {"name": name, "args": arguments_of(arguments), "pretrained": path is None, "checkpoint": path}
     recipe = Recipe.from_dict(described)
     known = path is not None and is_checkpoint(path)
     if recipe.model is not None:
