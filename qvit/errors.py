@@ -13,6 +13,10 @@ class SpecError(QvitError, ValueError):
     """A quantization spec that cannot be executed on integers, or that names nothing in the model."""
 
 
+class BudgetError(QvitError, ValueError):
+    """A budget that no choice of widths keeps; the message says the smallest that one keeps."""
+
+
 class NotCalibratedError(QvitError, RuntimeError):
     """A quantized model was run before `qvit.calibrate`."""
 
@@ -45,7 +49,7 @@ class MissingDependencyError(QvitError, ImportError):
     """A part of qvit whose extra is not installed; the message names the extra."""
 
 
-_TRAIN_PACKAGES = {"torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "tensorboard"}
+_TRAIN_PACKAGES = {"torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "scipy", "tensorboard"}
 
 
 def missing_package(error: ModuleNotFoundError, what: str) -> MissingDependencyError | None:

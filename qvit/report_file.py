@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import qvit
+from qvit.errors import InputError
 from qvit.files import write_atomically
 
 SCHEMA = 1
@@ -47,6 +48,23 @@ def write_report(path: str | Path, rows: Sequence[Mapping[str, Any]], command: S
         "rows": [{key: _finite(value) for key, value in row.items()} for row in rows],
     }
     write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a result file.
+
+    Raises:
+        InputError: there is no such file, or it is none.
+    """
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
+    except (ValueError, KeyError, TypeError):
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} is no result file of qvit: name another one.")
+    return rows
 
 
 def _finite(value: Any) -> Any:

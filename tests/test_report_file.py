@@ -51,6 +51,18 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         report_file.write_report(tmp_path, [], ["qvit"])
 
 
+def test_rows_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report_file.write_report(path, [{"a": 1, "b": None}], ["qvit"])
+    assert report_file.read_rows(path) == [{"a": 1, "b": None}]
+    with pytest.raises(InputError, match="cannot be read"):
+        report_file.read_rows(tmp_path / "none.json")
+    for text in ("", "[]", "{}", '{"rows": 1}', '{"rows": [1]}', "\xff"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="no result file"):
+            report_file.read_rows(path)
+
+
 @pytest.mark.parametrize(
     ("cpuinfo", "name"),
     [
