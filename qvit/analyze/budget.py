@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from qvit.analyze.choose import choose
 from qvit.analyze.cost import ModelCost, model_cost
 from qvit.analyze.file_size import file_bytes
 from qvit.analyze.products import products_of, specs_of
-from qvit.analyze.sensitivity import Sensitivities
+from qvit.analyze.sensitivity import Sensitivities, Track, images_for, measure_sensitivities
 from qvit.analyze.units import Unit, units_of, with_widths
+from qvit.calibration import calibrate
+from qvit.convert import quantize
 from qvit.errors import BudgetError
+from qvit.integer.freeze import freeze
 from qvit.integer.model import IntegerModel
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
@@ -76,6 +80,43 @@ class Plan:
     damage: float
     file_bytes: int
     bit_operations: int
+
+
+def make_plan(
+    budget: Budget,
+    model: nn.Module,
+    batches: Iterable[Any],
+    spec: ModelSpec | None = None,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    images: int = 64,
+    sensitivities: str | Path | None = None,
+    track: Track | None = None,
+    command: Sequence[str] = (),
+) -> Plan:
+    """Measures a float model's sensitivities, or reads them, and chooses its widths.
+
+    Args:
+        budget: what to keep.
+        model, batches, spec, preprocessing, images, track: as in `measure_sensitivities`.
+        classes, provenance: as in `file_template`.
+        sensitivities: a file that is read where it exists, and written where it does not.
+        command: what that file says of where it comes from.
+
+    Raises:
+        QvitError: as `measure_sensitivities`, `file_template`, `plan_within` and `Sensitivities.load`.
+    """
+    spec = ModelSpec() if spec is None else spec
+    sample = [images_for(model, batches, images)]
+    if sensitivities is not None and Path(sensitivities).exists():
+        measured = Sensitivities.load(sensitivities)
+    else:
+        measured = measure_sensitivities(model, sample, spec, preprocessing, images=images, track=track)
+        if sensitivities is not None:
+            measured.save(sensitivities, command)
+    template = file_template(model, sample, spec, preprocessing, classes, provenance, images)
+    return plan_within(budget, measured, template, spec)
 
 
 def plan_within(budget: Budget, sensitivities: Sensitivities, template: IntegerModel, spec: ModelSpec | None = None) -> Plan:
@@ -197,10 +238,6 @@ def file_template(
     Raises:
         QvitError: as those functions.
     """
-    from qvit.calibration import calibrate
-    from qvit.convert import quantize
-    from qvit.integer.freeze import freeze
-
     wide = (ModelSpec() if spec is None else spec).with_bits(_WIDEST)
     student = quantize(model, spec=wide, preprocessing=preprocessing).eval()
     calibrate(student, batches, images=images)

@@ -128,10 +128,8 @@ def measure_sensitivities(
     spec = ModelSpec() if spec is None else spec
     if not widths or len(set(widths)) < len(widths):
         raise InputError(f"The widths {list(widths)} are not distinct candidates: give some of 2 to 8, each once.")
-    family = family_of(model)
-    family.check(model)
-    architecture = family.describe(model)
-    sample = gather_images(batches, images, (architecture.in_chans, *architecture.img_size))
+    sample = images_for(model, batches, images)
+    architecture = family_of(model).describe(model)
     units = units_of(products_of(architecture))
     tasks: list[tuple[int, Unit]] = [(bits, unit) for bits in widths for unit in units]
     damages: dict[str, dict[int, float]] = {unit.name: {} for unit in units}
@@ -146,6 +144,14 @@ def measure_sensitivities(
         with _alone(student, unit):
             damages[unit.name][bits] = _divergence(reference, _log_probabilities(student, sample))
     return Sensitivities(architecture.name, {key: getattr(spec, key) for key in _SPEC_KEYS}, len(sample), damages)
+
+
+def images_for(model: Any, batches: Iterable[Any], images: int) -> torch.Tensor:
+    """The first images of the batches, [S, C, H, W], for a float model; see `measure_sensitivities`."""
+    family = family_of(model)
+    family.check(model)
+    architecture = family.describe(model)
+    return gather_images(batches, images, (architecture.in_chans, *architecture.img_size))
 
 
 @contextmanager
