@@ -9,7 +9,7 @@ import typer
 
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
-from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names, provenance_of
+from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names
 from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
 from qvit.cli.show import count, progress, show_facts
@@ -44,6 +44,7 @@ def command(
     import qvit
     from qvit.engines import create_engine
     from qvit.training.checkpoint import load_student
+    from qvit.training.provenance import provenance_of
 
     student, metadata = load_student(checkpoint_in(checkpoint))
     provenance = provenance_of(metadata)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvit.analyze.products import products_of, specs_of
-from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, provenance_of
+from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in
 from qvit.cli.spec_options import DEFAULT_BITS, arguments_of, spec_of
 from qvit.errors import InputError
 from qvit.spec import QuantSpec
@@ -112,6 +112,7 @@ def _integers(path: Path, wish: Wish) -> Subject:
 
 def _checkpoint(path: Path, wish: Wish) -> Subject:
     from qvit.training.checkpoint import read_checkpoint
+    from qvit.training.provenance import provenance_of
 
     metadata = read_checkpoint(path).metadata
     if metadata.student is not None:
