@@ -54,9 +54,9 @@ class Budget:
         Raises:
             BudgetError: one is not positive.
         """
-        for name, value in (("budget of megabytes", megabytes), ("budget of bit operations", bit_operations)):
+        for unit, value in (("MB", megabytes), ("bit operations", bit_operations)):
             if value is not None and not 0 < value < float("inf"):
-                raise BudgetError(f"A {name} of {value:g} is out of range: give a positive number.")
+                raise BudgetError(f"A budget of {value:g} {unit} is out of range: give a positive number.")
         if megabytes is None and bit_operations is None:
             return None
         whole = None if megabytes is None else int(round(megabytes * 1e6, 3))

@@ -64,7 +64,6 @@ def _choose(
     q = recipe.quant
     budget = Budget.of(q.budget_mb, q.budget_bops)
     assert budget is not None
-    versions = {"torch": str(torch.__version__), "timm": timm.__version__}
     plan = make_plan(
         budget,
         model,
@@ -72,12 +71,18 @@ def _choose(
         recipe.model_spec(),
         preprocessing,
         classes,
-        {"recipe": without_folders(recipe.to_dict()), "versions": versions, "metrics": _METRICS},
+        expected_provenance(recipe),
         q.calibration_images,
         q.sensitivities,
         lambda items, total: _tracked(items, total, progress),
     )
     return plan.spec
+
+
+def expected_provenance(recipe: Recipe) -> dict[str, Any]:
+    """What a file that is frozen from the run will say of it: not the words, but as many of them or a few more."""
+    versions = {"torch": str(torch.__version__), "timm": timm.__version__}
+    return {"recipe": without_folders(recipe.to_dict()), "versions": versions, "metrics": _METRICS}
 
 
 def _tracked(items: Iterable[Any], total: int, shown: bool) -> Iterator[Any]:

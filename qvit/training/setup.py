@@ -88,7 +88,7 @@ def set_up(
         elif resumed is not None and resumed.metadata.student is not None:
             spec = resumed.metadata.student.spec
         else:
-            batches = _calibration_batches(recipe, train, preprocessing)
+            batches = calibration_batches(recipe, train, preprocessing)
             original.to(accelerator.device)
             spec = spec_within_budget(recipe, original, batches, preprocessing, train.classes, accelerator, progress)
         model = quantize(original, spec=spec, preprocessing=preprocessing)
@@ -107,7 +107,7 @@ def set_up(
             start = recipe.quant.start_from
             if start is not None:
                 take_over(model, start)
-            batches = _calibration_batches(recipe, train, preprocessing)
+            batches = calibration_batches(recipe, train, preprocessing)
             calibrate(model, batches, images=recipe.quant.calibration_images, scales_only=start is not None)
         if accelerator.num_processes > 1:
             share_state(model)
@@ -154,7 +154,7 @@ def _calibrated(student: nn.Module) -> bool:
     return all(bool(q.calibrated) for q in quantization_points(student).values() if isinstance(q, LSQQuantizer))
 
 
-def _calibration_batches(recipe: Recipe, source: ImageSource, preprocessing: Preprocessing) -> DataLoader[Any]:
+def calibration_batches(recipe: Recipe, source: ImageSource, preprocessing: Preprocessing) -> DataLoader[Any]:
     """Batches of training images as they are evaluated, drawn with the recipe's seed."""
     drawn = np.random.default_rng(derive_seed(recipe.seed)).permutation(len(source))[: recipe.quant.calibration_images]
     return evaluation_loader(source, preprocessing, _CALIBRATION_BATCH, indices=drawn.tolist())

@@ -242,7 +242,7 @@ def test_a_budget_chooses_widths(cli: Cli, checkpoints: Path, tmp_path: Path) ->
     [
         (("--budget-mb", 0.001), "A file of 0.001 MB cannot be met: the smallest that this model can have is 0.00"),
         (("--budget-bops", 10), "10 bit operations an image cannot be met: the fewest that this model can have are "),
-        (("--budget-mb", 0), "A budget of megabytes of 0 is out of range"),
+        (("--budget-mb", 0), "A budget of 0 MB is out of range"),
         (("--budget-mb", 1, "--bits", 4), "Give either a budget, which chooses the bits, or --bits"),
         (("--budget-bops", 1e9, "--act-bits", 4), "Give either a budget"),
         (("--sensitivities", "s.json"), "--sensitivities belongs to a budget"),
