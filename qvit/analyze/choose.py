@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -50,13 +53,14 @@ def choose(damages: np.ndarray, costs: Sequence[np.ndarray], limits: Sequence[in
     # The solver stops at an absolute gap of 1e-6.
     largest = float(damages.max())
     scaled = damages * (1e4 / largest) if largest > 0 else damages
-    result = milp(
-        scaled.ravel(),
-        integrality=np.ones(units * options),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent():
+        result = milp(
+            scaled.ravel(),
+            integrality=np.ones(units * options),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
     if result.x is None:
         return None
     chosen = result.x.reshape(units, options).argmax(axis=1)
@@ -64,3 +68,22 @@ def choose(damages: np.ndarray, costs: Sequence[np.ndarray], limits: Sequence[in
         if int(row.reshape(units, options)[np.arange(units), chosen].sum()) > bound:
             raise AssertionError("the solver's choice exceeds a limit")
     return chosen
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within it nothing reaches the process's standard output: HiGHS 1.12 leaves a debugging line there now and then."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qvit.analyze.choose
 from qvit.analyze.choose import choose
 
 
@@ -88,6 +92,22 @@ def test_a_whole_vit_takes_a_moment() -> None:
     wide = choose(damages, costs[:1], limits[:1])
     assert wide is not None
     assert set(wide[1::5]) == {3}
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = qvit.analyze.choose.milp
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        os.write(1, b"debugging\n")
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(qvit.analyze.choose, "milp", talkative)
+    print("before")
+    assert choose(np.ones((2, 2)), [np.ones((2, 2), dtype=np.int64)], [2]) is not None
+    print("after")
+    sys.stdout.flush()
+    os.write(1, b"end\n")
+    assert capfd.readouterr() == ("before\nafter\nend\n", "")
 
 
 def test_units_that_do_not_matter() -> None:
