@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qvit.cli.show import count, progress, show_table
@@ -46,6 +46,18 @@ def check_kept(budget: Budget | None, model: IntegerModel) -> None:
             f"The file would have {size:,} bytes, {size - budget.file_bytes:,} more than the budget: give a budget that is "
             "smaller by as much."
         )
+
+
+def budget_facts(recipe: Mapping[str, Any], size: int) -> dict[str, str]:
+    """Whether a file of ``size`` bytes keeps the budget of the run that it comes from; empty where that had none.
+
+    A run reserves room for its accuracies and class names; other names than it was trained with may need more.
+    """
+    megabytes = (recipe.get("quant") or recipe).get("budget_mb")
+    if not isinstance(megabytes, (int, float)):
+        return {}
+    over = size - megabytes * 1e6
+    return {"budget": f"{megabytes:g} MB, " + (f"exceeded by {count(over)} bytes" if over > 0 else "kept")}
 
 
 def show_plan(plan: Plan) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
+from qvit.cli.budget import budget_facts
 from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names
 from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
@@ -74,6 +75,7 @@ def command(
         {
             "model": f"{model.name}, weights {row['weight_bits']} bits, activations {row['act_bits']} bits",
             "file": f"{output}, {count(row['file_bytes'])} bytes",
+            **budget_facts(metadata.recipe, row["file_bytes"]),
         }
     )
     if measured is not None:

@@ -233,8 +233,18 @@ def test_a_budget_chooses_widths(cli: Cli, checkpoints: Path, tmp_path: Path) ->
     again = tmp_path / "again.safetensors"
     assert _budgeted(cli, checkpoints, again, "--budget-mb", 0.0088, "--sensitivities", measured).status == 0
     assert measured.stat().st_mtime_ns == stamp
-    assert cli("freeze", again, "-o", tmp_path / "again.qvit").status == 0
+    frozen = cli("freeze", again, "-o", tmp_path / "again.qvit")
+    assert frozen.status == 0
+    assert any(line.split() == ["budget", "0.0088", "MB,", "kept"] for line in frozen.out.splitlines())
     assert (tmp_path / "again.qvit").stat().st_size <= 8_800
+
+
+def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    student, names = tmp_path / "student.safetensors", tmp_path / "names.txt"
+    assert _budgeted(cli, checkpoints, student, "--budget-mb", 0.0088).status == 0
+    names.write_text("\n".join(str(number) * 500 for number in range(10)))
+    done = cli("freeze", student, "--classes", names, "-o", tmp_path / "m.qvit")
+    assert f"0.0088 MB, exceeded by {(tmp_path / 'm.qvit').stat().st_size - 8800:,} bytes" in done.out
 
 
 @pytest.mark.parametrize(
