@@ -16,7 +16,10 @@ import torch
 import qvit
 import qvit.analyze.budget
 from qvit.analyze.cost import model_cost
-from qvit.training.checkpoint import load_student
+from qvit.analyze.sensitivity import measure_sensitivities
+from qvit.sources import DigitsSource
+from qvit.training.checkpoint import load_model, load_student
+from qvit.training.data import evaluation_loader
 
 Cli = Callable[..., Any]
 _MODEL = ("vit_tiny_patch16_224",)
@@ -203,6 +206,16 @@ def test_full_disk(cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pyt
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
+@pytest.fixture(scope="module")
+def measured(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sensitivities of the float model, so that not every test measures them."""
+    model, metadata = load_model(checkpoints / "float.safetensors")
+    batches = evaluation_loader(DigitsSource("train"), metadata.preprocessing, 8)
+    path = tmp_path_factory.mktemp("measured") / "sensitivities.json"
+    measure_sensitivities(model, batches, preprocessing=metadata.preprocessing, images=8).save(path)
+    return path
+
+
 def _budgeted(cli: Cli, checkpoints: Path, output: Path, *arguments: object) -> Any:
     return cli("quantize", "--checkpoint", checkpoints / "float.safetensors", *_DATA, "-o", output, *arguments)
 
@@ -239,9 +252,9 @@ def test_a_budget_chooses_widths(cli: Cli, checkpoints: Path, tmp_path: Path) ->
     assert (tmp_path / "again.qvit").stat().st_size <= 8_800
 
 
-def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, measured: Path, tmp_path: Path) -> None:
     student, names = tmp_path / "student.safetensors", tmp_path / "names.txt"
-    assert _budgeted(cli, checkpoints, student, "--budget-mb", 0.0088).status == 0
+    assert _budgeted(cli, checkpoints, student, "--budget-mb", 0.0088, "--sensitivities", measured).status == 0
     names.write_text("\n".join(str(number) * 500 for number in range(10)))
     done = cli("freeze", student, "--classes", names, "-o", tmp_path / "m.qvit")
     assert f"0.0088 MB, exceeded by {(tmp_path / 'm.qvit').stat().st_size - 8800:,} bytes" in done.out
@@ -250,8 +263,11 @@ def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, t
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--budget-mb", 0.001), "A file of 0.001 MB cannot be met: the smallest that this model can have is 0.00"),
-        (("--budget-bops", 10), "10 bit operations an image cannot be met: the fewest that this model can have are "),
+        (("--budget-mb", 0.001, "MEASURED"), "A file of 0.001 MB cannot be met: the smallest that this model can have is 0.00"),
+        (
+            ("--budget-bops", 10, "MEASURED"),
+            "10 bit operations an image cannot be met: the fewest that this model can ",
+        ),
         (("--budget-mb", 0), "A budget of 0 MB is out of range"),
         (("--budget-mb", 1, "--bits", 4), "Give either a budget, which chooses the bits, or --bits"),
         (("--budget-bops", 1e9, "--act-bits", 4), "Give either a budget"),
@@ -260,15 +276,18 @@ def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, t
     ],
 )
 def test_budgets_that_cannot_be_kept(
-    cli: Cli, checkpoints: Path, tmp_path: Path, arguments: tuple[Any, ...], part: str
+    cli: Cli, checkpoints: Path, measured: Path, tmp_path: Path, arguments: tuple[Any, ...], part: str
 ) -> None:
+    if arguments[-1] == "MEASURED":
+        arguments = (*arguments[:-1], "--sensitivities", measured)
     _budgeted(cli, checkpoints, tmp_path / "m.qvit", *arguments).refused(part)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_turns_out_larger_is_not_written(
-    cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, checkpoints: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qvit.analyze.budget, "file_bytes", lambda template, specs: 100)
-    _budgeted(cli, checkpoints, tmp_path / "m.qvit", "--budget-mb", 0.006).refused("more than the budget")
+    budget = ("--budget-mb", 0.006, "--sensitivities", measured)
+    _budgeted(cli, checkpoints, tmp_path / "m.qvit", *budget).refused("more than the budget")
     assert list(tmp_path.iterdir()) == []
