@@ -36,7 +36,7 @@ from qvit.cli.show import show_table
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import QvitError
 from qvit.integer.model import IntegerModel
-from qvit.report_file import read_rows, write_report
+from qvit.report_file import read_report, write_report
 from qvit.training.data import evaluation_loader, open_split
 from qvit.training.mixed import expected_provenance
 from qvit.training.models import build_model
@@ -50,7 +50,7 @@ COMPARED = ("integer_top1", "val_loss")
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = _options(arguments)
     command = ["python", "benchmarks/mixed.py", *public(sys.argv[1:] if arguments is None else list(arguments))]
-    rows = read_rows(options.json) if options.json.exists() else []
+    rows = read_report(options.json)["rows"] if options.json.exists() else []
     bench = Bench(options.data_dir, options.runs, options.workers, options.agreement_images)
     parent = Experiment(options.data, "float", 32, 0, tuple(options.set_float))
     if DATA_SETS[options.data].float_recipe and not bench.float_checkpoint(options.data).exists():

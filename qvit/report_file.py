@@ -29,42 +29,51 @@ _PACKAGES = (
 
 
 def write_report(path: str | Path, rows: Sequence[Mapping[str, Any]], command: Sequence[str]) -> None:
-    """Writes a result file atomically.
-
-    Args:
-        path: of the file.
-        rows: flat objects of numbers, strings, booleans and ``None``. A number that is not finite becomes ``None``, since JSON
-            has none.
-        command: the command line that made the rows.
+    """Writes a result file atomically; the arguments are those of `report_of`.
 
     Raises:
         InputError: the file cannot be written.
     """
-    report = {
+    write_atomically(path, (json.dumps(report_of(rows, command), indent=2, allow_nan=False) + "\n").encode())
+
+
+def report_of(rows: Sequence[Mapping[str, Any]], command: Sequence[str]) -> dict[str, Any]:
+    """What a result file holds.
+
+    Args:
+        rows: flat objects of numbers, strings, booleans and ``None``. A number that is not finite becomes ``None``, since JSON
+            has none.
+        command: the command line that made the rows.
+    """
+    return {
         "schema": SCHEMA,
         "command": list(command),
         "versions": versions(),
         "hardware": hardware(),
         "rows": [{key: _finite(value) for key, value in row.items()} for row in rows],
     }
-    write_atomically(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a result file.
+def read_report(path: str | Path) -> dict[str, Any]:
+    """Reads a result file.
 
     Raises:
         InputError: there is no such file, or it is none.
     """
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the path.") from None
-    except (ValueError, KeyError, TypeError):
-        rows = None
+        raise InputError(f"The result file {path} cannot be read ({error.strerror}): check the path.") from None
+    except ValueError:
+        report = None
+    rows = report.get("rows") if isinstance(report, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path} is no result file of qvit: name another one.")
-    return rows
+        raise InputError(f"{path} is no result file: name a file that a command of qvit wrote with --json.")
+    if report.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path} is a result file of schema {report.get('schema')!r} and this qvit reads {SCHEMA}: update qvit."
+        )
+    return report
 
 
 def _finite(value: Any) -> Any:

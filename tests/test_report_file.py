@@ -31,6 +31,30 @@ def test_schema(tmp_path: Path) -> None:
     assert report["hardware"]["cpu"]
 
 
+def test_reading_what_was_written(tmp_path: Path) -> None:
+    rows = [{"model": "vit", "integer_top1": 97.5}]
+    report_file.write_report(tmp_path / "report.json", rows, ["qvit"])
+    assert report_file.read_report(tmp_path / "report.json")["rows"] == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read .No such file"),
+        ("{", "is no result file"),
+        ("[1]", "is no result file"),
+        ('{"schema": 1}', "is no result file"),
+        ('{"schema": 1, "rows": [1]}', "is no result file"),
+        ('{"schema": 2, "rows": []}', "schema 2 and this qvit reads 1"),
+    ],
+)
+def test_what_is_no_result_file(tmp_path: Path, content: str | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "report.json").write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        report_file.read_report(tmp_path / "report.json")
+
+
 def test_nothing_names_the_machine(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     report_file.write_report(path, [], ["qvit"])
@@ -49,18 +73,6 @@ def test_versions_import_nothing() -> None:
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         report_file.write_report(tmp_path, [], ["qvit"])
-
-
-def test_rows_are_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    report_file.write_report(path, [{"a": 1, "b": None}], ["qvit"])
-    assert report_file.read_rows(path) == [{"a": 1, "b": None}]
-    with pytest.raises(InputError, match="cannot be read"):
-        report_file.read_rows(tmp_path / "none.json")
-    for text in ("", "[]", "{}", '{"rows": 1}', '{"rows": [1]}', "\xff"):
-        path.write_text(text)
-        with pytest.raises(InputError, match="no result file"):
-            report_file.read_rows(path)
 
 
 @pytest.mark.parametrize(

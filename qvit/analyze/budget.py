@@ -19,7 +19,7 @@ from qvit.analyze.choose import choose
 from qvit.analyze.cost import ModelCost, model_cost
 from qvit.analyze.file_size import file_bytes
 from qvit.analyze.products import products_of, specs_of
-from qvit.analyze.sensitivity import Sensitivities, Track, images_for, measure_sensitivities
+from qvit.analyze.unit_sensitivity import Sensitivities, Track, images_for, measure_sensitivities
 from qvit.analyze.units import Unit, units_of, with_widths
 from qvit.calibration import calibrate
 from qvit.convert import quantize

@@ -30,7 +30,7 @@ def budget_of(megabytes: float | None, bit_operations: float | None, bits: Itera
 
 
 def tracked(what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    """A progress bar, as `qvit.analyze.sensitivity.measure_sensitivities` takes one."""
+    """A progress bar, as `qvit.analyze.unit_sensitivity.measure_sensitivities` takes one."""
     return lambda items, total: progress(items, total, what)
 
 

@@ -54,7 +54,8 @@ class QuantLinear(nn.Module):
         if self.fuses(x):
             return self.fused(x, "none")
         if not self.input_quantizer.enabled:
-            return F.linear(self.input_quantizer.observe(x), self.weight, self.bias)
+            weight = self.weight_quantizer(self.weight).value if self.weight_quantizer.enabled else self.weight
+            return F.linear(self.input_quantizer.observe(x), weight, self.bias)
         if not self.weight_quantizer.enabled:
             return F.linear(self.input_quantizer(x).value, self.weight, self.bias)
         return code_linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)

@@ -7,8 +7,8 @@ the overrides of `ModelSpec` use the same names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
@@ -27,18 +27,26 @@ def quantization_points(model: nn.Module) -> dict[str, Quantizer]:
     return {name.removesuffix(_ENDING): module for name, module in model.named_modules() if isinstance(module, Quantizer)}
 
 
-@contextmanager
-def float_mode(model: nn.Module) -> Iterator[None]:
+def float_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Within it the model runs in floating point, IRM included, calibrated or not."""
-    quantizers = quantization_points(model).values()
-    before = [quantizer.enabled for quantizer in quantizers]
-    for quantizer in quantizers:
-        quantizer.enabled = False
+    return quantizing_only(model, ())
+
+
+@contextmanager
+def quantizing_only(model: nn.Module, names: Container[str]) -> Iterator[None]:
+    """Within it only the points of these names are quantized, all else runs in floating point, IRM included.
+
+    q, k, v and the softmax map of a block go together: q's name decides.
+    """
+    points = quantization_points(model)
+    before = {name: quantizer.enabled for name, quantizer in points.items()}
+    for name, quantizer in points.items():
+        quantizer.enabled = name in names
     try:
         yield
     finally:
-        for quantizer, enabled in zip(quantizers, before, strict=True):
-            quantizer.enabled = enabled
+        for name, quantizer in points.items():
+            quantizer.enabled = before[name]
 
 
 @contextmanager

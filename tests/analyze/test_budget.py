@@ -16,7 +16,7 @@ import qvit
 from qvit.analyze.budget import Budget, file_template, plan_within
 from qvit.analyze.cost import model_cost
 from qvit.analyze.file_size import file_bytes
-from qvit.analyze.sensitivity import Sensitivities, measure_sensitivities
+from qvit.analyze.unit_sensitivity import Sensitivities, measure_sensitivities
 from qvit.errors import BudgetError, InputError, SpecError
 from qvit.integer.model import IntegerModel
 from qvit.layers.points import quantization_points

@@ -16,7 +16,7 @@ import torch
 import qvit
 import qvit.analyze.budget
 from qvit.analyze.cost import model_cost
-from qvit.analyze.sensitivity import measure_sensitivities
+from qvit.analyze.unit_sensitivity import measure_sensitivities
 from qvit.sources import DigitsSource
 from qvit.training.checkpoint import load_model, load_student
 from qvit.training.data import evaluation_loader
@@ -272,7 +272,7 @@ def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, m
         (("--budget-mb", 1, "--bits", 4), "Give either a budget, which chooses the bits, or --bits"),
         (("--budget-bops", 1e9, "--act-bits", 4), "Give either a budget"),
         (("--sensitivities", "s.json"), "--sensitivities belongs to a budget"),
-        (("--budget-mb", 1, "--sensitivities", __file__), "is no result file of qvit"),
+        (("--budget-mb", 1, "--sensitivities", __file__), "is no result file"),
     ],
 )
 def test_budgets_that_cannot_be_kept(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from qvit.errors import NotCalibratedError, SpecError
 from qvit.layers.linear import QuantLinear
-from qvit.layers.points import float_mode
+from qvit.layers.points import float_mode, quantizing_only
+from qvit.quantizers.lsq import LSQQuantizer
 from qvit.spec import HalfStep, Operand, PerChannel, PerGroup, PerTensor, QuantSpec
 
 WEIGHT = QuantSpec(3, True, PerChannel(), None, Operand.WEIGHT)
@@ -65,6 +67,19 @@ def test_values_and_all_gradients_against_float64_with_straight_through_rounding
     for name, grad in zip(names, want_grads[1:], strict=True):
         got = dict(layer.named_parameters())[name].grad.double()
         torch.testing.assert_close(got, grad * factor.get(name, 1.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistical", [True, False])
+def test_weights_alone_are_quantized_where_the_input_is_not(statistical: bool) -> None:
+    weight = QuantSpec(3, True, PerChannel(), HalfStep() if statistical else None, Operand.WEIGHT)
+    layer = QuantLinear(nn.Linear(13, 7), weight, INPUT, 5, statistical=statistical)
+    if isinstance(layer.weight_quantizer, LSQQuantizer):
+        layer.weight_quantizer.set_parameters(layer.weight.detach().abs().amax(1) / 3.7)
+    x = torch.randn(2, 5, 13)
+    with quantizing_only(layer, ("weight",)):
+        rounded = layer.weight_quantizer(layer.weight).value
+        assert torch.equal(layer(x), F.linear(x, rounded, layer.bias))
+    assert len(rounded[0].unique()) <= 8
 
 
 def test_high_bits_are_close_to_float() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qvit.layers.points import float_mode, quantization_points, record_codes
+from qvit.layers.points import float_mode, quantization_points, quantizing_only, record_codes
 
 PER_BLOCK = [
     "attn.q",
@@ -52,6 +52,23 @@ def test_float_mode_restores_after_an_error_and_keeps_what_was_off(make_student)
     with pytest.raises(ZeroDivisionError), float_mode(student):
         raise ZeroDivisionError
     assert [name for name, q in points.items() if not q.enabled] == ["head.input"]
+
+
+def test_named_points_alone_are_quantized(make_student) -> None:
+    student = make_student(weight_bits=2, act_bits=2)
+    images = torch.randn(2, 3, 48, 48)
+    points = quantization_points(student)
+    everything = student(images)
+    with quantizing_only(student, {"head.input", "head.weight"}):
+        assert [name for name, q in points.items() if q.enabled] == ["head.weight", "head.input"]
+        alone = student(images)
+    with quantizing_only(student, points):
+        assert torch.equal(student(images), everything)
+    with float_mode(student):
+        in_float = student(images)
+    assert not torch.allclose(alone, in_float, atol=1e-3)
+    assert not torch.allclose(alone, everything, atol=1e-3)
+    assert all(q.enabled for q in points.values())
 
 
 def test_record_codes_gives_whole_numbers_in_range_for_every_activation(make_student) -> None:

@@ -15,7 +15,7 @@ import yaml
 import qvit
 import qvit.training.setup
 from qvit.analyze.cost import model_cost
-from qvit.analyze.sensitivity import Sensitivities
+from qvit.analyze.unit_sensitivity import Sensitivities
 from qvit.errors import BudgetError, InputError, RecipeError, TrainingError
 from qvit.integer.freeze import freeze
 from qvit.training.checkpoint import LAST, load_student, read_checkpoint

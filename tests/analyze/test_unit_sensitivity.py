@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 import qvit
-from qvit.analyze.sensitivity import WIDTHS, Sensitivities, measure_sensitivities
+from qvit.analyze.unit_sensitivity import WIDTHS, Sensitivities, measure_sensitivities
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.layers.points import float_mode, quantization_points
 from qvit.spec import ModelSpec

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from qvit.calibration import calibrate
 from qvit.calibration.calibrate import gather_images
 from qvit.convert import family_of, quantize
 from qvit.errors import InputError
-from qvit.layers.points import float_mode, quantization_points
+from qvit.layers.points import float_mode, quantizing_only
 from qvit.preprocessing import Preprocessing
-from qvit.report_file import read_rows, write_report
+from qvit.report_file import read_report, write_report
 from qvit.spec import ModelSpec
 
 WIDTHS = (2, 3, 4, 8)
@@ -67,7 +66,7 @@ class Sensitivities:
             InputError: there is no such file, it holds something else, or lacks a width of a unit.
         """
         damages: dict[str, dict[int, float]] = {}
-        rows = read_rows(path)
+        rows = read_report(path)["rows"]
         try:
             for row in rows:
                 bits, damage = row["bits"], row["damage"]
@@ -141,7 +140,7 @@ def measure_sensitivities(
             calibrate(student, [sample], images=len(sample))
             with float_mode(student):
                 reference = _log_probabilities(student, sample)
-        with _alone(student, unit):
+        with quantizing_only(student, unit.points):
             damages[unit.name][bits] = _divergence(reference, _log_probabilities(student, sample))
     return Sensitivities(architecture.name, {key: getattr(spec, key) for key in _SPEC_KEYS}, len(sample), damages)
 
@@ -152,16 +151,6 @@ def images_for(model: Any, batches: Iterable[Any], images: int) -> torch.Tensor:
     family.check(model)
     architecture = family.describe(model)
     return gather_images(batches, images, (architecture.in_chans, *architecture.img_size))
-
-
-@contextmanager
-def _alone(student: nn.Module, unit: Unit) -> Iterator[None]:
-    """Within it the unit is quantized and everything else runs in floating point."""
-    points = quantization_points(student)
-    with float_mode(student):
-        for name in unit.points:
-            points[name].enabled = True
-        yield
 
 
 @torch.no_grad()
