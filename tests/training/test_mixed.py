@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +20,10 @@ from qvit.analyze.cost import model_cost
 from qvit.analyze.unit_sensitivity import Sensitivities
 from qvit.errors import BudgetError, InputError, RecipeError, TrainingError
 from qvit.integer.freeze import freeze
+from qvit.spec import ModelSpec
 from qvit.training.checkpoint import LAST, load_student, read_checkpoint
 from qvit.training.engine import fit
+from qvit.training.mixed import spec_within_budget
 from qvit.training.provenance import provenance_of
 from qvit.training.recipe import Recipe
 
@@ -108,6 +112,24 @@ def test_budgets_that_cannot_be_kept_stop_before_training(tiny_recipe: MakeRecip
             progress=False,
         )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("outcome", [BudgetError("It cannot be met."), ModelSpec(overrides={"blocks.0.attn.[qkv]": 2})])
+def test_other_processes_are_told(tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
+    """What the first process chose, or why it could not, reaches a process that measures nothing."""
+
+    def broadcast(outcomes: list[Any], src: int) -> None:
+        assert (outcomes, src) == ([None], 0)
+        outcomes[0] = pickle.loads(pickle.dumps(outcome))
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    second: Any = SimpleNamespace(is_main_process=False, num_processes=2)
+    arguments: Any = (tiny_recipe(quant={"budget_mb": 1}), None, [], None, [], second)
+    if isinstance(outcome, BudgetError):
+        with pytest.raises(BudgetError, match=r"^It cannot be met\.$"):
+            spec_within_budget(*arguments)
+    else:
+        assert spec_within_budget(*arguments) == outcome
 
 
 def test_float_runs_read_no_budget(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
