@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import qvit
 import qvit.training.setup
@@ -28,7 +25,6 @@ from qvit.training.provenance import provenance_of
 from qvit.training.recipe import Recipe
 
 from .helpers import tiny_values
-from .test_engine import RUNNER, environment
 
 MakeRecipe = Callable[..., Recipe]
 BUDGET_MB, BUDGET_BOPS = 0.024, 2.0e6
@@ -85,18 +81,6 @@ def test_a_run_resumes_with_its_widths(trained: tuple[Recipe, Path, Path], tmp_p
     assert not (tmp_path / "gone.json").exists()
     with pytest.raises(TrainingError, match=r"quant\.budget_mb=0.024, now it is 0.025"):
         fit(recipe.override("quant.budget_mb=0.025"), target, resume=True, progress=False)
-
-
-def test_two_processes_have_the_same_widths(trained: tuple[Recipe, Path, Path], image_folder: Path, tmp_path: Path) -> None:
-    quant = {"budget_mb": BUDGET_MB, "budget_bops": BUDGET_BOPS, "sensitivities": str(trained[2])}
-    changes: dict[str, Any] = {"quant": quant, "schedule": {"epochs": 1}, "batch_size": 4}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_values(image_folder, **changes)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(RUNNER), str(tmp_path / "recipe.yaml"), str(tmp_path / "two")]
-    subprocess.run(command, env=environment(), check=True, timeout=120, capture_output=True)
-    metadata = read_checkpoint(tmp_path / "two" / LAST).metadata
-    assert metadata.processes == 2
-    assert metadata.student == read_checkpoint(trained[1] / LAST).metadata.student
 
 
 def test_budgets_that_cannot_be_kept_stop_before_training(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
