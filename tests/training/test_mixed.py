@@ -1,4 +1,4 @@
-"""Budgets in recipes: the frozen file keeps them, runs resume with their widths, every process has the same ones."""
+"""Budgets in recipes: the frozen file keeps them, runs resume with their widths, other processes are told of them."""
 
 from __future__ import annotations
 
