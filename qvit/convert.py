@@ -71,7 +71,12 @@ def family_of(model: nn.Module) -> Any:
 
 
 def preprocessing_of(model: Any) -> Preprocessing:
-    """The preprocessing that timm declares for the model, at the model's own input size."""
+    """The preprocessing that timm declares for the model, at the model's own input size.
+
+    Raises:
+        UnsupportedModelError: the model is of no family that qvit knows.
+    """
+    family_of(model)
     config = timm.data.resolve_model_data_config(model)
     size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     mean, std = config["mean"], config["std"]

@@ -13,6 +13,10 @@ class SpecError(QvitError, ValueError):
     """A quantization spec that cannot be executed on integers, or that names nothing in the model."""
 
 
+class BudgetError(QvitError, ValueError):
+    """A budget that no choice of widths keeps; the message says the smallest that one keeps."""
+
+
 class NotCalibratedError(QvitError, RuntimeError):
     """A quantized model was run before `qvit.calibrate`."""
 
@@ -53,6 +57,7 @@ _TRAIN_PACKAGES = {
     "pydantic",
     "yaml",
     "sklearn",
+    "scipy",
     "tensorboard",
     "matplotlib",
     "jinja2",

@@ -251,6 +251,11 @@ def test_preprocessing_is_timms_at_the_models_own_size() -> None:
     torch.testing.assert_close(student.patch_embed.proj.input_quantizer.std[::256], torch.tensor(given.std))
 
 
+def test_preprocessing_of_another_family() -> None:
+    with pytest.raises(UnsupportedModelError, match="ResNet is not supported"):
+        preprocessing_of(timm.create_model("resnet18"))
+
+
 def test_preprocessing_of_other_channels(small_vit) -> None:
     p = quantize(small_vit("vit_tiny_patch16_224", in_chans=1), bits=4).qvit.preprocessing
     assert p.input_size == (1, 48, 48)

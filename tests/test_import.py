@@ -16,7 +16,7 @@ from qvit.batches import PixelBatches
 from qvit.preprocessing import Preprocessing
 from qvit.sources import open_source
 
-_BLOCKED = ("torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "tensorboard", "matplotlib")
+_BLOCKED = ("torch", "torchvision", "timm", "accelerate", "pydantic", "yaml", "sklearn", "scipy", "tensorboard", "matplotlib")
 _ROOT = Path(__file__).parents[1]
 _PIXELS = Preprocessing((1, 8, 8), mean=(0.5,), std=(0.5,))
 
@@ -119,6 +119,8 @@ def test_predict_and_eval(frozen_file: Path, tmp_path: Path) -> None:
         ("eval", "checkpoint.safetensors", "--data", "IMAGES"),
         ("bench", "deit_tiny_patch16_224"),
         ("report", "FILE", "-o", "report.html"),
+        ("inspect", "deit_tiny_patch16_224"),
+        ("quantize", "deit_tiny_patch16_224", "--budget-mb", "2", "--data", "IMAGES", "-o", "m.qvit"),
     ],
 )
 def test_commands_that_need_pytorch_say_so(frozen_file: Path, tmp_path: Path, command: tuple[str, ...]) -> None:

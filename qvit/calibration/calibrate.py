@@ -51,7 +51,7 @@ def calibrate(
         raise UnsupportedModelError("The model is not quantized: call qvit.quantize(model, bits=4) first.")
     family = family_of(student)
     device = next(student.parameters()).device
-    x = _gather(batches, images, student.qvit.preprocessing.input_size).to(device)
+    x = gather_images(batches, images, student.qvit.preprocessing.input_size).to(device)
     _check_pixels(student, x)
     training = student.training
     student.eval()
@@ -84,7 +84,12 @@ def calibrate_weights(student: nn.Module) -> None:
         _fit_weight(weight.layer.weight_quantizer, weight.effective())
 
 
-def _gather(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tensor:
+def gather_images(batches: Iterable, images: int, size: tuple[int, ...]) -> torch.Tensor:
+    """The first ``images`` images of batches as `calibrate` takes them, or all if there are fewer: [S, C, H, W], float32.
+
+    Raises:
+        InputError: there are none, or they are of another ``size`` (C, H, W).
+    """
     taken: list[torch.Tensor] = []
     missing = images
     for batch in batches:

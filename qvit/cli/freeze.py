@@ -9,7 +9,8 @@ import typer
 
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
-from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names, provenance_of
+from qvit.cli.budget import budget_facts
+from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names
 from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
 from qvit.cli.show import count, progress, show_facts
@@ -44,6 +45,7 @@ def command(
     import qvit
     from qvit.engines import create_engine
     from qvit.training.checkpoint import load_student
+    from qvit.training.provenance import provenance_of
 
     student, metadata = load_student(checkpoint_in(checkpoint))
     provenance = provenance_of(metadata)
@@ -73,6 +75,7 @@ def command(
         {
             "model": f"{model.name}, weights {row['weight_bits']} bits, activations {row['act_bits']} bits",
             "file": f"{output}, {count(row['file_bytes'])} bytes",
+            **budget_facts(metadata.recipe, row["file_bytes"]),
         }
     )
     if measured is not None:

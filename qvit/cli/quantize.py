@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvit.cli import options
-from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names
+from qvit.cli.budget import budget_of, check_kept, show_plan, tracked
+from qvit.cli.checkpoints import INTEGER_SUFFIX, class_names
+from qvit.cli.float_model import float_model
 from qvit.cli.images import at_least_one, device_of, location_of, name_of
-from qvit.cli.results import write_results
+from qvit.cli.results import command_line, write_results
 from qvit.cli.show import count, progress, show_facts
-from qvit.errors import InputError, SpecError
+from qvit.cli.spec_options import numbers, spec_of
+from qvit.errors import InputError
 from qvit.report_file import versions
 
 if TYPE_CHECKING:
-    from qvit.preprocessing import Preprocessing
-    from qvit.spec import ModelSpec
-    from qvit.training.checkpoint import Metadata
+    from qvit.analyze.budget import Budget
 
 _BATCH = 16
 
@@ -37,13 +38,27 @@ def command(
     model_arg: Annotated[
         list[str] | None, typer.Option("--model-arg", help="key=value for timm, such as patch_size=14; may be given again.")
     ] = None,
-    bits: Annotated[int, typer.Option("--bits", help="Bits of weights and activations, 2 to 8.")] = 4,
+    bits: Annotated[int | None, typer.Option("--bits", help="Bits of weights and activations, 2 to 8; 4 by default.")] = None,
     weight_bits: Annotated[int | None, typer.Option("--weight-bits", help="Bits of weights, where not --bits.")] = None,
     act_bits: Annotated[int | None, typer.Option("--act-bits", help="Bits of activations, where not --bits.")] = None,
     rectify: Annotated[bool, typer.Option("--rectify/--no-rectify", help="Insert IRM on q and k.")] = True,
     override: Annotated[
         list[str] | None,
         typer.Option("--override", help="pattern=bits for some layers, such as '*.mlp.fc2=8'; may be given again."),
+    ] = None,
+    budget_mb: Annotated[
+        float | None,
+        typer.Option("--budget-mb", help="Choose the bits layer by layer: the .qvit file has at most so many MB (10^6 bytes)."),
+    ] = None,
+    budget_bops: Annotated[
+        float | None,
+        typer.Option(
+            "--budget-bops", help="Choose the bits layer by layer: at most so many bit operations an image (qvit inspect)."
+        ),
+    ] = None,
+    sensitivities: Annotated[
+        Path | None,
+        typer.Option("--sensitivities", help="File of a budget's measurements: read where it exists, else written."),
     ] = None,
     images: Annotated[int, typer.Option("--images", help="Calibration images, drawn at random.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Of the draw.")] = 0,
@@ -66,10 +81,17 @@ def command(
     Example:
 
         qvit quantize deit_small_patch16_224 --bits 8 --no-rectify --data /data/imagenet -o deit_small_w8a8.qvit
+
+    Mixed precision, the bits of every layer chosen by how much the model's answers suffer from them:
+
+        qvit quantize deit_small_patch16_224 --budget-mb 10 --data /data/imagenet -o deit_small_10mb.qvit
     """
     if output.suffix not in (INTEGER_SUFFIX, ".safetensors"):
         raise InputError(f"{output} is neither a .qvit nor a .safetensors file: end its name with one of them.")
-    spec = _spec(bits, weight_bits, act_bits, rectify, override or [])
+    spec = spec_of(bits, weight_bits, act_bits, rectify, override or [])
+    budget = budget_of(budget_mb, budget_bops, (bits, weight_bits, act_bits))
+    if sensitivities is not None and budget is None:
+        raise InputError("--sensitivities belongs to a budget: give --budget-mb or --budget-bops.")
     at_least_one("--images", images)
 
     import numpy as np
@@ -80,20 +102,41 @@ def command(
 
     target = device_of(device)
     source = open_source(location_of(data), "train")
-    images_as = {"crop_pct": crop_pct, "mean": _numbers(mean, "--mean"), "std": _numbers(std, "--std")}
-    original, preprocessing, trained = _float_model(model, checkpoint, model_arg or [], images_as)
+    images_as = {"crop_pct": crop_pct, "mean": numbers(mean, "--mean"), "std": numbers(std, "--std")}
+    original, preprocessing, trained = float_model(model, checkpoint, model_arg or [], images_as)
     check_classes(source, original.num_classes, "calibration")
     names = class_names(classes, trained.classes if trained else source.classes)
-    student: Any = qvit.quantize(original, spec=spec, preprocessing=preprocessing).to(target)
     drawn = np.random.default_rng(seed).permutation(len(source))[:images].tolist()
-    start = time.perf_counter()
     loader = evaluation_loader(source, preprocessing, _BATCH, indices=drawn)
+    facts = {"method": "calibration", "data": name_of(data), "calibration_images": len(drawn), "seed": seed}
+    facts |= {key: value for key, value in (("budget_mb", budget_mb), ("budget_bops", budget_bops)) if value is not None}
+    float_top1 = trained.metrics.get("top1") if trained else None
+    metrics = {} if float_top1 is None else {"float_top1": float_top1}
+    plan = None
+    start = time.perf_counter()
+    if budget is not None:
+        from qvit.analyze.budget import make_plan
+
+        plan = make_plan(
+            budget,
+            original.to(target),
+            loader,
+            spec,
+            preprocessing,
+            names,
+            _provenance(facts, metrics)
+            | ({} if output.suffix == INTEGER_SUFFIX else {"metrics": metrics, "recipe": _recipe(facts)}),
+            images,
+            sensitivities,
+            tracked("measuring sensitivities"),
+            command_line(),
+        )
+        spec = plan.spec
+    student: Any = qvit.quantize(original, spec=spec, preprocessing=preprocessing).to(target)
     qvit.calibrate(student, progress(loader, len(loader), "calibrating"), images=images)
     seconds = time.perf_counter() - start
 
-    facts = {"method": "calibration", "data": name_of(data), "calibration_images": len(drawn), "seed": seed}
-    float_top1 = trained.metrics.get("top1") if trained else None
-    size = _save(student, output, names, facts, {} if float_top1 is None else {"float_top1": float_top1})
+    size = _save(student, output, names, facts, metrics, budget)
     parameters = sum(p.numel() for p in original.parameters())
     row = {
         "model": student.qvit.architecture.name,
@@ -109,10 +152,16 @@ def command(
         "file_bytes": size,
         "float_bytes": 4 * parameters,
     }
+    bits_shown = f"weights {spec.weight_bits}, activations {spec.act_bits}, first and last layer {spec.edge_bits}"
+    if plan is not None:
+        show_plan(plan)
+        bits_shown = f"mixed, mostly {spec.weight_bits}; first and last layer {spec.edge_bits}"
+        row |= {"budget_mb": budget_mb, "budget_bops": budget_bops, "damage": plan.damage}
+        row |= {"bit_operations": plan.bit_operations, **{f"bits of {unit}": width for unit, width in plan.widths.items()}}
     show_facts(
         {
             "model": row["model"],
-            "bits": f"weights {spec.weight_bits}, activations {spec.act_bits}, first and last layer {spec.edge_bits}",
+            "bits": bits_shown,
             "calibrated": f"on {len(drawn)} images of {row['data']} in {seconds:.1f} s",
             "file": f"{output}, {count(size)} bytes ({4 * parameters / size:.1f} x smaller than float32)",
         }
@@ -120,89 +169,27 @@ def command(
     write_results(json, [row])
 
 
-def _spec(bits: int, weight_bits: int | None, act_bits: int | None, rectify: bool, overrides: list[str]) -> ModelSpec:
-    """The spec that the options describe."""
-    from qvit.spec import ModelSpec
-
-    return ModelSpec(
-        weight_bits=bits if weight_bits is None else weight_bits,
-        act_bits=bits if act_bits is None else act_bits,
-        rectify=rectify,
-        overrides=dict(_override(text) for text in overrides),
-    )
+def _provenance(facts: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:
+    return {**facts, **metrics, "versions": versions()}
 
 
-def _override(text: str) -> tuple[str, Any]:
-    """``pattern=4`` or ``pattern={scale: per_token}`` -> pattern and what changes."""
-    pattern, value = _pair(text, "--override", "blocks.0.mlp.fc2=8")
-    if value.lstrip("-").isdigit():
-        return pattern, {"bits": int(value)}
-    change = _yaml(value)
-    if not isinstance(change, dict):
-        raise SpecError(f"--override {text!r}: write pattern=bits, or pattern={{bits: 4, scale: per_token}}.")
-    return pattern, change
+def _recipe(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says instead of a training recipe; a file that is frozen from it takes it over."""
+    return {**facts, "data": {"train": facts["data"]}}
 
 
-def _pair(text: str, option: str, example: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip() or not value.strip():
-        raise InputError(f"{option} {text!r} is not key=value: write it as {example}.")
-    return key.strip(), value.strip()
-
-
-def _numbers(text: str | None, option: str) -> list[float] | None:
-    """``0.485,0.456,0.406`` -> the numbers."""
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"{option} {text!r} is no list of numbers: write one a channel, as 0.485,0.456,0.406.") from None
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{text!r} is no valid YAML value.") from None
-
-
-def _float_model(
-    name: str | None, checkpoint: Path | None, arguments: list[str], images_as: dict[str, Any]
-) -> tuple[Any, Preprocessing, Metadata | None]:
-    """The float model, the preprocessing of its images and what its checkpoint says of itself, if it is one of ours."""
-    from qvit.training.checkpoint import is_checkpoint, load_model
-    from qvit.training.models import adjusted, build_model
-    from qvit.training.recipe import Recipe
-
-    path = None if checkpoint is None else checkpoint_in(checkpoint)
-    # Through the recipe, whose error messages say what is wrong with a value.
-    described: dict[str, Any] = {"data": images_as}
-    if name is not None:
-        pairs = [_pair(text, "--model-arg", "patch_size=14") for text in arguments]
-        args = {key: _yaml(value) for key, value in pairs}
-        described["model"] = {"name": name, "args": args, "pretrained": path is None, "checkpoint": path}
-    recipe = Recipe.from_dict(described)
-    known = path is not None and is_checkpoint(path)
-    if recipe.model is not None:
-        model, preprocessing = build_model(recipe.model, recipe.data)
-        return model, preprocessing, load_model(path)[1] if known and path else None
-    if path is None:
-        raise InputError("There is no model to quantize: name a timm model, or a checkpoint with --checkpoint.")
-    if not known:
-        raise InputError(f"{path} does not say which model it belongs to: name the timm model before it.")
-    model, metadata = load_model(path)
-    return model, adjusted(metadata.preprocessing, recipe.data), metadata
-
-
-def _save(student: Any, output: Path, classes: list[str], facts: dict[str, Any], metrics: dict[str, float]) -> int:
+def _save(
+    student: Any, output: Path, classes: list[str], facts: dict[str, Any], metrics: dict[str, float], budget: Budget | None
+) -> int:
     """Writes integers or a checkpoint, by the file's ending; returns its size in bytes."""
     if output.suffix == INTEGER_SUFFIX:
         import qvit
 
-        return qvit.freeze(student, classes, {**facts, **metrics, "versions": versions()}).save(output)
+        model = qvit.freeze(student, classes, _provenance(facts, metrics))
+        check_kept(budget, model)
+        return model.save(output)
     from qvit.training.checkpoint import Metadata, save_checkpoint
 
-    recipe = {**facts, "data": {"train": facts["data"]}}
-    save_checkpoint(output, student, Metadata.of(student, student.qvit.preprocessing, classes, recipe, metrics=metrics))
+    metadata = Metadata.of(student, student.qvit.preprocessing, classes, _recipe(facts), metrics=metrics)
+    save_checkpoint(output, student, metadata)
     return output.stat().st_size

@@ -13,4 +13,9 @@ from qvit.report_file import write_report
 def write_results(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the result file of this command line, if one is wanted."""
     if path is not None:
-        write_report(path, rows, ["qvit", *sys.argv[1:]])
+        write_report(path, rows, command_line())
+
+
+def command_line() -> list[str]:
+    """The command that is running, for a result file."""
+    return ["qvit", *sys.argv[1:]]

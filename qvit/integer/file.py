@@ -30,6 +30,13 @@ _LARGEST_FILE = 4 << 30
 
 def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> int:
     """Writes atomically; returns the size in bytes. Raises `InputError` where the file cannot be written."""
+    data = encode(header, tensors)
+    write_atomically(path, data)
+    return len(data)
+
+
+def encode(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The contents of the file."""
     names: dict[str, int] = {}
     points = {}
     for point, spec in header["specs"].items():
@@ -37,9 +44,7 @@ def write(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, np.
     stored = json.loads(json.dumps({**header, "specs": [json.loads(spec) for spec in names], "points": points}))
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     document = {"format": FORMAT, "checksum": _checksum(stored, arrays), "qvit": stored}
-    data = save(arrays, metadata={_KEY: json.dumps(document, separators=(",", ":"))})
-    write_atomically(path, data)
-    return len(data)
+    return save(arrays, metadata={_KEY: json.dumps(document, separators=(",", ":"))})
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -124,7 +124,7 @@ def open_loop(
     resumed = _checkpoint_of(output, resume)
     if resumed is not None:
         check_same_run(resumed, recipe, accelerator.num_processes)
-    setup = set_up(recipe, accelerator, model, teacher, resumed)
+    setup = set_up(recipe, accelerator, model, teacher, resumed, progress)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -125,7 +125,7 @@ class Recipe(Section):
         return self.quantized and bool(self.distill.feature or (first.epochs and first.feature))
 
     def model_spec(self) -> ModelSpec:
-        """How the model is quantized.
+        """How the model is quantized; with a budget, all of it but the bits (`qvit.training.mixed`).
 
         Raises:
             SpecError: an override that cannot be executed.

@@ -17,6 +17,7 @@ _FREE = (
     "model.checkpoint",
     "teacher.checkpoint",
     "quant.start_from",
+    "quant.sensitivities",
     "needs_gpu",
     "log_every",
     "eval_every",

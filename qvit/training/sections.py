@@ -116,6 +116,10 @@ class QuantSection(Section):
         equalise: balance channels before calibration.
         weight_quantizer: of the blocks' weights, ``lsq`` (learned steps) or ``statsq`` (their mean magnitude).
         overrides: name pattern -> bits or fields of a `qvit.spec.QuantSpec`.
+        budget_mb, budget_bops: choose the bits layer by layer instead (`qvit.analyze.budget`), so that the frozen file has at
+            most so many MB of 10^6 bytes, and an image takes at most so many bit operations (`qvit inspect` counts them).
+            ``bits``, ``weight_bits`` and ``act_bits`` are not read then; ``overrides`` win over what is chosen.
+        sensitivities: file of the measurements that a budget needs; read where it exists, else written.
         calibration_images: training images, not augmented, that calibration sees.
         start_from: checkpoint of a student of the same model at more bits, whose weights are taken over
             (`qvit.training.cascade`); the float model is only the teacher then.
@@ -129,8 +133,22 @@ class QuantSection(Section):
     equalise: bool = True
     weight_quantizer: Literal["lsq", "statsq"] = "lsq"
     overrides: dict[str, int | dict[str, Any]] = {}
+    budget_mb: Annotated[float, Field(gt=0)] | None = None
+    budget_bops: Annotated[float, Field(gt=0)] | None = None
+    sensitivities: Path | None = None
     calibration_images: Annotated[int, Field(ge=1)] = 64
     start_from: Path | None = None
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the bits are chosen within a budget."""
+        return self.budget_mb is not None or self.budget_bops is not None
+
+    @model_validator(mode="after")
+    def _measured_for_a_budget(self) -> QuantSection:
+        if self.sensitivities is not None and not self.has_budget:
+            raise ValueError("quant.sensitivities belongs to a budget: set quant.budget_mb or quant.budget_bops")
+        return self
 
 
 class DistillSection(Section):

@@ -23,6 +23,7 @@ from qvit.sources import ImageSource
 from qvit.training.cascade import take_over
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.data import check_classes, evaluation_loader, open_split
+from qvit.training.mixed import spec_within_budget
 from qvit.training.models import adjusted, build_model, top1_of
 from qvit.training.recipe import Recipe
 from qvit.training.seeding import derive_seed, seed_everything
@@ -59,8 +60,11 @@ def set_up(
     model: Any | None,
     teacher: Any | None,
     resumed: Checkpoint | None,
+    progress: bool = False,
 ) -> Setup:
     """Builds what a recipe describes; see `qvit.training.engine.fit` for the arguments.
+
+    With a budget, a model's bits are chosen here, and a resumed one's taken from the checkpoint.
 
     A model that is not calibrated is calibrated by the first process alone, and its parameters and buffers go from there to
     the others; a resumed one takes them from the checkpoint instead.
@@ -79,7 +83,15 @@ def set_up(
     loss = loss_of(recipe, taught=teacher is not None or recipe.teacher is not None)
     original = None if hasattr(model, "qvit") else model
     if recipe.quantized and original is not None:
-        model = quantize(original, spec=recipe.model_spec(), preprocessing=preprocessing)
+        if not recipe.quant.has_budget:
+            spec = recipe.model_spec()
+        elif resumed is not None and resumed.metadata.student is not None:
+            spec = resumed.metadata.student.spec
+        else:
+            batches = calibration_batches(recipe, train, preprocessing)
+            original.to(accelerator.device)
+            spec = spec_within_budget(recipe, original, batches, preprocessing, train.classes, accelerator, progress)
+        model = quantize(original, spec=spec, preprocessing=preprocessing)
     elif not recipe.quantized and original is None:
         raise RecipeError("The method float trains a float model, but the model is quantized: choose another method.")
     if loss.needs_teacher or recipe.needs_features:

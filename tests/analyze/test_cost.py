@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from qvit.analyze.cost import ModelCost, model_cost
+from qvit.analyze.products import products_of, specs_of
 from qvit.architecture import VitArchitecture
 from qvit.convert import quantize
 from qvit.errors import SpecError
@@ -18,10 +18,11 @@ from qvit.integer.model import IntegerModel
 from qvit.layers.points import quantization_points
 from qvit.spec import ModelSpec, Operand, QuantSpec
 
+from .shapes import swin_shape, timm_model
+
 
 def _architecture(name: str) -> tuple[VitArchitecture, torch.nn.Module]:
-    with torch.device("meta"):  # shapes alone
-        model = timm.create_model(name)
+    model = timm_model(name)
     return vit.describe(model), model
 
 
@@ -42,7 +43,9 @@ def _specs(a: VitArchitecture, spec: ModelSpec) -> dict[str, QuantSpec]:
 
 def _cost(name: str, **fields: Any) -> ModelCost:
     a, _ = _architecture(name)
-    return model_cost(a, _specs(a, ModelSpec(**fields)))
+    specs = _specs(a, ModelSpec(**fields))
+    assert specs_of(products_of(a), ModelSpec(**fields)) == specs
+    return model_cost(a, specs)
 
 
 @pytest.mark.parametrize(("name", "c", "heads"), [("tiny", 192, 3), ("small", 384, 6), ("base", 768, 12)])
@@ -55,6 +58,7 @@ def test_deit_multiplies_by_hand(name: str, c: int, heads: int, distilled: bool)
     inner = 12 * n * (12 * c * c + 2 * n * c)
     assert cost.multiplies == edge + inner
     assert cost.multiplies_by_bits == {4: inner, 8: edge}
+    assert cost.bit_operations == 16 * inner + 64 * edge
     assert cost.speed_up == pytest.approx((edge + inner) / (inner * 4 / 32 + edge * 8 / 32), rel=1e-12)
     assert cost.weight_bytes == 12 * 12 * c * c // 2 + 3 * 16 * 16 * c + (2 if distilled else 1) * c * 1000
     product = next(p for p in cost.products if p.name == "blocks.0.attn.scores")
@@ -82,8 +86,7 @@ def test_deit_multiplies_as_published(name: str, giga: float) -> None:
     ],
 )
 def test_parameters_are_timms(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name, num_classes=10)
+    model = timm_model(name, num_classes=10)
     try:
         vit.check(model)
     except Exception:  # a model that qvit does not quantize has nothing to count
@@ -100,6 +103,28 @@ def test_the_wider_operand_decides() -> None:
     assert list(cost.multiplies_by_bits) == [3, 4, 8]
     product = next(p for p in cost.products if p.name == "blocks.3.mlp.fc1")
     assert (product.left.bits, product.right.bits, product.bits) == (2, 4, 4)
+    assert product.bit_operations == 8 * product.multiplies
+    scores, values, layers = 3 * 3, 8 * 4, 2 * 4
+    assert cost.bit_operations == 12 * n * n * c * (scores + values) + 12 * n * 12 * c * c * layers + 64 * edge
+
+
+@pytest.mark.parametrize(("name", "depth"), [("tiny", 6), ("small", 18)])
+def test_swin_by_hand(name: str, depth: int) -> None:
+    shape = swin_shape(timm_model(f"swin_{name}_patch4_window7_224"))
+    cost = model_cost(shape, specs_of(products_of(shape), ModelSpec(weight_bits=3, act_bits=4)))
+    layers = attention = weights = 0
+    for stage, blocks in enumerate((2, 2, depth, 2)):
+        c, n = 96 << stage, (56 >> stage) ** 2
+        layers += blocks * n * 12 * c * c + (2 * n * c * c if stage else 0)
+        attention += blocks * n * 2 * 49 * c
+        weights += blocks * 12 * c * c + (2 * c * c if stage else 0)
+    edge = 56 * 56 * 48 * 96 + 768 * 1000
+    assert cost.multiplies_by_bits == {4: layers + attention, 8: edge}
+    assert cost.speed_up == pytest.approx((layers + attention + edge) / ((layers + attention) / 8 + edge / 4), rel=1e-12)
+    assert cost.bit_operations == 12 * layers + 16 * attention + 64 * edge
+    assert cost.weight_bytes == weights * 3 // 8 + 48 * 96 + 768 * 1000
+    # Published: 28.3 and 49.6 million parameters.
+    assert cost.parameters / 1e6 == pytest.approx({"tiny": 28.3, "small": 49.6}[name], rel=0.005)
 
 
 def test_eight_bits_everywhere_is_four_times() -> None:

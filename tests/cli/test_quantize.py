@@ -14,7 +14,12 @@ import safetensors.torch
 import torch
 
 import qvit
-from qvit.training.checkpoint import load_student
+import qvit.analyze.budget
+from qvit.analyze.cost import model_cost
+from qvit.analyze.unit_sensitivity import measure_sensitivities
+from qvit.sources import DigitsSource
+from qvit.training.checkpoint import load_model, load_student
+from qvit.training.data import evaluation_loader
 
 Cli = Callable[..., Any]
 _MODEL = ("vit_tiny_patch16_224",)
@@ -199,3 +204,90 @@ def test_full_disk(cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pyt
     cli("quantize", "--checkpoint", checkpoints / "float.safetensors", *_DATA, "-o", tmp_path / name).refused("disk is full")
     assert (tmp_path / name).read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sensitivities of the float model, so that not every test measures them."""
+    model, metadata = load_model(checkpoints / "float.safetensors")
+    batches = evaluation_loader(DigitsSource("train"), metadata.preprocessing, 8)
+    path = tmp_path_factory.mktemp("measured") / "sensitivities.json"
+    measure_sensitivities(model, batches, preprocessing=metadata.preprocessing, images=8).save(path)
+    return path
+
+
+def _budgeted(cli: Cli, checkpoints: Path, output: Path, *arguments: object) -> Any:
+    return cli("quantize", "--checkpoint", checkpoints / "float.safetensors", *_DATA, "-o", output, *arguments)
+
+
+def test_a_budget_chooses_widths(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
+    measured, report = tmp_path / "sensitivities.json", tmp_path / "report.json"
+    done = _budgeted(
+        cli,
+        checkpoints,
+        tmp_path / "mixed.qvit",
+        *("--budget-mb", 0.0088, "--budget-bops", 300_000, "--sensitivities", measured, "--json", report),
+    )
+    assert (done.status, done.err) == (0, "")
+    model = qvit.IntegerModel.load(tmp_path / "mixed.qvit")
+    assert (tmp_path / "mixed.qvit").stat().st_size <= 8_800
+    cost = model_cost(model.architecture, model.specs)
+    assert cost.bit_operations <= 300_000
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["bit_operations"], row["budget_mb"], row["budget_bops"]) == (cost.bit_operations, 0.0088, 300_000)
+    assert model.provenance["budget_mb"] == 0.0088
+    chosen = {key.removeprefix("bits of "): bits for key, bits in row.items() if key.startswith("bits of ")}
+    assert chosen["blocks.0.mlp.fc1"] == model.blocks[0].fc1.weight.spec.bits == model.blocks[0].fc1.input.spec.bits
+    assert chosen["blocks.0.attn.attention"] == model.blocks[0].attention.map.spec.bits
+    assert len(set(chosen.values())) > 1
+    assert "Bits chosen" in done.out
+    # The measurements are used again, as they are.
+    stamp = measured.stat().st_mtime_ns
+    again = tmp_path / "again.safetensors"
+    assert _budgeted(cli, checkpoints, again, "--budget-mb", 0.0088, "--sensitivities", measured).status == 0
+    assert measured.stat().st_mtime_ns == stamp
+    frozen = cli("freeze", again, "-o", tmp_path / "again.qvit")
+    assert frozen.status == 0
+    assert any(line.split() == ["budget", "0.0088", "MB,", "kept"] for line in frozen.out.splitlines())
+    assert (tmp_path / "again.qvit").stat().st_size <= 8_800
+
+
+def test_class_names_that_break_a_budget_are_told(cli: Cli, checkpoints: Path, measured: Path, tmp_path: Path) -> None:
+    student, names = tmp_path / "student.safetensors", tmp_path / "names.txt"
+    assert _budgeted(cli, checkpoints, student, "--budget-mb", 0.0088, "--sensitivities", measured).status == 0
+    names.write_text("\n".join(str(number) * 500 for number in range(10)))
+    done = cli("freeze", student, "--classes", names, "-o", tmp_path / "m.qvit")
+    assert f"0.0088 MB, exceeded by {(tmp_path / 'm.qvit').stat().st_size - 8800:,} bytes" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--budget-mb", 0.001, "MEASURED"), "A file of 0.001 MB cannot be met: the smallest that this model can have is 0.00"),
+        (
+            ("--budget-bops", 10, "MEASURED"),
+            "10 bit operations an image cannot be met: the fewest that this model can ",
+        ),
+        (("--budget-mb", 0), "A budget of 0 MB is out of range"),
+        (("--budget-mb", 1, "--bits", 4), "Give either a budget, which chooses the bits, or --bits"),
+        (("--budget-bops", 1e9, "--act-bits", 4), "Give either a budget"),
+        (("--sensitivities", "s.json"), "--sensitivities belongs to a budget"),
+        (("--budget-mb", 1, "--sensitivities", __file__), "is no result file"),
+    ],
+)
+def test_budgets_that_cannot_be_kept(
+    cli: Cli, checkpoints: Path, measured: Path, tmp_path: Path, arguments: tuple[Any, ...], part: str
+) -> None:
+    if arguments[-1] == "MEASURED":
+        arguments = (*arguments[:-1], "--sensitivities", measured)
+    _budgeted(cli, checkpoints, tmp_path / "m.qvit", *arguments).refused(part)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_turns_out_larger_is_not_written(
+    cli: Cli, checkpoints: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qvit.analyze.budget, "file_bytes", lambda template, specs: 100)
+    budget = ("--budget-mb", 0.006, "--sensitivities", measured)
+    _budgeted(cli, checkpoints, tmp_path / "m.qvit", *budget).refused("more than the budget")
+    assert list(tmp_path.iterdir()) == []

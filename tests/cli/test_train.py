@@ -66,6 +66,18 @@ def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
     assert cli("inspect", tmp_path / "m.qvit").status == 0
 
 
+def test_a_budget_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    weights = ("--checkpoint", checkpoints / "float.safetensors")
+    measured = tmp_path / "sensitivities.json"
+    budget = ("--set", "quant.budget_mb=0.0145", "--set", f"quant.sensitivities={measured}")
+    done = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run")
+    assert (done.status, measured.exists()) == (0, True), done.err
+    done = cli("freeze", tmp_path / "run", "-o", tmp_path / "m.qvit")
+    assert "0.0145 MB, kept" in done.out
+    assert (tmp_path / "m.qvit").stat().st_size <= 14_500
+    cli("train", recipe, *weights, *budget, "--set", "quant.budget_mb=0.001", "-o", tmp_path / "b").refused("cannot be met")
+
+
 def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe: Path, fitted: list[dict[str, Any]], tmp_path: Path) -> None:
     done = cli("train", recipe, "-o", tmp_path / "run", "--resume")
     done.refused("resume the run to go on", status=130)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import qvit.training.setup
-from qvit.cli.checkpoints import provenance_of
 from qvit.errors import RecipeError, WeightsError
 from qvit.training.checkpoint import LAST, load_student
 from qvit.training.engine import fit
+from qvit.training.provenance import provenance_of
 from qvit.training.recipe import Recipe
 
 from .test_engine import RANDOM, metrics, same_tensors
