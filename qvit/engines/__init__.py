@@ -134,17 +134,23 @@ def _cpu(model: IntegerModel, device: str | None, threads: int | None) -> Any:
     return CpuEngine(model, threads)
 
 
+def gpu_named(device: str | None) -> str:
+    """The device of the engine ``cuda``, by default ``cuda``; raises `InputError` where it is no NVIDIA GPU's name."""
+    if device is None or _is_gpu(device):
+        return device or "cuda"
+    instead = "cpu" if device == "cpu" else "reference"
+    raise InputError(
+        f"The engine 'cuda' does not run on the device {device!r}: use device='cuda' (or 'cuda:1'), or engine={instead!r}."
+    )
+
+
 def _cuda(model: IntegerModel, device: str | None) -> Any:
-    if device is not None and not _is_gpu(device):
-        instead = "cpu" if device == "cpu" else "reference"
-        raise InputError(
-            f"The engine 'cuda' does not run on the device {device!r}: use device='cuda' (or 'cuda:1'), or engine={instead!r}."
-        )
+    gpu = gpu_named(device)
     try:
         from qvit.engines.cuda import CudaEngine
     except ModuleNotFoundError as error:
         raise _without_torch(error, "CUDA") from None
-    return CudaEngine(model, device or "cuda")
+    return CudaEngine(model, gpu)
 
 
 def _reference(model: IntegerModel, device: str | None) -> Any:
