@@ -32,7 +32,7 @@ class Settings:
         threads: of the engine and of every peer, on the CPU.
         device: ``cuda``, .. where all run there, with images that lie there already: uint8 for the engine, floats of its own
             type for a peer. By default the CPU, where all get float32 images.
-        float_images: whether the engine is also timed with float32 images on the device.
+        float_images: whether the engine is also timed with float32 images on the device, with the first file.
         rounds: turns of each.
         seconds: a turn, at least.
         starts: cold starts, of which the median counts.
@@ -93,7 +93,7 @@ def compare(
     prepared = _prepare(paths[0], peers, settings.batches, folder, progress, note)
     own = [_Contestant(None, settings.engine, path, "engine", "uint8") for path in paths]
     if settings.device and settings.float_images:
-        own += [_Contestant(None, settings.engine, path, "engine", "float32") for path in paths]
+        own.append(_Contestant(None, settings.engine, paths[0], "engine", "float32"))
     rows: list[dict[str, Any]] = []
     for batch in settings.batches:
         for threads in [1] if settings.device else settings.threads:
