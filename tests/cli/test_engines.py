@@ -47,6 +47,18 @@ def test_the_cuda_engine(
     assert open_runner(path, None, "cuda:1", None).engine == "cuda engine on cuda:1"
 
 
+def test_the_commands_name_the_cuda_engine(
+    cli: Callable[..., Any], frozen_file: Path, tmp_path: Path, image_folder: Callable[..., Path]
+) -> None:
+    folder = image_folder(10)
+    image = folder / "3" / "0.png"
+    for command in (("eval", frozen_file, "--data", folder), ("predict", frozen_file, image)):
+        cli(*command, "--engine", "cuda", "--device", "cpu").refused("'cuda' does not run on the device 'cpu'")
+        cli(*command, "--engine", "cuda").refused("heads of 4 channels, only of 32 or 64 yet: use engine='reference'")
+        done = cli(command[0], "--help")
+        assert "cuda (an NVIDIA GPU)" in " ".join(done.out.split())
+
+
 def test_without_the_compiled_module(frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvit.engines.cpu.is_built", lambda: False)
     assert open_runner(frozen_file, None, "cpu", None).engine.name == "reference"
