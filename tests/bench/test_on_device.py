@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import qvit.bench.on_device
-from qvit.bench.on_device import DeviceCalls, random_images, synchronize
+from qvit.bench.on_device import DeviceCalls, milliseconds, random_images, synchronize
 
 CPU = torch.device("cpu")
 
@@ -20,6 +22,17 @@ def test_images() -> None:
         images = random_images([50, 3, 8, 8], dtype, CPU)
         assert images.dtype == getattr(torch, dtype)
         assert images.float().std() == pytest.approx(1, abs=0.05)
+
+
+def test_milliseconds_of_a_call() -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(0)
+        time.sleep(0.1 if len(calls) == 1 else 0.002)  # the first is not counted
+
+    assert 2 <= milliseconds(call, CPU, calls=2, rounds=3) < 80
+    assert len(calls) == 7
 
 
 def test_a_call_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
