@@ -163,6 +163,7 @@ def _compared(
 
 def _files(wanted: Sequence[tuple[str, int]], scratch: Path) -> dict[tuple[str, int], Path]:
     """The integers with random weights, made several at once; without those that cannot be made."""
+    threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = _THREADS_OF_A_MAKER
 
     def make(model: str, bits: int) -> Path | None:
@@ -177,6 +178,8 @@ def _files(wanted: Sequence[tuple[str, int]], scratch: Path) -> dict[tuple[str, 
     with ThreadPoolExecutor(_MAKERS) as pool:
         paths = list(pool.map(lambda model_bits: make(*model_bits), wanted))
     del os.environ["OMP_NUM_THREADS"]
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = threads
     return {key: path for key, path in zip(wanted, paths, strict=True) if path is not None}
 
 

@@ -52,8 +52,8 @@ def command(
     """Measure the speed and memory of an engine beside its peers.
 
     Each runs in a process of its own and they take turns, so that whatever else the machine does slows all down alike. Peers
-    have the same architecture, random weights and int8 arithmetic. They come with 'qvit[bench]'; one that is not installed is
-    left out.
+    have the same architecture, random weights and the arithmetic of their name, by default int8 on the CPU. They come with
+    'qvit[bench]'; one that is not installed is left out.
 
     ms: median, 10th and 90th percentile of a call. ratio: how many times faster the engine is, over paired turns. memory: the
     most that the process had resident. start: from nothing to the first answer, files in the page cache.
