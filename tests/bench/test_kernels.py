@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,34 @@ def test_rows(make_engine: Callable[..., CudaEngine]) -> None:
     (norm,) = (row for row in rows if row["shape"] == "30 x 64")
     assert (norm["launches"], norm["bound"]) == (4, "memory")
     assert norm["share_of_bound"] == pytest.approx(4 * 30 * 64 * 5 / 1e12 / 2e-3)
+
+
+def test_on_a_gpu_a_graph_of_many_launches_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            launched.append("replay")
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def launch(self, launch: str) -> None:
+            launched.append(launch)
+
+    def milliseconds(call: Callable[[], None], device: torch.device) -> float:
+        assert device.type == "cuda"
+        call()
+        return 10.0
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(kernels, "milliseconds", milliseconds)
+    clock = kernels._clock_of(OnGpu())  # type: ignore[arg-type]
+    assert clock(["a", "b", "c", "d", "e"]) == 2.0  # type: ignore[list-item]
+    # Launched, so that they are compiled, and recorded: five times five are the first number above 24.
+    assert launched == [*"abcde"] * 10 + ["replay"]
 
 
 def test_a_kernel_that_is_not_known_counts_what_it_is_given() -> None:

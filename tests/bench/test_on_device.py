@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -33,6 +34,29 @@ def test_milliseconds_of_a_call() -> None:
 
     assert 2 <= milliseconds(call, CPU, calls=2, rounds=3) < 80
     assert len(calls) == 7
+
+
+def test_milliseconds_by_the_clock_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+        def elapsed_time(self, other: Event) -> float:
+            return {7: 12.0, 13: 30.0, 19: 18.0}[len(order)]
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: order.append("idle"))
+    assert milliseconds(lambda: order.append("call"), torch.device("cuda"), calls=2, rounds=3) == 9.0
+    assert order == ["call", *["idle", "event", "call", "call", "event", "wait"] * 3]
 
 
 def test_a_call_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
