@@ -18,6 +18,10 @@ venv/bin/python -c '
 import importlib.util as util, sys
 present = [name for name in ("torch", "timm", "torchvision", "sklearn") if util.find_spec(name)]
 sys.exit(f"the base install brought {present}" if present else 0)'
+venv/bin/python -c '
+import pathlib, sys, qvit
+sources = sorted(path.name for path in pathlib.Path(qvit.__file__).with_name("engines").joinpath("cuda", "src").glob("*.cu*"))
+sys.exit(0 if {"gemm.cu", "warp.cuh"} <= set(sources) else f"of the CUDA sources the wheel has only {sources}")'
 check=$OLDPWD/.ci/engine_check.py
 venv/bin/python "$check" cases
 venv/bin/python -c '

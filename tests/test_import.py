@@ -46,8 +46,9 @@ def test_a_file_runs(frozen_file: Path) -> None:
         "runner = qvit.load(sys.argv[1])\n"
         "images = np.random.default_rng(0).integers(0, 256, (5, 1, 8, 8), dtype=np.uint8)\n"
         "print(runner.engine.name, *runner(images).argmax(1))\n"
-        "try: qvit.load(sys.argv[1], engine='reference')\n"
-        "except qvit.QvitError as error: print(type(error).__name__, error)",
+        "for options in ({'engine': 'reference'}, {'engine': 'cuda'}, {'device': 'cuda'}):\n"
+        "    try: qvit.load(sys.argv[1], **options)\n"
+        "    except qvit.QvitError as error: print(type(error).__name__, error)",
         frozen_file,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -55,6 +56,8 @@ def test_a_file_runs(frozen_file: Path) -> None:
     expected = qvit.load(frozen_file, engine="reference")(images).argmax(1)  # type: ignore[union-attr]
     assert done.stdout.splitlines() == [
         "cpu " + " ".join(map(str, expected)),
+        "MissingDependencyError The reference engine needs PyTorch: pip install 'qvit[train]'.",
+        "MissingDependencyError The CUDA engine needs PyTorch: pip install 'qvit[train]'.",
         "MissingDependencyError The reference engine needs PyTorch: pip install 'qvit[train]'.",
     ]
 
@@ -114,6 +117,7 @@ def test_predict_and_eval(frozen_file: Path, tmp_path: Path) -> None:
     "command",
     [
         ("predict", "FILE", "IMAGE", "--engine", "reference"),
+        ("predict", "FILE", "IMAGE", "--engine", "cuda"),
         ("predict", "FILE", "IMAGE", "--device", "cuda"),
         ("eval", "FILE", "--data", "IMAGES", "--engine", "reference"),
         ("eval", "checkpoint.safetensors", "--data", "IMAGES"),

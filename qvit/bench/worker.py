@@ -12,13 +12,50 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-Predict = Callable[[np.ndarray], np.ndarray]
+
+class Calls(Protocol):
+    """What is measured: the same call again and again."""
+
+    def __call__(self) -> Any:
+        """One call; returns when its result is there."""
+        ...
+
+    def array(self) -> np.ndarray:
+        """The result of a call: logits [B, classes]."""
+        ...
+
+    def settle(self) -> None:
+        """Calls until times and memory no longer hold what happens once."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What else to say with the times."""
+        ...
+
+
+class HostCalls:
+    """`Calls` on the CPU, of normalised float32 images in arrays."""
+
+    def __init__(self, predict: Callable[[np.ndarray], np.ndarray], shape: Sequence[int]) -> None:
+        self._predict = predict
+        self._images = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+    def __call__(self) -> np.ndarray:
+        return np.asarray(self._predict(self._images))
+
+    array = __call__
+
+    def settle(self) -> None:
+        """Nothing happens once."""
+
+    def facts(self) -> dict[str, Any]:
+        return {}
 
 
 def main() -> None:
@@ -31,31 +68,56 @@ def main() -> None:
 
     request = json.loads(sys.argv[1])
     try:
-        predict = _load(request)
-        images = np.random.default_rng(0).standard_normal(request["shape"], dtype=np.float32)
-        logits = np.asarray(predict(images))
-        if logits.ndim != 2 or len(logits) != len(images) or not np.isfinite(logits).all():
+        calls = _open(request)
+        logits = calls.array()
+        if logits.ndim != 2 or len(logits) != request["shape"][0] or not np.isfinite(logits).all():
             raise RuntimeError(f"its answer is no table of finite logits, but {logits.dtype}{list(logits.shape)}")
         reply({})
+        calls.settle()
         for line in sys.stdin:
             order = json.loads(line)
-            reply({"ms": time_calls(lambda: predict(images), order["seconds"], order["calls"]), **memory()})
+            reply({"ms": time_calls(calls, order["seconds"], order["calls"]), **memory(), **calls.facts()})
     except Exception as error:  # whatever a foreign library raises is told to the parent, which goes on without it
         reply({"error": " ".join(f"{type(error).__name__}: {error}".split())})
         raise SystemExit(1) from error
 
 
-def _load(request: dict[str, Any]) -> Predict:
+def _open(request: dict[str, Any]) -> Calls:
+    """Loads what the request names; with a ``device``, for images there."""
+    return _on_device(request) if request.get("device") else _on_host(request)
+
+
+def _on_host(request: dict[str, Any]) -> Calls:
     path, threads = Path(request["path"]), request["threads"]
     if request["peer"] is None:
         import qvit
 
         # The reference engine takes its threads from OMP_NUM_THREADS.
         options = {} if request["engine"] == "reference" else {"threads": threads}
-        return qvit.load(path, engine=request["engine"], **options)  # type: ignore[return-value]
+        return HostCalls(qvit.load(path, engine=request["engine"], **options), request["shape"])  # type: ignore[arg-type]
     from qvit.bench.peers import peer_named
 
-    return peer_named(request["peer"]).load(path, request["shape"][0], threads)
+    peer: Any = peer_named(request["peer"])
+    return HostCalls(peer.load(path, request["shape"][0], threads), request["shape"])
+
+
+def _on_device(request: dict[str, Any]) -> Calls:
+    import torch
+
+    from qvit.bench.on_device import DeviceCalls, random_images
+
+    path, shape, device = Path(request["path"]), request["shape"], torch.device(request["device"])
+    predict: Any
+    if request["peer"] is None:
+        import qvit
+
+        predict = qvit.load(path, engine=request["engine"], device=request["device"])
+    else:
+        from qvit.bench.peers import peer_named
+
+        peer: Any = peer_named(request["peer"])
+        predict = peer.load(path, shape[0], request["device"])
+    return DeviceCalls(predict, random_images(shape, request["input"], device))
 
 
 def time_calls(call: Callable[[], Any], seconds: float, calls: int) -> list[float]:

@@ -15,7 +15,7 @@ def open_runner(file: Path, engine: str | None, device: str | None, threads: int
     Args:
         file: a .qvit file.
         engine: its name; by default the fastest one for the device.
-        device: of the reference engine, by default a GPU where there is one.
+        device: of the engines that run on PyTorch; by default a GPU, for the reference engine where there is one.
         threads: of the CPU engine.
 
     Raises:
@@ -26,6 +26,7 @@ def open_runner(file: Path, engine: str | None, device: str | None, threads: int
         at_least_one("--threads", threads)
     model = IntegerModel.load(file)
     name = engine or default_engine(device)
-    # Only the reference engine has devices, and PyTorch to ask for them.
-    where = device_of(device) if name == "reference" else device
+    # An engine that was asked for says itself what it does not run on; the reference engine runs on what PyTorch has, and may
+    # have to stand in for the CUDA engine.
+    where = device_of(device) if name == "reference" or (engine is None and name == "cuda") else device
     return Runner(model, create_engine(model, engine, where, threads))

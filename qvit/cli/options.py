@@ -21,7 +21,14 @@ Batch = Annotated[int, typer.Option("--batch", help="Images that are computed at
 Workers = Annotated[int | None, typer.Option("--workers", help="Threads that read images; one a core by default.")]
 Engine = Annotated[
     str | None,
-    typer.Option("--engine", help="What runs the integers: cpu, or reference (PyTorch, slow); cpu by default where it can."),
+    typer.Option(
+        "--engine",
+        help="What runs the integers: cpu, cuda (an NVIDIA GPU), or reference (PyTorch, slow). By default cpu, and cuda with "
+        "--device cuda, where they can.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the cpu engine; one a core by default.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; by default cuda where there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda or cuda:1, ..; what runs in PyTorch takes a GPU by default where there is one."),
+]

@@ -5,7 +5,9 @@ Reads `qvit.integer`; nothing below depends on an engine.
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from qvit.integer.model import IntegerModel
 if TYPE_CHECKING:
     import torch
 
-ENGINES = ("cpu", "reference")
+ENGINES = ("cpu", "cuda", "reference")
 
 
 class Runner:
@@ -33,7 +35,9 @@ class Runner:
         self.engine = engine
 
     def __call__(self, images: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-        """Images -> logits [B, classes], float32, as an array of the kind that came in.
+        """Images -> logits [B, classes], float32, as an array of the kind that came in, on the device that it came from.
+
+        With the engine ``cuda`` and uint8 images on its GPU it does not wait for the result, as PyTorch's own operations.
 
         Args:
             images: [B, C, H, W] of the model's input size, NumPy or PyTorch: uint8 pixels, or floats normalised as the
@@ -42,24 +46,32 @@ class Runner:
         Raises:
             InputError: another shape or type, or values that are not finite.
         """
-        is_array = isinstance(images, np.ndarray)
-        array = images if isinstance(images, np.ndarray) else _array_of(images)
-        logits = self.engine.run(self._checked(array))
-        if is_array:
-            return logits
-        import torch
+        if isinstance(images, np.ndarray):
+            return self.engine.run(self._checked(images))
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(images, torch.Tensor):
+            raise InputError(f"Images are a NumPy array or a PyTorch tensor, not {type(images).__name__}.")
+        if getattr(self.engine, "takes_tensors", False):
+            self._check(images.shape, images.dtype == torch.uint8, images.is_floating_point(), images.dtype)
+            return self.engine.forward(images).to(images.device)
+        array = images.detach().cpu()
+        if array.dtype == torch.bfloat16:
+            array = array.float()
+        return torch.from_numpy(self.engine.run(self._checked(array.numpy()))).to(images.device)
 
-        return torch.from_numpy(logits).to(images.device)  # type: ignore[union-attr]
+    def _check(self, shape: Sequence[int], are_pixels: bool, are_floats: bool, dtype: object) -> None:
+        size = self.model.preprocessing.input_size
+        if len(shape) != 4 or tuple(shape[1:]) != tuple(size):
+            raise InputError(f"The model takes images [B, {size[0]}, {size[1]}, {size[2]}], not {list(shape)}.")
+        if not are_pixels and not are_floats:
+            name = str(dtype).removeprefix("torch.")
+            raise InputError(f"Images are uint8 pixels or normalised floats, not {name}.")
 
     def _checked(self, images: np.ndarray) -> np.ndarray:
-        size = self.model.preprocessing.input_size
-        if images.ndim != 4 or images.shape[1:] != tuple(size):
-            raise InputError(f"The model takes images [B, {size[0]}, {size[1]}, {size[2]}], not {list(images.shape)}.")
+        self._check(images.shape, images.dtype == np.uint8, np.issubdtype(images.dtype, np.floating), images.dtype)
         pixels = getattr(self.engine, "takes_pixels", False)
         if images.dtype == np.uint8:
             return images if pixels else self.model.preprocessing.normalise(images)
-        if not np.issubdtype(images.dtype, np.floating):
-            raise InputError(f"Images are uint8 pixels or normalised floats, not {images.dtype}.")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
             images = images.astype(np.float32, copy=False)
         if not pixels and not np.isfinite(images).all():  # engines that take pixels check it themselves, faster
@@ -67,16 +79,10 @@ class Runner:
         return images
 
 
-def _array_of(images: Any) -> np.ndarray:
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(images, torch.Tensor):
-        raise InputError(f"Images are a NumPy array or a PyTorch tensor, not {type(images).__name__}.")
-    images = images.detach().cpu()
-    return (images.float() if images.dtype == torch.bfloat16 else images).numpy()
-
-
 def default_engine(device: str | None = None) -> str:
-    """The engine that `load` takes where none is named: ``cpu`` where it is built and no other device is asked for."""
+    """The engine that `load` tries first where none is named: the compiled one for the device, where there is such."""
+    if device is not None and _is_gpu(device):
+        return "cuda"
     if device not in (None, "cpu"):
         return "reference"
     from qvit.engines.cpu import is_built
@@ -89,16 +95,17 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
 
     Args:
         path: the file.
-        engine: one of `ENGINES`; by default ``cpu`` where it is built and can run the model, else ``reference``.
-        device: for engines that run on PyTorch devices: ``cpu``, ``cuda``, ..
+        engine: one of `ENGINES`; by default ``cuda`` if ``device`` is a GPU, else ``cpu`` where it is built, and where these
+            cannot run the model ``reference``.
+        device: ``cuda`` or ``cuda:<n>`` for the engine ``cuda``; any that PyTorch has for ``reference``, by default ``cpu``.
         threads: cores that the CPU engine uses for one call; by default the environment variable ``QVIT_NUM_THREADS``, else
             all that the process may use.
 
     Raises:
-        InputError: there is no such file or engine, or ``threads`` is no number of threads.
+        InputError: there is no such file, engine or device, or ``threads`` is no number of threads.
         FileFormatError: the file is damaged, or of a newer format.
         MissingDependencyError: the engine needs a package that is not installed, or was not built.
-        UnsupportedModelError: the engine that was asked for cannot run the model.
+        UnsupportedModelError: the engine that was asked for cannot run the model, or not on this GPU.
     """
     return Runner(model := IntegerModel.load(path), create_engine(model, engine, device, threads))
 
@@ -108,20 +115,58 @@ def create_engine(model: IntegerModel, engine: str | None = None, device: str | 
     name = engine or default_engine(device)
     if name not in ENGINES:
         raise InputError(f"There is no engine {name!r}: use one of {', '.join(ENGINES)}.")
-    if name == "cpu":
-        if device not in (None, "cpu"):
-            raise InputError(f"The engine 'cpu' does not run on the device {device!r}: use engine='reference'.")
-        from qvit.engines.cpu import CpuEngine
+    if name == "reference":
+        return _reference(model, device)
+    try:
+        return _cpu(model, device, threads) if name == "cpu" else _cuda(model, device)
+    except (UnsupportedModelError, MissingDependencyError):
+        if engine is not None:
+            raise
+    return _reference(model, device)
 
-        try:
-            return CpuEngine(model, threads)
-        except UnsupportedModelError:
-            if engine is not None:
-                raise
+
+def _cpu(model: IntegerModel, device: str | None, threads: int | None) -> Any:
+    if device not in (None, "cpu"):
+        instead = "cuda" if _is_gpu(device) else "reference"
+        raise InputError(f"The engine 'cpu' does not run on the device {device!r}: use engine={instead!r}.")
+    from qvit.engines.cpu import CpuEngine
+
+    return CpuEngine(model, threads)
+
+
+def gpu_named(device: str | None) -> str:
+    """The device of the engine ``cuda``, by default ``cuda``; raises `InputError` where it is no NVIDIA GPU's name."""
+    if device is None or _is_gpu(device):
+        return device or "cuda"
+    instead = "cpu" if device == "cpu" else "reference"
+    raise InputError(
+        f"The engine 'cuda' does not run on the device {device!r}: use device='cuda' (or 'cuda:1'), or engine={instead!r}."
+    )
+
+
+def _cuda(model: IntegerModel, device: str | None) -> Any:
+    gpu = gpu_named(device)
+    try:
+        from qvit.engines.cuda import CudaEngine
+    except ModuleNotFoundError as error:
+        raise _without_torch(error, "CUDA") from None
+    return CudaEngine(model, gpu)
+
+
+def _reference(model: IntegerModel, device: str | None) -> Any:
     try:
         from qvit.engines.reference import ReferenceEngine
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingDependencyError("The reference engine needs PyTorch: pip install 'qvit[train]'.") from None
+        raise _without_torch(error, "reference") from None
     return ReferenceEngine(model, device or "cpu")
+
+
+def _is_gpu(device: str) -> bool:
+    return re.fullmatch(r"cuda(:\d+)?", str(device)) is not None
+
+
+def _without_torch(error: ModuleNotFoundError, engine: str) -> Exception:
+    """What to raise where importing an engine failed for want of PyTorch; any other failure as it is."""
+    if error.name != "torch":
+        return error
+    return MissingDependencyError(f"The {engine} engine needs PyTorch: pip install 'qvit[train]'.")

@@ -6,12 +6,17 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from qvit.bench.worker import memory, time_calls
+import qvit
+from qvit.bench.on_device import random_images
+from qvit.bench.worker import _open, memory, time_calls
 
 
 def test_the_first_call_is_not_counted() -> None:
@@ -54,6 +59,42 @@ def test_serves_an_engine(frozen_file: Path, engine: str) -> None:
     assert len(replies) == 3
     assert all(len(reply["ms"]) >= 2 and min(reply["ms"]) > 0 for reply in replies[1:])
     assert replies[1]["peak_mb"] > 10
+
+
+def test_serves_an_engine_on_a_device(frozen_file: Path) -> None:
+    request = {"engine": "reference", "peer": None, "path": str(frozen_file), "shape": [2, 1, 8, 8], "device": "cpu"}
+    status, replies = _serve(request | {"input": "uint8"}, {"seconds": 0.01, "calls": 2})
+    assert status == 0
+    assert replies[0] == {}
+    assert len(replies[1]["ms"]) >= 2
+    assert replies[1]["device"] == "cpu"
+    assert "gpu_mb" not in replies[1]
+
+
+@pytest.fixture
+def _tf32() -> Iterator[None]:
+    """The settings of TF32 are the same afterwards."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32")
+def test_opens_engines_and_peers_on_a_device(frozen_file: Path, tmp_path: Path, small_vit: Callable[..., Any]) -> None:
+    shape, device = [2, 1, 8, 8], {"device": "cpu"}
+    engine = {"engine": "reference", "peer": None, "path": str(frozen_file), "shape": shape, **device}
+    runner = qvit.load(frozen_file, engine="reference")
+    for dtype in ("uint8", "float32"):
+        calls = _open(engine | {"input": dtype})
+        assert np.array_equal(calls.array(), runner(random_images(shape, dtype, torch.device("cpu")).numpy()))
+    model = small_vit(embed_dim=32, num_heads=1, depth=1, img_size=8, in_chans=1, patch_size=4).bfloat16()
+    torch.save(model, tmp_path / "model.pt")
+    peer = {"engine": None, "peer": "eager-bf16", "path": str(tmp_path), "shape": shape, **device}
+    with torch.no_grad():
+        expected = model(random_images(shape, "bfloat16", torch.device("cpu")))
+    assert np.array_equal(_open(peer | {"input": "bfloat16"}).array(), expected.float().numpy())
+    with pytest.raises(RuntimeError, match="type"):
+        _open(peer | {"input": "float32"}).array()
 
 
 def test_tells_what_failed(frozen_file: Path) -> None:

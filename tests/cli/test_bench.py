@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import qvit.bench.run
+import qvit.cli.bench
+from qvit.bench.run import Settings
 from qvit.report_file import usable_cores
 
 Cli = Callable[..., Any]
@@ -53,8 +57,47 @@ def test_a_busy_machine_is_told(cli: Cli, frozen_file: Path, monkeypatch: pytest
     assert "the machine is busy (load 97.5" in done.err
 
 
+def test_on_a_gpu(cli: Cli, frozen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(file: Path, peers: list[Any], settings: Settings, *_rest: object) -> list[dict[str, Any]]:
+        assert (file, settings.engine, settings.batches, settings.device) == (frozen_file, "cuda", [1, 256], "cuda")
+        assert settings.float_images
+        facts = {"model": "deit", "weight_bits": 4, "act_bits": 4, "batch": 256, "device": "Some GPU", "gpu_mb": 700.0}
+        times = {"ms_median": 1.0, "ms_p10": 1.0, "ms_p90": 1.0, "images_per_s": 1.0, "start_seconds": 1.0, "file_bytes": 1}
+        own = {**facts, **times, "engine": "cuda", "input": "uint8"}
+        others = [{"peer": peer.name, "title": peer.title, "input": peer.dtype, "ratio_to_peer": 2.5} for peer in peers]
+        return [own, *({**facts, **times, **other} for other in others)]
+
+    monkeypatch.setattr(qvit.bench.run, "compare", compare)
+    monkeypatch.setattr(qvit.cli.bench, "device_of", lambda device: device)
+    report = tmp_path / "report.json"
+    done = cli("bench", frozen_file, "--engine", "cuda", "--batch", "1,256", "--floats", "--json", report)
+    assert (done.status, done.err) == (0, "")
+    assert "deit, W4A4 on Some GPU" in done.out
+    lines = {name: line.split() for line in done.out.splitlines() for name in ("qvit cuda", "bf16", "int8") if name in line}
+    assert lines["qvit cuda"][:2] == ["256", "uint8"]
+    assert "2.50" in lines["bf16"]
+    assert lines["bf16"][0] == lines["int8"][0] == "bfloat16"
+    assert lines["int8"][-6:-4] == ["700", "MB"]
+    assert [row.get("peer") for row in json.loads(report.read_text())["rows"]] == [None, "compile", "torchao"]
+
+
+def test_no_gpu(cli: Cli, frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(qvit.bench.run, "compare", lambda *_: pytest.fail("nothing can be measured"))
+    cli("bench", frozen_file, "--engine", "cuda").refused("There is no device 'cuda' here")
+    cli("bench", frozen_file, "--device", "cuda", "--vs", "none").refused("There is no device 'cuda' here")
+
+
 def test_mistakes(cli: Cli, frozen_file: Path, tmp_path: Path) -> None:
     cli("bench", frozen_file, "--vs", "tvm").refused("no peer 'tvm' to compare with: use some of openvino")
+    cli("bench", frozen_file, "--vs", "compile").refused("compile does not run on the CPU")
+    cli("bench", frozen_file, "--floats").refused("--floats is for an engine on a GPU")
+    cli("bench", frozen_file, "--engine", "cuda", "--device", "cpu").refused("'cuda' does not run on the device 'cpu'")
+    cli("bench", frozen_file, "--engine", "cuda", "--threads", 2).refused("--threads is for engines on the CPU")
+    cli("bench", frozen_file, "--engine", "cuda", "--vs", "openvino").refused("openvino does not run on a GPU")
+    cli("bench", frozen_file, "--engine", "cpu", "--device", "cuda").refused("'cpu' does not run on the device 'cuda'")
+    cli("bench", frozen_file, "--device", "cuda:77").refused("no device 'cuda:77'")
     cli("bench", frozen_file, "--batch", "one").refused("--batch 'one' is no list of whole numbers")
     cli("bench", frozen_file, "--batch", "0").refused("--batch 0 is out of range")
     cli("bench", frozen_file, "--threads", "").refused("--threads '' is no list")

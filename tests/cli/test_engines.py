@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import qvit
 from qvit.cli.engines import open_runner
 from qvit.errors import FileFormatError, InputError
 
@@ -23,8 +26,37 @@ def test_the_reference_engine_for_other_devices(frozen_file: Path, monkeypatch: 
     assert (runner.engine.name, runner.engine.device.type) == ("reference", "cpu")
     with pytest.raises(InputError, match="no device 'cuda:77'"):
         open_runner(frozen_file, None, "cuda:77", None)
-    with pytest.raises(InputError, match="'cpu' does not run on"):
+    with pytest.raises(InputError, match="'cpu' does not run on the device 'cuda': use engine='cuda'"):
         open_runner(frozen_file, "cpu", "cuda", None)
+    with pytest.raises(InputError, match="'cuda' does not run on the device 'cpu'"):
+        open_runner(frozen_file, "cuda", "cpu", None)
+
+
+def test_the_cuda_engine(
+    make_student: Callable[..., Any], small_vit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "wide.qvit"
+    qvit.freeze(make_student(small_vit(embed_dim=32, num_heads=1, depth=1))).save(path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no GPU that PyTorch can use"):
+        open_runner(path, "cuda", None, None)
+    monkeypatch.setattr("qvit.engines.cuda.CudaEngine", lambda _model, device: f"cuda engine on {device}")
+    assert open_runner(path, "cuda", None, None).engine == "cuda engine on cuda"
+    assert open_runner(path, "cuda", "cuda:1", None).engine == "cuda engine on cuda:1"
+    monkeypatch.setattr("qvit.cli.engines.device_of", lambda device: device)
+    assert open_runner(path, None, "cuda:1", None).engine == "cuda engine on cuda:1"
+
+
+def test_the_commands_name_the_cuda_engine(
+    cli: Callable[..., Any], frozen_file: Path, tmp_path: Path, image_folder: Callable[..., Path]
+) -> None:
+    folder = image_folder(10)
+    image = folder / "3" / "0.png"
+    for command in (("eval", frozen_file, "--data", folder), ("predict", frozen_file, image)):
+        cli(*command, "--engine", "cuda", "--device", "cpu").refused("'cuda' does not run on the device 'cpu'")
+        cli(*command, "--engine", "cuda").refused("heads of 4 channels, only of 32 or 64 yet: use engine='reference'")
+        done = cli(command[0], "--help")
+        assert "cuda (an NVIDIA GPU)" in " ".join(done.out.split())
 
 
 def test_without_the_compiled_module(frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

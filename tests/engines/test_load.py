@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import qvit
-from qvit.errors import FileFormatError, InputError
+from qvit.engines import Runner, create_engine, default_engine
+from qvit.errors import FileFormatError, InputError, MissingDependencyError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 
@@ -67,7 +68,7 @@ def test_other_images_are_refused(runner: Any, images: np.ndarray, message: str)
 
 
 def test_other_engines_and_files_are_refused(frozen_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no engine 'warp': use one of cpu, reference"):
+    with pytest.raises(InputError, match="no engine 'warp': use one of cpu, cuda, reference"):
         qvit.load(frozen_file, engine="warp")
     with pytest.raises(InputError, match="No such file"):
         qvit.load(tmp_path / "none.qvit")
@@ -77,7 +78,84 @@ def test_other_engines_and_files_are_refused(frozen_file: Path, tmp_path: Path) 
 
 
 def test_a_loaded_model_computes_what_the_frozen_one_does(frozen: IntegerModel, runner: Any) -> None:
-    from qvit.engines import create_engine
-
     images = frozen.preprocessing.normalise(_pixels())
     assert (create_engine(frozen).run(images) == runner(images)).all()
+
+
+class Device:
+    """An engine on a device of PyTorch's: takes what it is given, and answers with the sum of each image."""
+
+    takes_pixels = takes_tensors = True
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return images.to(self.device).flatten(1).sum(1, keepdim=True, dtype=torch.float32)
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        return self.forward(torch.from_numpy(images)).numpy()
+
+
+def test_an_engine_that_takes_tensors_gets_them_as_they_are(frozen: IntegerModel) -> None:
+    engine = Device()
+    runner = Runner(frozen, engine)
+    pixels = torch.from_numpy(_pixels())
+    for images in (pixels, pixels.double(), pixels.bfloat16(), pixels.half()):
+        logits = runner(images)
+        assert isinstance(logits, torch.Tensor)
+        assert engine.seen[-1] is images
+        torch.testing.assert_close(logits[:, 0], images.flatten(1).sum(1, dtype=torch.float32))
+    arrays = runner(pixels.numpy())
+    assert isinstance(arrays, np.ndarray)
+    assert (arrays == runner(pixels).numpy()).all()  # type: ignore[union-attr]
+    for bad in (pixels.int(), pixels[0], pixels.bool(), pixels[:, :, 1:]):
+        with pytest.raises(InputError, match=r"takes images \[B, 1, 8, 8\]|normalised floats, not (int32|bool)"):
+            runner(bad)
+    assert len(engine.seen) == 6
+
+
+def test_logits_come_back_to_where_the_images_are(frozen: IntegerModel) -> None:
+    # "meta" stands for a GPU: nothing can be read there, so a hidden copy to the CPU would fail.
+    pixels = torch.from_numpy(_pixels())
+    assert Runner(frozen, Device("meta"))(pixels.to("meta")).device.type == "meta"  # type: ignore[union-attr]
+    assert Runner(frozen, Device("cpu"))(pixels).device.type == "cpu"  # type: ignore[union-attr]
+
+
+def test_the_engine_of_a_device() -> None:
+    assert [default_engine(device) for device in (None, "cpu", "cuda", "cuda:1", "mps", "xpu:0")] == [
+        *("cpu", "cpu", "cuda", "cuda", "reference", "reference")
+    ]
+
+
+@pytest.mark.parametrize(("device", "instead"), [("cpu", "cpu"), ("mps", "reference"), ("cuda:x", "reference")])
+def test_the_cuda_engine_runs_on_nvidia_gpus_alone(frozen_file: Path, device: str, instead: str) -> None:
+    with pytest.raises(InputError) as caught:
+        qvit.load(frozen_file, engine="cuda", device=device)
+    assert str(caught.value) == (
+        f"The engine 'cuda' does not run on the device '{device}': use device='cuda' (or 'cuda:1'), or engine='{instead}'."
+    )
+
+
+def test_the_cuda_engine_is_made_on_the_device(frozen: IntegerModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[IntegerModel, str]] = []
+    monkeypatch.setattr("qvit.engines.cuda.CudaEngine", lambda *arguments: made.append(arguments) or "engine")
+    assert create_engine(frozen, "cuda") == "engine"
+    assert create_engine(frozen, None, "cuda:1") == "engine"
+    assert made == [(frozen, "cuda"), (frozen, "cuda:1")]
+
+
+@pytest.mark.parametrize("error", [UnsupportedModelError("no"), MissingDependencyError("no")])
+def test_the_reference_engine_stands_in_where_none_was_named(
+    frozen: IntegerModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("qvit.engines.cuda.CudaEngine", fail)
+    monkeypatch.setattr("qvit.engines.reference.ReferenceEngine", lambda model, device: device)
+    assert create_engine(frozen, None, "cuda:1") == "cuda:1"
+    with pytest.raises(type(error), match="no"):
+        create_engine(frozen, "cuda")

@@ -25,6 +25,8 @@ class OnnxRuntimeInt8:
     title = "ONNX Runtime int8"
     packages: tuple[str, ...] = ("onnxruntime", "onnx", "onnxscript", "torch", "timm")
     model = "onnxruntime"
+    device = "cpu"
+    any_batch = False
 
     def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         """Exports, fuses attention, GELU and LayerNorm, then quantizes.

@@ -27,6 +27,8 @@ class OpenVinoInt8:
 
     packages: tuple[str, ...] = ("openvino", "nncf", "torch", "timm")
     model = "openvino"
+    device = "cpu"
+    any_batch = False
 
     def __init__(self, rest: str = "f32") -> None:
         self.rest = rest

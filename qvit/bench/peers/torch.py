@@ -1,4 +1,4 @@
-"""PyTorch, compiled by Inductor: quantized to int8 through PT2E, or in bfloat16."""
+"""PyTorch on the CPU, compiled by Inductor: quantized to int8 through PT2E, or in bfloat16."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ _CALIBRATION_BATCHES = 4
 
 class _Compiled:
     """What both have in common: an exported program that is compiled, with its weights frozen, when it is loaded."""
+
+    device = "cpu"
+    any_batch = False
 
     def load(self, folder: Path, batch: int, threads: int) -> Predict:
         import torch

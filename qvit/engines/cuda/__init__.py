@@ -18,6 +18,7 @@ from qvit.errors import InputError
 from qvit.integer.model import IntegerModel
 
 if TYPE_CHECKING:
+    from qvit.engines.cuda.arguments import Launch
     from qvit.engines.cuda.device import Device
 
 _PLANS_KEPT = 4
@@ -90,6 +91,17 @@ class CudaEngine:
             plan.strange.zero_()
             raise InputError("The images hold values that are not finite (NaN or infinity).")
         return logits
+
+    def launches(self, batch: int) -> list[Launch]:
+        """The kernels of a forward pass of ``batch`` uint8 images (noise), in order, with buffers of their own."""
+        plan = self._plan(batch)
+        size = self.model.preprocessing.input_size
+        pixels = torch.randint(0, 256, (batch, *size), dtype=torch.uint8, device=self.device)
+        return [plan.pixels(pixels), *(step.launch for step in plan.steps)]
+
+    def launch(self, launch: Launch) -> None:
+        """Queues one of `launches` on the current stream."""
+        self._gpu.launch(launch)
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
         return Plan(self.model, self._constants, batch, self._gpu, with_map, poison=not self._on_gpu)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qvit.bench.peers import PEERS, missing_packages, peer_named
+from qvit.bench.peers import PEERS, USUAL_PEERS, missing_packages, peer_named, peers_on
 from qvit.errors import InputError
 
 
@@ -16,6 +16,17 @@ def test_names() -> None:
     assert all(peer_named(name).name == name for name in PEERS)
     with pytest.raises(InputError, match="no peer 'tvm' to compare with: use some of openvino, "):
         peer_named("tvm")
+
+
+def test_peers_of_another_device_are_refused() -> None:
+    for device, names in USUAL_PEERS.items():
+        assert [peer.name for peer in peers_on(device)] == list(names)
+    assert peers_on("cuda", []) == []
+    assert [peer.name for peer in peers_on("cuda", ["eager", "compile", "eager"])] == ["eager", "compile"]
+    with pytest.raises(InputError, match="openvino does not run on a GPU, as the engine does: use some of eager, tf32, "):
+        peers_on("cuda", ["compile", "openvino"])
+    with pytest.raises(InputError, match="compile does not run on the CPU, as the engine does: use some of openvino, "):
+        peers_on("cpu", ["compile"])
 
 
 def test_missing_packages_are_found_without_importing(monkeypatch: pytest.MonkeyPatch) -> None:

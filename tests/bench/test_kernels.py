@@ -1,0 +1,156 @@
+"""The kernels' table: what is counted is what the architecture needs, and rates follow from the clock."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qvit
+from qvit.analyze.cost import model_cost
+from qvit.bench import kernels
+from qvit.bench.ceilings import Ceilings
+from qvit.bench.kernels import kernel_rows, work_of
+from qvit.engines.cuda import CudaEngine
+from qvit.engines.cuda.arguments import ARGUMENTS, Launch
+
+EMULATOR = Path(__file__).parents[1] / "engines" / "cuda" / "emulator.py"
+CEILINGS = Ceilings(gb_per_s=1000.0, bf16_tflops=1.0, int8_tops=2.0)
+SMALL = {"embed_dim": 64, "num_heads": 2, "depth": 2, "img_size": 24, "patch_size": 8, "num_classes": 5}
+
+
+class Silent:
+    """A device that computes nothing."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.launched: list[Launch] = []
+
+    def launch(self, launch: Launch) -> None:
+        self.launched.append(launch)
+
+
+@pytest.fixture
+def make_engine(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> Callable[..., CudaEngine]:
+    def make(device: Any, **options: Any) -> CudaEngine:
+        return CudaEngine(qvit.freeze(make_student(small_vit(**SMALL | options))), device)
+
+    return make
+
+
+def test_the_work_is_the_architectures(make_engine: Callable[..., CudaEngine]) -> None:
+    engine = make_engine(Silent())
+    launches, batch = engine.launches(3), 3
+    products = model_cost(engine.model.architecture, engine.model.specs).products
+    linear = sum(p.multiplies for p in products if p.parameters)
+    attention = sum(p.multiplies for p in products if not p.parameters)
+    operations = {kernel: sum(work_of(one).operations for one in launches if one.kernel == kernel) for kernel in ARGUMENTS}
+    assert operations == {"gemm": 2 * batch * linear, "attention": 2 * batch * attention, "norm": 0, "pixels": 0, "pool": 0}
+    # 10 tokens of 64 channels; an MLP of 256; 9 patches of 192 bytes; 5 classes
+    rows = 3 * 10
+    moved = {kernel: [work_of(one).bytes for one in launches if one.kernel == kernel] for kernel in ARGUMENTS}
+    assert moved["pixels"] == [3 * 3 * 24 * 24 + 27 * 192]
+    assert moved["attention"] == [4 * rows * 64] * 2
+    assert moved["norm"] == [rows * 64 * 5] * 4 + [3 * 64 * 5]
+    assert moved["gemm"] == [
+        27 * 192 + 64 * 192 + 4 * 27 * 64 + 4 * 9 * 64,
+        *[
+            rows * 64 + 192 * 64 + rows * 192,
+            rows * 64 + 64 * 64 + 8 * rows * 64,
+            rows * 64 + 256 * 64 + rows * 256,
+            rows * 256 + 64 * 256 + 8 * rows * 64,
+        ]
+        * 2,
+        3 * 64 + 5 * 64 + 4 * 3 * 5,
+    ]
+
+
+def test_pooling_is_counted(make_engine: Callable[..., CudaEngine]) -> None:
+    engine = make_engine(Silent(), global_pool="avg")
+    (pool,) = (one for one in engine.launches(3) if one.kernel == "pool")
+    assert work_of(pool).bytes == 4 * 3 * 64 * (9 + 1)
+    assert set(kernels._WORK) >= set(ARGUMENTS)
+
+
+def test_rows(make_engine: Callable[..., CudaEngine]) -> None:
+    device = Silent()
+    engine = make_engine(device)
+    seen: list[Sequence[Launch]] = []
+
+    def clock(launches: Sequence[Launch]) -> float:
+        seen.append(launches)
+        return 0.5 * len(launches)
+
+    rows = kernel_rows(engine, 3, CEILINGS, clock)
+    # norm before the blocks' layers and before the head; qkv, proj, fc1, fc2; patches; the head
+    assert [row["kernel"] for row in rows].count("gemm") == 6
+    assert sum(row["launches"] for row in rows) == len(engine.launches(3)) == sum(map(len, seen))
+    assert len(device.launched) == len(rows) * len(engine.launches(3))  # a whole pass before each is timed
+    assert sum(row["percent"] for row in rows) == pytest.approx(100)
+    assert [row["ms"] for row in rows] == sorted((row["ms"] for row in rows), reverse=True)
+    (fc1,) = (row for row in rows if row["shape"] == "30 x 256 x 64, activation")
+    operations, moved = 2 * 2 * 30 * 256 * 64, 2 * (30 * 64 + 256 * 64 + 30 * 256)
+    assert (fc1["launches"], fc1["ms"]) == (2, 1.0)
+    assert fc1["tops"] == pytest.approx(operations / 1e-3 / 1e12)
+    assert fc1["gb_per_s"] == pytest.approx(moved / 1e-3 / 1e9)
+    assert fc1["bound"] == "compute"
+    assert fc1["share_of_bound"] == pytest.approx(operations / 2e12 / 1e-3)
+    (norm,) = (row for row in rows if row["shape"] == "30 x 64")
+    assert (norm["launches"], norm["bound"]) == (4, "memory")
+    assert norm["share_of_bound"] == pytest.approx(4 * 30 * 64 * 5 / 1e12 / 2e-3)
+
+
+def test_on_a_gpu_a_graph_of_many_launches_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            launched.append("replay")
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        def launch(self, launch: str) -> None:
+            launched.append(launch)
+
+    def milliseconds(call: Callable[[], None], device: torch.device) -> float:
+        assert device.type == "cuda"
+        call()
+        return 10.0
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(kernels, "milliseconds", milliseconds)
+    clock = kernels._clock_of(OnGpu())  # type: ignore[arg-type]
+    assert clock(["a", "b", "c", "d", "e"]) == 2.0  # type: ignore[list-item]
+    # Launched, so that they are compiled, and recorded: five times five are the first number above 24.
+    assert launched == [*"abcde"] * 10 + ["replay"]
+
+
+def test_a_kernel_that_is_not_known_counts_what_it_is_given() -> None:
+    launch = Launch("pool", {}, (3, 4, 1), 128, 0, {"x": torch.zeros(5, 2), "out": torch.zeros(7, dtype=torch.uint8)})
+    object.__setattr__(launch, "kernel", "another")
+    assert work_of(launch) == kernels.Work("3 x 4 x 1 blocks", 0, 47)
+
+
+def test_timed_in_emulation(make_engine: Callable[..., CudaEngine]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("test_gpu.py times real kernels")
+    spec = importlib.util.spec_from_file_location("emulator", EMULATOR)
+    assert spec is not None
+    assert spec.loader is not None
+    emulator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(emulator)
+    engine = make_engine(emulator.Emulated(), depth=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_LEAST_LAUNCHES", 1)
+        rows = kernel_rows(engine, 1, CEILINGS)
+    assert len(rows) == 10
+    assert all(row["ms"] > 0 for row in rows)

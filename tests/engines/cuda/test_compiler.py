@@ -1,0 +1,140 @@
+"""NVRTC compiles every kernel, with the constants of real models, for GPUs that need not be here; what is compiled is kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qvit
+from qvit.engines.cuda import CudaEngine, compiler
+from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.compiler import cache_folder, compile_kernel
+from qvit.errors import MissingDependencyError, UnsupportedModelError
+
+EVERY = ("attention", "gemm", "norm", "pixels")
+# GPU, model, width, patches along a side, and the kernels that another case does not have. One block and patches of 2 pixels
+# are enough: the kernels are compiled for a number of tokens, and do not depend on the number of blocks, heads and classes.
+CASES: dict[str, tuple[str, str, int, int, tuple[str, ...]]] = {
+    "DeiT-T, 197 tokens": ("sm_80", "deit_tiny_patch16_224", 192, 14, EVERY),
+    "DeiT-S with distillation token, 198 tokens": ("sm_90", "deit_small_distilled_patch16_224", 384, 14, EVERY),
+    "DeiT-S/14, 257 tokens": ("sm_90", "deit_small_patch16_224", 384, 16, ("attention",)),
+    "DeiT-B at 384, 577 tokens": ("sm_80", "deit_base_patch16_224", 768, 24, ("attention", "norm")),
+}
+_MULTIPROCESSORS = 132  # of an H100; decides on the size of tiles
+
+
+class Far:
+    """A device for launches that are looked at and never run."""
+
+    device = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def nvrtc(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """NVRTC, and a cache that the tests share with nobody else."""
+    try:
+        found = compiler._nvrtc()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QVIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield found
+
+
+@pytest.fixture
+def make_launches(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> Callable[..., list[Launch]]:
+    """``make_launches(model, width, side, multiprocessors)``: of one image, on such a GPU."""
+
+    def make(name: str, width: int, side: int, multiprocessors: int) -> list[Launch]:
+        options = {"embed_dim": width, "num_heads": width // 64, "depth": 1, "patch_size": 2, "img_size": 2 * side}
+        engine = CudaEngine(qvit.freeze(make_student(small_vit(name, **options))), Far())  # type: ignore[arg-type]
+        engine._multiprocessors = multiprocessors
+        return engine.launches(1)
+
+    return make
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("name", CASES)
+def test_every_kernel_compiles(name: str, make_launches: Callable[..., list[Launch]]) -> None:
+    architecture, model, width, side, kernels = CASES[name]
+    compiled = {}
+    for launch in make_launches(model, width, side, _MULTIPROCESSORS):
+        key = (launch.kernel, *launch.defines.items())
+        if launch.kernel in kernels and key not in compiled:
+            compiled[key] = compile_kernel(launch.kernel, launch.defines, architecture)
+    assert {kernel for kernel, *_ in compiled} == set(kernels)
+    assert all(code.startswith(b"\x7fELF") for code in compiled.values())
+    for kernel, *defines in compiled:
+        if kernel == "attention":
+            assert dict(defines)["TOKENS"] == int(name.split()[-2])
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_the_largest_tile_compiles(make_launches: Callable[..., list[Launch]]) -> None:
+    """That of large batches, with the epilogue that keeps most in registers."""
+    launches = make_launches("deit_small_patch16_224", 384, 14, 1)
+    qkv = max((launch for launch in launches if launch.kernel == "gemm"), key=lambda launch: "HEAD_DIM" in launch.defines)
+    assert qkv.threads > 64
+    assert compile_kernel("gemm", qkv.defines, "sm_90").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_what_is_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVIT_CACHE", str(tmp_path / "kernels"))
+    first = compile_kernel("pool", {}, "sm_80")
+    (file,) = (tmp_path / "kernels").iterdir()
+    assert file.read_bytes() == first
+    compile_ = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert compile_kernel("pool", {}, "sm_80") == first
+    # Other constants, another GPU or another source are other kernels.
+    monkeypatch.setattr(compiler, "_compile", compile_)
+    compile_kernel("pool", {"OTHER": 1}, "sm_80")
+    compile_kernel("pool", {}, "sm_90")
+    sources = tmp_path / "src"
+    sources.mkdir()
+    for path in compiler.SOURCES.iterdir():
+        (sources / path.name).write_bytes(path.read_bytes() + b"\n")
+    monkeypatch.setattr(compiler, "SOURCES", sources)
+    compile_kernel("pool", {}, "sm_80")
+    assert len(list((tmp_path / "kernels").iterdir())) == 4
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("QVIT_CACHE", str(tmp_path / "file" / "kernels"))
+    assert compile_kernel("pool", {}, "sm_80").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_a_source_that_does_not_compile_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"CUDA kernel norm does not compile with .*: use engine='reference'\.$"):
+        compile_kernel("norm", {}, "sm_80")  # no CHANNELS
+
+
+def test_where_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVIT_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("QVIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "qvit" / "cuda"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "qvit" / "cuda"
+
+
+def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    compiler._nvrtc.cache_clear()
+    try:
+        with pytest.raises(MissingDependencyError, match=r"NVRTC, which is missing .* or use engine='reference'"):
+            compile_kernel("pool", {}, "sm_80")
+    finally:
+        compiler._nvrtc.cache_clear()
