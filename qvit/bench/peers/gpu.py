@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import Architecture
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class TorchOnGpu:
         """Name of what `prepare` writes."""
         return f"torch-{self.dtype}"
 
-    def prepare(self, model: nn.Module, architecture: VitArchitecture, batch: int, folder: Path) -> None:
+    def prepare(self, model: nn.Module, architecture: Architecture, batch: int, folder: Path) -> None:
         import torch
 
         torch.save(model.to(getattr(torch, self.dtype)), folder / _FILE)
