@@ -16,7 +16,7 @@ from qvit.engines.cuda.arguments import Launch
 Clock = Callable[[Sequence[Launch]], float]
 
 _LEAST_LAUNCHES = 24  # in a measured graph, whose own start then hardly counts
-_EPILOGUES = ("floats", "activation", "heads")
+_EPILOGUES = ("floats", "activation", "heads", "floats and codes")
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ def _gemm(launch: Launch) -> Work:
     values = launch.values
     m, n, k = values["m"], values["n"], values["k"]
     moved = m * k + n * k + m * n * values["out"].element_size()
+    if launch.defines["EPILOGUE"] == 3:  # the codes beside the floats
+        moved += m * n
     if values.get("residual") is not None:
         moved += 4 * m * n
     if values.get("position") is not None:
@@ -158,6 +160,7 @@ def _unknown(launch: Launch) -> Work:
 
 _WORK: dict[str, Callable[[Launch], Work]] = {
     "gemm": _gemm,
+    "gemm_hopper": _gemm,
     "attention": _attention,
     "norm": _norm,
     "pixels": _pixels,

@@ -9,7 +9,7 @@ from typing import Any
 
 from qvit.analyze.attention_statistics import Subject
 from qvit.analyze.trace import tracer_of
-from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, provenance_of
+from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in
 from qvit.convert import family_of
 from qvit.errors import InputError, QvitError, RecipeError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -18,6 +18,7 @@ from qvit.sources import DIGITS
 from qvit.training.checkpoint import BEST, LAST, Metadata, is_checkpoint, load_model
 from qvit.training.logs import METRICS, read_metrics
 from qvit.training.models import build_model
+from qvit.training.provenance import provenance_of
 from qvit.training.recipe import Recipe
 
 METHODS = {"float": "float", "baseline": "baseline", "irm": "IRM", "dgd": "DGD", "qvit": "Q-ViT", "calibration": "calibrated"}

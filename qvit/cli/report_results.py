@@ -13,13 +13,13 @@ from qvit.analyze.cost import model_cost
 from qvit.analyze.report.result_figures import accuracy_of
 from qvit.architecture import VitArchitecture
 from qvit.bench.worker import time_calls
-from qvit.cli.checkpoints import provenance_of
 from qvit.cli.images import name_of
 from qvit.cli.report_inputs import Opened
 from qvit.engines import create_engine
 from qvit.integer.freeze import freeze
 from qvit.integer.model import IntegerModel
 from qvit.report_file import hardware, usable_cores
+from qvit.training.provenance import provenance_of
 
 _SECONDS, _CALLS = 2.0, 20
 

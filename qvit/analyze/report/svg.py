@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -45,7 +46,8 @@ class Panel:
 
 @contextmanager
 def _canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    with matplotlib.rc_context(theme.settings()):
+    settings: Any = theme.settings()  # the names that rc_context knows change between versions of Matplotlib
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(theme.WIDTH, height))
         yield figure, figure.add_axes((0.165, 0.44 / height, 0.81, 1 - 0.74 / height))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qvit.architecture import VitArchitecture
 from qvit.engines.cuda.layout import CHUNK, pad, tiled
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
@@ -21,13 +22,22 @@ COLUMN_PAD = 256  # output channels are padded to a multiple: no tile is wider
 HEAD_DIMS = (32, 64)
 
 
+def vit_of(model: IntegerModel) -> VitArchitecture:
+    """The architecture of a ViT; raises `UnsupportedModelError` where it is another family."""
+    if not isinstance(model.architecture, VitArchitecture):
+        raise UnsupportedModelError(
+            f"The CUDA engine does not run {model.name}, only ViT and DeiT yet: use engine='reference' on device='cuda'."
+        )
+    return model.architecture
+
+
 def check(model: IntegerModel) -> None:
     """Raises `UnsupportedModelError` where the kernels do not know what the model does; the message names it."""
 
     def refuse(what: str) -> None:
         raise UnsupportedModelError(f"The CUDA engine does not run {what} yet: use engine='reference' on device='cuda'.")
 
-    a = model.architecture
+    a = vit_of(model)
     if a.head_dim not in HEAD_DIMS:
         refuse(f"heads of {a.head_dim} channels, only of {' or '.join(map(str, HEAD_DIMS))}")
     for layer in model.linears():

@@ -11,6 +11,7 @@ import torch
 
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.constants import vit_of
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import CHUNK, chunks, pad, untiled
 from qvit.engines.cuda.tiles import Tile, choose, choose_whole_rows
@@ -39,7 +40,7 @@ class ModelConstants:
     @classmethod
     def of(cls, model: IntegerModel, device: torch.device) -> ModelConstants:
         """Moves a model's constants to a device."""
-        to, a = c.Constants(device), model.architecture
+        to, a = c.Constants(device), vit_of(model)
         blocks = []
         for block in model.blocks:
             blocks.append(
@@ -112,7 +113,7 @@ class Plan:
         self.model, self.constants, self.batch = model, constants, batch
         self._gpu, self._poison = gpu, poison
         self._device = constants.embed.device
-        a = model.architecture
+        a = self._architecture = vit_of(model)
         self.steps: list[Step] = []
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
@@ -160,7 +161,7 @@ class Plan:
 
     def pixels(self, images: torch.Tensor) -> Launch:
         """The launch that makes codes of images [B, C, H, W], uint8 or float32, contiguous."""
-        a, p = self.model.architecture, self.constants.pixels
+        a, p = self._architecture, self.constants.pixels
         values = {
             "images": images,
             "codes": p.codes,
@@ -184,7 +185,7 @@ class Plan:
 
     def patch_tap(self) -> torch.Tensor:
         """Codes of the patches, int16 [B, patches, K]."""
-        a = self.model.architecture
+        a = self._architecture
         codes = untiled(self._patches)[: self.batch * a.num_patches, : a.patch_features]
         return codes.reshape(self.batch, a.num_patches, -1).to(torch.int16)
 
@@ -289,7 +290,7 @@ class Plan:
         codes: torch.Tensor,
     ) -> None:
         """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows."""
-        width = self.model.architecture.embed_dim
+        width = self._architecture.embed_dim
         tile = None
         if norm is not None:
             tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
@@ -335,18 +336,18 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "rows": self.batch * self.model.architecture.num_tokens,
-            "ldo": chunks(self.model.architecture.mlp_hidden),
+            "rows": self.batch * self._architecture.num_tokens,
+            "ldo": chunks(self._architecture.mlp_hidden),
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
         }
-        kind = _ACTIVATIONS.index(self.model.architecture.activation)
+        kind = _ACTIVATIONS.index(self._architecture.activation)
         self._gemm(block["fc1"], {"EPILOGUE": _ACTIVATION, "ACTIVATION": kind}, a, values)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
-        shape = self.model.architecture
+        shape = self._architecture
         (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
         values = {
             "out": out[0],
@@ -385,7 +386,7 @@ class Plan:
     def _attention(
         self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        a, of = self.model.architecture, block["attention"]
+        a, of = self._architecture, block["attention"]
         codes: c.CodeConstants = block["proj_codes"]
         q, k, v = q_k_v
         values = {
@@ -437,7 +438,7 @@ class Plan:
         row: int = 0,
     ) -> None:
         """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm."""
-        width = self.model.architecture.embed_dim
+        width = self._architecture.embed_dim
         codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
         values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
         if isinstance(norm, c.NormConstants):
@@ -455,7 +456,7 @@ class Plan:
         self._add(Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values))
 
     def _classify(self, x: torch.Tensor) -> None:
-        a, width = self.model.architecture, self.model.architecture.embed_dim
+        a, width = self._architecture, self._architecture.embed_dim
         apart = a.num_tokens * width
         constants = self.constants
         if a.global_pool == "avg" and not a.dist_token:
