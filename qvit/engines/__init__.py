@@ -80,9 +80,10 @@ class Runner:
 
 
 def default_engine(device: str | None = None) -> str:
-    """The engine that `load` tries first where none is named: the compiled one for the device, where there is such."""
-    if device is not None and _is_gpu(device):
-        return "cuda"
+    """The engine that `load` tries first where none is named.
+
+    That of a GPU is ``reference``: the engine ``cuda`` has been tested in emulation only, so it runs where it is named.
+    """
     if device not in (None, "cpu"):
         return "reference"
     from qvit.engines.cpu import is_built
@@ -95,8 +96,8 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
 
     Args:
         path: the file.
-        engine: one of `ENGINES`; by default ``cuda`` if ``device`` is a GPU, else ``cpu`` where it is built, and where these
-            cannot run the model ``reference``.
+        engine: one of `ENGINES`; by default ``cpu`` where it is built, can run the model, and ``device`` is no other; else
+            ``reference``.
         device: ``cuda`` or ``cuda:<n>`` for the engine ``cuda``; any that PyTorch has for ``reference``, by default ``cpu``.
         threads: cores that the CPU engine uses for one call; by default the environment variable ``QVIT_NUM_THREADS``, else
             all that the process may use.

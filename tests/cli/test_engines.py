@@ -43,8 +43,6 @@ def test_the_cuda_engine(
     monkeypatch.setattr("qvit.engines.cuda.CudaEngine", lambda _model, device: f"cuda engine on {device}")
     assert open_runner(path, "cuda", None, None).engine == "cuda engine on cuda"
     assert open_runner(path, "cuda", "cuda:1", None).engine == "cuda engine on cuda:1"
-    monkeypatch.setattr("qvit.cli.engines.device_of", lambda device: device)
-    assert open_runner(path, None, "cuda:1", None).engine == "cuda engine on cuda:1"
 
 
 def test_the_commands_name_the_cuda_engine(

@@ -26,6 +26,7 @@ average_gradients(parameters, dist.get_world_size())
 assert torch.equal(parameters[0].grad, torch.full((3, 5), 0.5)), parameters[0].grad
 assert torch.equal(parameters[1].grad, torch.full((1,), 10.5)), parameters[1].grad
 assert parameters[2].grad is None
+dist.destroy_process_group()
 """
 
 

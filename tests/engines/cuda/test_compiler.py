@@ -33,6 +33,9 @@ class Far:
 
     device = torch.device("cpu")
 
+    def __init__(self, multiprocessors: int, hopper: bool) -> None:
+        self.multiprocessors, self.hopper = multiprocessors, hopper
+
 
 @pytest.fixture(scope="module")
 def nvrtc(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -48,12 +51,12 @@ def nvrtc(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def make_launches(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> Callable[..., list[Launch]]:
-    """``make_launches(model, width, side, multiprocessors)``: of one image, on such a GPU."""
+    """``make_launches(model, width, side, multiprocessors, hopper)``: of one image, on such a GPU."""
 
-    def make(name: str, width: int, side: int, multiprocessors: int) -> list[Launch]:
+    def make(name: str, width: int, side: int, multiprocessors: int, hopper: bool = False) -> list[Launch]:
         options = {"embed_dim": width, "num_heads": width // 64, "depth": 1, "patch_size": 2, "img_size": 2 * side}
-        engine = CudaEngine(qvit.freeze(make_student(small_vit(name, **options))), Far())  # type: ignore[arg-type]
-        engine._multiprocessors = multiprocessors
+        far = Far(multiprocessors, hopper)
+        engine = CudaEngine(qvit.freeze(make_student(small_vit(name, **options))), far)  # type: ignore[arg-type]
         return engine.launches(1)
 
     return make
@@ -76,12 +79,22 @@ def test_every_kernel_compiles(name: str, make_launches: Callable[..., list[Laun
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_the_largest_tile_compiles(make_launches: Callable[..., list[Launch]]) -> None:
-    """That of large batches, with the epilogue that keeps most in registers."""
+def test_the_largest_tiles_compile(make_launches: Callable[..., list[Launch]]) -> None:
+    """Those of large batches, with the epilogues that keep most in registers."""
     launches = make_launches("deit_small_patch16_224", 384, 14, 1)
     qkv = max((launch for launch in launches if launch.kernel == "gemm"), key=lambda launch: "HEAD_DIM" in launch.defines)
     assert qkv.threads > 64
     assert compile_kernel("gemm", qkv.defines, "sm_90").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]]) -> None:
+    launches = make_launches("deit_small_patch16_224", 384, 14, 1, hopper=True)
+    kinds = {launch.defines["EPILOGUE"]: launch for launch in launches if launch.kernel == "gemm_hopper"}
+    assert sorted(kinds) == [0, 1, 2, 3]
+    for launch in kinds.values():
+        assert launch.shared <= 227 * 1024
+        assert compile_kernel("gemm_hopper", launch.defines, "sm_90a").startswith(b"\x7fELF")
 
 
 @pytest.mark.usefixtures("nvrtc")
