@@ -27,11 +27,14 @@ class Work:
         shape: for tables.
         operations: of integer products; a multiplication and an addition are two.
         bytes: of global memory, each operand once.
+        rate: operations that the tensor cores do in the time of one of int8: two where two-bit codes are multiplied as planes,
+            by four one-bit products, each eight times as fast.
     """
 
     shape: str
     operations: int
     bytes: int
+    rate: float = 1.0
 
 
 def kernel_rows(engine: CudaEngine, batch: int, ceilings: Ceilings, clock: Clock | None = None) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ def kernel_rows(engine: CudaEngine, batch: int, ceilings: Ceilings, clock: Clock
             engine.launch(launch)
         ms = clock(group)
         work = work_of(group[0])
-        computing = 1e-9 * len(group) * work.operations / ceilings.int8_tops
+        computing = 1e-9 * len(group) * work.operations / (work.rate * ceilings.int8_tops)
         moving = 1e-6 * len(group) * work.bytes / ceilings.gb_per_s
         rows.append(
             {
@@ -116,14 +119,16 @@ def work_of(launch: Launch) -> Work:
 def _gemm(launch: Launch) -> Work:
     values = launch.values
     m, n, k = values["m"], values["n"], values["k"]
-    moved = m * k + n * k + m * n * values["out"].element_size()
+    bits, out = bool(launch.defines.get("BITS")), values["out"].element_size()
+    moved = (m * k + n * k) // (4 if bits else 1) + m * n * out // (4 if launch.defines.get("OUT_BITS") and out == 1 else 1)
     if launch.defines["EPILOGUE"] == 3:  # the codes beside the floats
-        moved += m * n
+        moved += m * n // (4 if launch.defines["OUT_BITS"] else 1)
     if values.get("residual") is not None:
         moved += 4 * m * n
     if values.get("position") is not None:
         moved += 4 * n * values["rows_in"]
-    return Work(f"{m} x {n} x {k}, {_EPILOGUES[launch.defines['EPILOGUE']]}", 2 * m * n * k, moved)
+    shape = f"{m} x {n} x {k}, {_EPILOGUES[launch.defines['EPILOGUE']]}{', planes' if bits else ''}"
+    return Work(shape, 2 * m * n * k, moved, 2.0 if bits else 1.0)
 
 
 def _attention(launch: Launch) -> Work:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qvit.architecture import VitArchitecture
-from qvit.engines.cuda.layout import CHUNK, pad, tiled
+from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
@@ -85,6 +85,7 @@ class LinearConstants:
 
     Attributes:
         b: int8 [M padded, K padded], codes as they lie in memory; ``2 c + 1`` where the weight has half steps.
+        b_planes: uint8 [M padded, bytes], the same as planes of bits, where both operands have two bits; else ``None``.
         scale, bias: float32 [M padded], the reference engine's.
         m, k: output and input features.
         signed: whether the input's codes are.
@@ -92,6 +93,7 @@ class LinearConstants:
     """
 
     b: torch.Tensor
+    b_planes: torch.Tensor | None
     scale: torch.Tensor
     bias: torch.Tensor
     m: int
@@ -106,10 +108,13 @@ class LinearConstants:
         codes = layer.weight.codes()
         b = np.zeros((pad(m, COLUMN_PAD), pad(k, CHUNK)), np.int8)
         b[:m, :k] = 2 * codes + 1 if layer.weight.half_step else codes
+        codes_of_two_bits = layer.weight.spec.bits == 2 and layer.input.spec.bits == 2
+        plain = not layer.weight.half_step and not layer.input.spec.signed and k % 32 == 0
         scale = layer.input.scale * layer.weight.scale.reshape(-1)
         bias = layer.folded_bias()
         return cls(
             b=tiled(to.array(b)),
+            b_planes=tiled(planes(to.array(b[:, :k]))) if codes_of_two_bits and plain else None,
             scale=to.floats(scale, m, len(b)),
             bias=to.floats(0.0 if bias is None else bias, m, len(b)),
             m=m,

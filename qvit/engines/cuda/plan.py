@@ -13,8 +13,8 @@ from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.constants import vit_of
 from qvit.engines.cuda.device import Device
-from qvit.engines.cuda.layout import CHUNK, chunks, pad, untiled
-from qvit.engines.cuda.tiles import Tile, choose, choose_whole_rows
+from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
+from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_whole_rows
 from qvit.engines.tables import embedding
 from qvit.integer.model import IntegerModel
 
@@ -116,6 +116,7 @@ class Plan:
         a = self._architecture = vit_of(model)
         self.steps: list[Step] = []
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
+        self._rows = rows
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
         first, x = self._floats(rows, width), self._floats(rows, width)
         codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(rows, a.mlp_hidden)
@@ -143,19 +144,20 @@ class Plan:
         for i, block in enumerate(constants.blocks):
             name = f"blocks.{i}"
             if i == 0:
-                self._norm(block["norm1"], source, codes, rows, width, chunks(width))
-            self._tap(f"{name}.attn.qkv.input", codes, (batch, n, width), block["qkv"].signed)
+                self._norm(block["norm1"], source, codes, rows, width, block["qkv"])
+            self._tap_input(f"{name}.attn.qkv.input", codes, block["qkv"])
             self._heads(block, codes, (q, k, v), name)
             self._attention(block, (q, k, v), maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
-            self._tap(f"{name}.attn.proj.input", attended, (batch, n, width), block["proj"].signed)
-            self._linear_norm(block["proj"], attended, x, rows, source, block["ls1"], block["norm2"], codes)
-            self._tap(f"{name}.mlp.fc1.input", codes, (batch, n, width), block["fc1"].signed)
+            self._tap_input(f"{name}.attn.proj.input", attended, block["proj"])
+            self._linear_norm(block["proj"], attended, x, source, block["ls1"], (block["norm2"], block["fc1"]), codes)
+            self._tap_input(f"{name}.mlp.fc1.input", codes, block["fc1"])
             self._activation(block, codes, hidden)
-            self._tap(f"{name}.mlp.fc2.input", hidden, (batch, n, a.mlp_hidden), block["fc2"].signed)
-            following = constants.blocks[i + 1]["norm1"] if i + 1 < len(constants.blocks) else None
-            self._linear_norm(block["fc2"], hidden, x, rows, x, block["ls2"], following, codes)
+            self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"])
+            after = constants.blocks[i + 1] if i + 1 < len(constants.blocks) else None
+            following = None if after is None else (after["norm1"], after["qkv"])
+            self._linear_norm(block["fc2"], hidden, x, x, block["ls2"], following, codes)
             source = x
         self._classify(source)
 
@@ -218,6 +220,30 @@ class Plan:
 
         self.steps[-1].taps[name] = read
 
+    def _tap_input(self, name: str, codes: torch.Tensor, layer: c.LinearConstants) -> None:
+        """The codes of all tokens that a layer of a block reads."""
+        shape = self.batch, self._architecture.num_tokens, layer.k
+        if self._bits(layer) is None:
+            self._tap(name, codes, shape, layer.signed)
+            return
+
+        def read() -> torch.Tensor:
+            rows, columns = self._rows, bit_chunks(layer.k) * CHUNK
+            memory = codes.reshape(-1)[: len(codes) * columns].reshape(len(codes), columns)
+            return from_planes(untiled(memory)[:rows], layer.k).to(torch.int16).reshape(shape)
+
+        self.steps[-1].taps[name] = read
+
+    def _bits(self, layer: c.LinearConstants) -> HopperTile | None:
+        """How a layer of a block is computed with one-bit products; ``None`` where it is not."""
+        if layer.b_planes is None or not self._gpu.hopper:
+            return None
+        return choose_bits(self._rows, layer.m, layer.k, self._gpu.multiprocessors)
+
+    def _chunks(self, layer: c.LinearConstants) -> int:
+        """Tiles that a row of what a layer of a block reads has."""
+        return chunks(layer.k) if self._bits(layer) is None else bit_chunks(layer.k)
+
     def _gemm(
         self,
         layer: c.LinearConstants,
@@ -227,10 +253,13 @@ class Plan:
         tile: Tile | None = None,
     ) -> None:
         rows = values.pop("rows")
+        if tile is None and rows == self._rows:
+            tile = self._bits(layer)
+        bits = isinstance(tile, HopperTile) and tile.bits
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         values = {
             "a": a,
-            "b": layer.b,
+            "b": layer.b_planes if bits else layer.b,
             "scale": layer.scale,
             "bias": layer.bias,
             "m": rows,
@@ -238,7 +267,7 @@ class Plan:
             "k": layer.k,
             **values,
         }
-        defines = {**tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
         blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
         self._add(Launch(tile.kernel, defines, (blocks, 1, 1), tile.threads(), tile.shared(layer.k), values))
 
@@ -283,22 +312,22 @@ class Plan:
         layer: c.LinearConstants,
         a: torch.Tensor,
         out: torch.Tensor,
-        rows: int,
         residual: torch.Tensor,
         gamma: torch.Tensor | None,
-        norm: c.NormConstants | None,
+        following: tuple[c.NormConstants, c.LinearConstants] | None,
         codes: torch.Tensor,
     ) -> None:
-        """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows."""
-        width = self._architecture.embed_dim
+        """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where a tile has whole rows."""
+        rows, width = self._rows, self._architecture.embed_dim
         tile = None
-        if norm is not None:
-            tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
-        if norm is None or tile is None:
+        if following is not None and self._gpu.hopper:
+            tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._bits(layer) is not None)
+        if following is None or tile is None:
             self._linear(layer, a, out, rows, residual=residual, gamma=gamma)
-            if norm is not None:
-                self._norm(norm, out, codes, rows, width, chunks(width))
+            if following is not None:
+                self._norm(following[0], out, codes, rows, width, following[1])
             return
+        norm, reader = following
         assert norm.codes is not None
         values = {
             "rows": rows,
@@ -307,7 +336,7 @@ class Plan:
             "residual": residual,
             "gamma": gamma,
             "ldo": out.shape[1],
-            "chunks": chunks(width),
+            "chunks": self._chunks(reader),
             "inverse": norm.gain,
             "shift": norm.shift,
             "weight": norm.weight,
@@ -326,6 +355,7 @@ class Plan:
             "POSITION": 0,
             "HALVED": 0,
             "EVEN": 1,
+            "OUT_BITS": int(self._bits(reader) is not None),
         }
         self._gemm(layer, defines, a, values, tile)
 
@@ -336,14 +366,15 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "rows": self.batch * self._architecture.num_tokens,
-            "ldo": chunks(self._architecture.mlp_hidden),
+            "rows": self._rows,
+            "ldo": self._chunks(block["fc2"]),
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
         }
         kind = _ACTIVATIONS.index(self._architecture.activation)
-        self._gemm(block["fc1"], {"EPILOGUE": _ACTIVATION, "ACTIVATION": kind}, a, values)
+        defines = {"EPILOGUE": _ACTIVATION, "ACTIVATION": kind, "OUT_BITS": int(self._bits(block["fc2"]) is not None)}
+        self._gemm(block["fc1"], defines, a, values)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
@@ -359,7 +390,7 @@ class Plan:
             "step": heads.step,
             "weight": heads.weight,
             "affine": heads.affine,
-            "rows": self.batch * shape.num_tokens,
+            "rows": self._rows,
             "heads": shape.num_heads,
             "tokens": shape.num_tokens,
             "low": low,
@@ -403,7 +434,7 @@ class Plan:
             "offset": codes.offset,
             "step": codes.step,
             "heads": a.num_heads,
-            "ldo": chunks(a.embed_dim),
+            "ldo": self._chunks(block["proj"]),
             "map_high": of.map_high,
             "map_margin": of.map_margin,
             "low": codes.low,
@@ -419,6 +450,7 @@ class Plan:
             "V_SIGNED": int(of.v_signed),
             "V_OFFSET": of.value_offset,
             "LONG": int(a.num_tokens > _LONGEST_IN_REGISTERS),
+            "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
         groups, tiles = -(-a.num_tokens // 32), -(-a.num_tokens // 16)
         shared = 32 * groups * (a.head_dim + 16) + a.head_dim * (32 * groups + 16) + 4 * 32 * groups
@@ -434,12 +466,13 @@ class Plan:
         out: torch.Tensor,
         rows: int,
         ldx: int,
-        ldo: int,
+        to: c.LinearConstants | int,
         row: int = 0,
     ) -> None:
         """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm."""
         width = self._architecture.embed_dim
         codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
+        ldo = to if isinstance(to, int) else self._chunks(to)
         values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
         if isinstance(norm, c.NormConstants):
             values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
@@ -452,6 +485,7 @@ class Plan:
             "WARPS": warps,
             "OUT_FLOAT": int(codes is None),
             "IDENTITY": int(isinstance(norm, c.CodeConstants)),
+            "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
         }
         self._add(Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values))
 

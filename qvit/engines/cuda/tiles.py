@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, chunks
+from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
 
 _MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
-_RESIDENT = 4  # chunks of k up to which a block keeps its rows
+_RESIDENT = 4  # tiles of k up to which a block keeps its rows
 
 
 class Tile(Protocol):
@@ -88,38 +88,50 @@ class HopperTile:
 
     Attributes:
         groups: warpgroups of a block, each with 64 rows.
-        bn: columns at a time: 64, 128 or 192.
-        stages: buffers for tiles of 128 bytes of k.
+        bn: columns at a time: 64, 128, 192 or 384.
+        stages: buffers for tiles of 128 bytes of k, or for tiles of all of k where products are of bits.
         whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
+        bits: one-bit products of the planes of two-bit codes.
     """
 
     groups: int
     bn: int
     stages: int
     whole_rows: bool = False
+    bits: bool = False
 
     kernel: ClassVar[str] = "gemm_hopper"
 
     def threads(self) -> int:
-        """A warp that copies, beside the warpgroups."""
-        return 128 * self.groups + 32
+        """A warpgroup that copies, beside the others."""
+        return 128 * (self.groups + 1)
+
+    def _chunks(self, k: int) -> int:
+        return bit_chunks(k) if self.bits else chunks(k)
 
     def _resident(self, k: int) -> bool:
-        return chunks(k) <= _RESIDENT
+        return self._chunks(k) <= _RESIDENT
 
     def shared(self, k: int) -> int:
         """Rows that are kept, buffers, codes on their way out, barriers."""
         rows = TILE_ROWS * self.groups * CHUNK
-        held, stage = (chunks(k) * rows, 0) if self._resident(k) else (0, rows)
+        held, stage = (self._chunks(k) * rows, 0) if self._resident(k) else (0, rows)
+        stage += (self._chunks(k) if self.bits else 1) * self.bn * CHUNK
         out = self.bn if not self.whole_rows or self.bn <= 128 else 128 if self.bn % 128 == 0 else 64
         lines = 4 * self.groups * 16 * (out + 16)
         barriers = 8 * (2 * self.stages + _RESIDENT + 1)
-        return held + self.stages * (stage + self.bn * CHUNK) + lines + barriers
+        return held + self.stages * stage + lines + barriers
 
     def defines(self, k: int) -> dict[str, int]:
         """See `Tile`."""
-        resident = int(self._resident(k))
-        return {"kGroups": self.groups, "kBN": self.bn, "kStages": self.stages, "DEPTH": k, "RESIDENT": resident}
+        return {
+            "kGroups": self.groups,
+            "kBN": self.bn,
+            "kStages": self.stages,
+            "DEPTH": pad(k, 256) // 4 if self.bits else k,
+            "RESIDENT": int(self._resident(k)),
+            "BITS": int(self.bits),
+        }
 
     def tiles(self, m: int, n: int) -> int:
         """Of a product [m, n]."""
@@ -129,29 +141,21 @@ class HopperTile:
         """One a multiprocessor, each with a range of tiles."""
         return min(multiprocessors, self.tiles(m, n))
 
-    def fits(self, k: int) -> bool:
-        """Whether a block's shared memory holds it."""
-        return self.shared(k) <= _MOST_SHARED
+    def suits(self, m: int, n: int, k: int, multiprocessors: int) -> bool:
+        """Whether there is work for all multiprocessors, and a block's shared memory holds its part."""
+        fits = self.shared(k) <= _MOST_SHARED and (self._resident(k) or not self.bits)
+        return fits and self.tiles(m, n) >= multiprocessors
 
 
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = (HopperTile(3, 128, 4), HopperTile(2, 128, 4), HopperTile(2, 64, 4))
-
-
+_BITS = tuple(HopperTile(groups, 128, stages, bits=True) for groups, stages in ((3, 4), (3, 2), (2, 3), (2, 2)))
 # Widths of rows that a warpgroup's registers hold, for LayerNorm behind a product.
-_WHOLE_ROWS = {width: HopperTile(2, width, 3, whole_rows=True) for width in (64, 128, 192, 384)}
-
-
-def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> HopperTile | None:
-    """A tile that is followed by LayerNorm; ``None`` where there is none, or too few rows for all multiprocessors."""
-    tile = _WHOLE_ROWS.get(n)
-    if not hopper or tile is None or not tile.fits(k) or tile.tiles(m, n) < multiprocessors:
-        return None
-    return tile
+_WHOLE_ROWS = (64, 128, 192, 384)
 
 
 def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
-    """The largest tile that leaves no multiprocessor without work.
+    """The largest tile for bytes that leaves no multiprocessor without work.
 
     Args:
         m, n, k: the product [m, k] x [k, n].
@@ -160,9 +164,22 @@ def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
     """
     if hopper:
         for tile in _HOPPER:
-            if tile.tiles(m, n) >= multiprocessors and tile.fits(k):
+            if tile.suits(m, n, k, multiprocessors):
                 return tile
     for mma in _MMA[:-1]:
         if mma.tiles(m, n) >= multiprocessors:
             return mma
     return _MMA[-1]
+
+
+def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | None:
+    """A tile for planes of two-bit codes, on Hopper; ``None`` where there is none, or too little work."""
+    return next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
+
+
+def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
+    """A tile that is followed by LayerNorm, on Hopper; ``None`` where there is none, or too little work."""
+    if n not in _WHOLE_ROWS:
+        return None
+    tile = HopperTile(2, n, 3, whole_rows=True, bits=bits)
+    return tile if tile.suits(m, n, k, multiprocessors) else None

@@ -199,6 +199,18 @@ inline int __any_sync(unsigned, int predicate) {
     });
 }
 
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    return emulation::together<int, unsigned>(predicate, [](const int* in, unsigned* out) {
+        unsigned bits = 0;
+        for (int i = 0; i < 32; i++) {
+            bits |= static_cast<unsigned>(in[i] != 0) << i;
+        }
+        for (int i = 0; i < 32; i++) {
+            out[i] = bits;
+        }
+    });
+}
+
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

@@ -138,11 +138,24 @@ def test_odd_shapes(options: dict[str, Any], gpu: Any, make_student: Factory, sm
     check(qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3)))), gpu, 1)
 
 
-@pytest.mark.parametrize("width", [64, 192])
-def test_more_rows_than_tiles(width: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
-    """Blocks with several tiles, the last not full; on Hopper LayerNorm behind the products."""
+@pytest.mark.parametrize(("width", "bits"), [(64, 4), (192, 3), (192, 2)])
+def test_more_rows_than_tiles(
+    width: int, bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    """Blocks with several tiles, the last not full; on Hopper LayerNorm behind the products, and one-bit products at 2 bits."""
     options = {"embed_dim": width, "num_heads": width // 32, "depth": 2, "mlp_ratio": 0.5, "img_size": 16}
-    check(qvit.freeze(perturb(make_student(small_vit(**SMALL | options)))), either, 27)
+    student = perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits)))
+    check(qvit.freeze(student), either, 27)
+
+
+def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, small_vit: Factory) -> None:
+    gpu = _gpu(hopper=True)
+    for bits in (2, 3):
+        model = qvit.freeze(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))
+        launches = CudaEngine(model, gpu).launches(2048 if gpu.device.type == "cuda" else 48)
+        used = {launch.defines["BITS"] for launch in launches if launch.kernel == "gemm_hopper"}
+        assert (1 in used) == (bits == 2)
+        assert {launch.defines["OUT_BITS"] for launch in launches if launch.kernel == "attention"} == {int(bits == 2)}
 
 
 @pytest.mark.parametrize("bits", [2, 8])

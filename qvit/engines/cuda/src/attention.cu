@@ -296,24 +296,53 @@ struct Rows {
         row_sums[0] = quad_sum(row_sums[0]);
         row_sums[1] = quad_sum(row_sums[1]);
 #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 8; j++) {
+        for (int half = 0; half < 2; half++) {
+            int codes[HEAD_DIM / 8][2];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int code[2];
+            for (int j = 0; j < HEAD_DIM / 8; j++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int c = head * HEAD_DIM + 8 * j + 2 * (lane % 4) + e;
                     const float y = value_of(p, sums[j][2 * half + e], row_sums[half], c);
-                    code[e] = quotient_code(y, p.offset[c], p.inverse[c], p.step[c], p.low, p.high);
+                    codes[j][e] = quotient_code(y, p.offset[c], p.inverse[c], p.step[c], p.low, p.high);
                 }
-                if (query(half) < TOKENS) {
-                    const int c = head * HEAD_DIM + 8 * j + 2 * (lane % 4);
-                    *reinterpret_cast<uint16_t*>(p.out + code_at(image * TOKENS + query(half), c, p.ldo)) =
-                        static_cast<uint16_t>((code[0] & 0xFF) | (code[1] & 0xFF) << 8);
+            }
+            write(codes, image * TOKENS + query(half), query(half) < TOKENS);
+        }
+    }
+
+#if OUT_BITS
+    // A row of codes, of which each lane of a quad has every fourth pair, as words of bits.
+    __device__ __forceinline__ void write(const int (&codes)[HEAD_DIM / 8][2], int row, bool wanted) const {
+#pragma unroll
+        for (int w = 0; w < HEAD_DIM / 32; w++) {
+#pragma unroll
+            for (int plane = 0; plane < 2; plane++) {
+                uint32_t bits = 0;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int pair = (codes[4 * w + j][0] >> plane & 1) | (codes[4 * w + j][1] >> plane & 1) << 1;
+                    bits |= static_cast<uint32_t>(pair) << (8 * j + 2 * (lane % 4));
+                }
+                bits |= __shfl_xor_sync(kAll, bits, 1);
+                bits |= __shfl_xor_sync(kAll, bits, 2);
+                if (wanted && lane % 4 == 2 * (w % 2) + plane) {
+                    *reinterpret_cast<uint32_t*>(p.out + code_at(row, bit_at(head * HEAD_DIM + 32 * w, plane), p.ldo)) = bits;
                 }
             }
         }
     }
+#else
+    __device__ __forceinline__ void write(const int (&codes)[HEAD_DIM / 8][2], int row, bool wanted) const {
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM / 8; j++) {
+            if (wanted) {
+                *reinterpret_cast<uint16_t*>(p.out + code_at(row, head * HEAD_DIM + 8 * j + 2 * (lane % 4), p.ldo)) =
+                    static_cast<uint16_t>((codes[j][0] & 0xFF) | (codes[j][1] & 0xFF) << 8);
+            }
+        }
+    }
+#endif
 
     __device__ __forceinline__ void run(int image) const {
         constexpr int kPairs = 2 * kGroups;

@@ -138,6 +138,29 @@ __device__ __forceinline__ void send(const unsigned char* lines, int lane, int r
     }
 }
 
+#if OUT_BITS
+// The same as planes of bits, 32 columns a lane at a time; `first`: column of the first.
+__device__ __forceinline__ void send_bits(const unsigned char* lines, int lane, int row0, int rows, void* to, int first, int columns,
+                                          int chunks) {
+    __syncwarp();
+    for (int i = lane; i < kWM * (kOut / 32); i += 32) {
+        const int row = i / (kOut / 32), c = i % (kOut / 32) * 32;
+        if (row0 + row < rows && first + c < columns) {
+            const uint32_t* codes = reinterpret_cast<const uint32_t*>(lines + row * kLine + c);
+            uint32_t high = 0, low = 0;
+#pragma unroll
+            for (int w = 0; w < 8; w++) {
+                high |= four_bits(codes[w], 1) << (4 * w);
+                low |= four_bits(codes[w], 0) << (4 * w);
+            }
+            unsigned char* out = static_cast<unsigned char*>(to);
+            *reinterpret_cast<uint32_t*>(out + code_at(row0 + row, bit_at(first + c, 1), chunks)) = high;
+            *reinterpret_cast<uint32_t*>(out + code_at(row0 + row, bit_at(first + c, 0), chunks)) = low;
+        }
+    }
+}
+#endif
+
 __device__ __forceinline__ void put(unsigned char* lines, int row, int column, int first, int second) {
     *reinterpret_cast<uint16_t*>(lines + row * kLine + column) = static_cast<uint16_t>((first & 0xFF) | (second & 0xFF) << 8);
 }
@@ -178,10 +201,14 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
             }
         }
     }
+#if OUT_BITS
+    send_bits(lines, lane, row0, p.m, p.out, column0, p.n, p.ldo);
+#else
     send(lines, lane, row0, p.m, [&](int row, int column) -> unsigned char* {
         const int c = column0 + column;
         return c < p.n ? static_cast<unsigned char*>(p.out) + code_at(row, c, p.ldo) : nullptr;
     });
+#endif
 }
 
 #elif EPILOGUE == 3  // LayerNorm of whole rows, codes: kWN is the width of a row
@@ -285,9 +312,13 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
                 codes_again(p, r < p.m ? r : p.m - 1, line, first, lane, mine, lines);
             }
         }
+#if OUT_BITS
+        send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks);
+#else
         send(lines, lane, row0, p.m, [&](int row, int column) -> unsigned char* {
             return static_cast<unsigned char*>(p.out_k) + code_at(row, first + column, p.chunks);
         });
+#endif
     }
 }
 

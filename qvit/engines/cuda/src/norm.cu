@@ -20,8 +20,8 @@ struct NormArgs {
 constexpr int kThreads = 32 * WARPS;
 constexpr int kLanes = (CHANNELS + 31) / 32;  // values a lane
 
-// Lanes take four neighbours each where the width allows it.
-constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
+// Lanes take four neighbours each where the width allows it; for planes of bits a word is one value of each lane.
+constexpr int kVector = OUT_BITS ? 1 : CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
 
 __device__ __forceinline__ int channel(int i, int lane) { return i / kVector * 32 * kVector + lane * kVector + i % kVector; }
 
@@ -133,6 +133,19 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     }
     uint8_t* out = static_cast<uint8_t*>(p.out);
     const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
+#if OUT_BITS
+    uint32_t high = 0, low = 0;
+#pragma unroll
+    for (int i = 0; i < kLanes; i++) {
+        const uint32_t words[2] = {__ballot_sync(kAll, codes[i] & 1), __ballot_sync(kAll, codes[i] & 2)};
+        low = lane == i ? words[0] : low;
+        high = lane == i ? words[1] : high;
+    }
+    if (lane < kLanes) {
+        *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 1), chunks)) = high;
+        *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 0), chunks)) = low;
+    }
+#else
 #pragma unroll
     for (int i = 0; i < kLanes; i += kVector) {
         const int c = channel(i, lane);
@@ -145,6 +158,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
             out[code_at(line, c, chunks)] = static_cast<uint8_t>(codes[i]);
         }
     }
+#endif
 #endif
 }
 
