@@ -32,6 +32,7 @@ class CudaEngine:
     Args:
         model: the frozen model.
         device: ``cuda`` or ``cuda:<n>``, or what runs launches in its place.
+        one_bit: on Hopper, multiply two-bit codes as planes of bits; else as bytes, with the same result.
 
     Raises:
         MissingDependencyError: cuda-bindings or NVRTC is not installed.
@@ -43,14 +44,14 @@ class CudaEngine:
     takes_pixels = True  # uint8 images as they are: they are the codes of the patch embedding
     takes_tensors = True  # images on the device, logits on the device
 
-    def __init__(self, model: IntegerModel, device: str | torch.device | Device = "cuda") -> None:
+    def __init__(self, model: IntegerModel, device: str | torch.device | Device = "cuda", one_bit: bool = True) -> None:
         check(model)
         if isinstance(device, (str, torch.device)):
             from qvit.engines.cuda.device import Gpu
 
             device = Gpu(device)
         self.model = model
-        self._gpu = device
+        self._gpu, self._one_bit = device, one_bit
         self.device = device.device
         self._on_gpu = self.device.type == "cuda"
         self._constants = ModelConstants.of(model, self.device)
@@ -104,7 +105,7 @@ class CudaEngine:
         self._gpu.launch(launch)
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
-        return Plan(self.model, self._constants, batch, self._gpu, with_map, poison=not self._on_gpu)
+        return Plan(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=not self._on_gpu)
 
     def _shown(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> tuple[Plan, torch.Tensor]:
         plan = self._plan(len(images), with_map=True)

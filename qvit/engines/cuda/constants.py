@@ -10,6 +10,7 @@ import torch
 
 from qvit.architecture import VitArchitecture
 from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled
+from qvit.engines.cuda.thresholds import activation_thresholds
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
@@ -151,6 +152,16 @@ class CodeConstants:
             low=float(quantizer.spec.qn),
             high=float(quantizer.spec.qp),
         )
+
+
+def thresholds_of(layer: ops.Linear, following: ops.Quantizer, activation: str, to: Constants) -> torch.Tensor | None:
+    """`activation_thresholds` on the device, int32 [M padded, 4]."""
+    found = activation_thresholds(layer, following, activation)
+    if found is None:
+        return None
+    padded = np.zeros((pad(len(found), COLUMN_PAD), 4), np.int32)
+    padded[: len(found)] = found
+    return to.array(padded)
 
 
 def activation_margin(quantizer: ops.Quantizer) -> float:

@@ -56,6 +56,7 @@ class ModelConstants:
                     "fc1": c.LinearConstants.of(block.fc1, to),
                     "fc2_codes": c.CodeConstants.of(block.fc2.input, a.mlp_hidden, to),
                     "fc2_margin": c.activation_margin(block.fc2.input),
+                    "thresholds": c.thresholds_of(block.fc1, block.fc2.input, a.activation, to),
                     "fc2": c.LinearConstants.of(block.fc2, to),
                     "ls2": None if block.ls2 is None else to.floats(block.ls2, a.embed_dim),
                 }
@@ -108,10 +109,11 @@ class Plan:
         batch: int,
         gpu: Device,
         with_map: bool = False,
+        one_bit: bool = True,
         poison: bool = False,
     ) -> None:
         self.model, self.constants, self.batch = model, constants, batch
-        self._gpu, self._poison = gpu, poison
+        self._gpu, self._one_bit, self._poison = gpu, one_bit, poison
         self._device = constants.embed.device
         a = self._architecture = vit_of(model)
         self.steps: list[Step] = []
@@ -236,7 +238,7 @@ class Plan:
 
     def _bits(self, layer: c.LinearConstants) -> HopperTile | None:
         """How a layer of a block is computed with one-bit products; ``None`` where it is not."""
-        if layer.b_planes is None or not self._gpu.hopper:
+        if layer.b_planes is None or not (self._gpu.hopper and self._one_bit):
             return None
         return choose_bits(self._rows, layer.m, layer.k, self._gpu.multiprocessors)
 
@@ -371,9 +373,15 @@ class Plan:
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
+            "thresholds": block["thresholds"],
         }
         kind = _ACTIVATIONS.index(self._architecture.activation)
-        defines = {"EPILOGUE": _ACTIVATION, "ACTIVATION": kind, "OUT_BITS": int(self._bits(block["fc2"]) is not None)}
+        defines = {
+            "EPILOGUE": _ACTIVATION,
+            "ACTIVATION": kind,
+            "THRESHOLDS": int(block["thresholds"] is not None),
+            "OUT_BITS": int(self._bits(block["fc2"]) is not None),
+        }
         self._gemm(block["fc1"], defines, a, values)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:

@@ -155,6 +155,7 @@ def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, smal
         launches = CudaEngine(model, gpu).launches(2048 if gpu.device.type == "cuda" else 48)
         used = {launch.defines["BITS"] for launch in launches if launch.kernel == "gemm_hopper"}
         assert (1 in used) == (bits == 2)
+        assert all(not launch.defines.get("BITS") for launch in CudaEngine(model, gpu, one_bit=False).launches(48))
         assert {launch.defines["OUT_BITS"] for launch in launches if launch.kernel == "attention"} == {int(bits == 2)}
 
 

@@ -24,6 +24,7 @@ struct GemmArgs {
     const float* shift;       // standardised: [N]
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
+    const uint4* thresholds;  // activation, THRESHOLDS: [N padded], see `qvit/engines/cuda/thresholds.py`
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
     int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in
     int heads, tokens;                 // heads: row r is token r % tokens of image r / tokens
@@ -178,16 +179,31 @@ __device__ __forceinline__ int activation_code(const GemmArgs& p, int sum, int c
     return code_of(v);
 }
 
+#if THRESHOLDS
+// A code less the lowest, by comparisons.
+__device__ __forceinline__ int compared(int sum, const uint4& t) {
+    return (sum >= static_cast<int>(t.x)) + (sum >= static_cast<int>(t.y)) + (sum >= static_cast<int>(t.z)) +
+           (sum < static_cast<int>(t.w));
+}
+#endif
+
 __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
                                        int (&sums)[kRows][kColumns][4]) {
+#if THRESHOLDS
+    const int lowest = static_cast<int>(p.low);
+#endif
 #pragma unroll
     for (int j = 0; j < kColumns; j++) {
         const int c = column0 + 8 * j + 2 * (lane % 4);
+#if THRESHOLDS
+        const uint4 thresholds[2] = {p.thresholds[c], p.thresholds[c + 1]};
+#else
         float scale[2], bias[2], inverse[2], offset[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            scale[e] = p.scale[c + e], bias[e] = p.bias[c + e], inverse[e] = p.inverse[c + e], offset[e] = p.offset[c + e];
-        }
+        load_pair(p.scale + c, scale);
+        load_pair(p.bias + c, bias);
+        load_pair(p.inverse + c, inverse);
+        load_pair(p.offset + c, offset);
+#endif
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
 #pragma unroll
@@ -195,7 +211,12 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
                 int codes[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    codes[e] = activation_code(p, sums[i][j][2 * half + e], c + e, scale[e], bias[e], inverse[e], offset[e]);
+                    const int sum = sums[i][j][2 * half + e];
+#if THRESHOLDS
+                    codes[e] = compared(sum, thresholds[e]) + lowest;
+#else
+                    codes[e] = activation_code(p, sum, c + e, scale[e], bias[e], inverse[e], offset[e]);
+#endif
                 }
                 put(lines, 16 * i + 8 * half + lane / 4, 8 * j + 2 * (lane % 4), codes[0], codes[1]);
             }
