@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
 
 _MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
-_RESIDENT = 4  # tiles of k up to which a block keeps its rows
+_RESIDENT = 6  # tiles of k up to which a block keeps its rows
 
 
 class Tile(Protocol):
@@ -148,8 +148,8 @@ class HopperTile:
 
 
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
-_HOPPER = (HopperTile(3, 128, 4), HopperTile(2, 128, 4), HopperTile(2, 64, 4))
-_BITS = tuple(HopperTile(groups, 128, stages, bits=True) for groups, stages in ((3, 4), (3, 2), (2, 3), (2, 2)))
+_HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))
+_BITS = tuple(HopperTile(*sizes, bits=True) for sizes in ((3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2)))
 # Widths of rows that a warpgroup's registers hold, for LayerNorm behind a product.
 _WHOLE_ROWS = (64, 128, 192, 384)
 

@@ -1,0 +1,43 @@
+"""Tiles fit a multiprocessor and leave none without work."""
+
+from __future__ import annotations
+
+import pytest
+
+from qvit.engines.cuda.tiles import _MOST_SHARED, HopperTile, MmaTile, choose, choose_bits, choose_whole_rows
+
+MULTIPROCESSORS = 132
+WIDTHS = (192, 384, 768)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("batch", [1, 4, 64, 256])
+def test_every_product_of_deit(width: int, batch: int) -> None:
+    rows = 197 * batch
+    for n, k in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (1000, width)):
+        for hopper in (False, True):
+            tile = choose(rows, n, k, MULTIPROCESSORS, hopper)
+            assert tile.shared(k) <= _MOST_SHARED
+            assert tile.threads() <= 1024
+            assert isinstance(tile, MmaTile) or hopper
+        found = [choose_bits(rows, n, k, MULTIPROCESSORS), choose_whole_rows(rows, n, k, MULTIPROCESSORS, bits=False)]
+        for special in found:
+            assert special is None or (special.shared(k) <= _MOST_SHARED and special.tiles(rows, n) >= MULTIPROCESSORS)
+
+
+def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
+    assert isinstance(choose(256 * 197, 1152, 384, MULTIPROCESSORS, hopper=True), HopperTile)
+    assert choose(256 * 197, 1152, 384, MULTIPROCESSORS, hopper=False) == MmaTile(128, 128, 64, 4, 2, 2)
+    assert isinstance(choose(197, 1152, 384, MULTIPROCESSORS, hopper=True), MmaTile)
+    assert choose_bits(256 * 197, 768, 3072, MULTIPROCESSORS) == HopperTile(2, 64, 2, bits=True)
+    assert choose_bits(197, 1152, 384, MULTIPROCESSORS) is None
+    assert choose_whole_rows(256 * 197, 384, 384, MULTIPROCESSORS, bits=False) is not None
+    assert choose_whole_rows(256 * 197, 768, 768, MULTIPROCESSORS, bits=False) is None
+
+
+def test_rows_stay_where_k_is_short() -> None:
+    tile = HopperTile(2, 128, 4)
+    assert [tile.defines(k)["RESIDENT"] for k in (192, 768, 1536)] == [1, 1, 0]
+    planes = HopperTile(2, 128, 4, bits=True)
+    assert planes.defines(1536) | {"BITS": 1, "DEPTH": 384, "RESIDENT": 1} == planes.defines(1536)
+    assert planes.defines(384)["DEPTH"] == 128  # two groups of 256 columns, 64 bytes each
