@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from qvit.architecture import VitArchitecture
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
-from qvit.engines.cuda.constants import vit_of
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import CHUNK, chunks, pad, untiled
 from qvit.engines.cuda.tiles import Tile, choose, choose_whole_rows
+from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.engines.tables import embedding
 from qvit.integer.model import IntegerModel
 
@@ -22,6 +23,8 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
+_MOST_WINDOWS = 8  # of a block of attention
+_BLOCKS_BUSY = 4  # blocks of attention that a multiprocessor should have at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,10 @@ class ModelConstants:
 
     pixels: c.PixelConstants
     patch: c.LinearConstants
-    embed: torch.Tensor  # float32 [N, C]: prefix tokens as they enter, then what is added to each patch
+    embed: torch.Tensor | None  # of a ViT: float32 [N, C], prefix tokens as they enter, then what is added to each patch
     norm_pre: c.NormConstants | None
     blocks: tuple[dict[str, Any], ...]
+    merging: tuple[tuple[c.NormConstants, c.LinearConstants] | None, ...]  # in front of each stage of a Swin
     norm: c.NormConstants | None
     heads: tuple[tuple[c.NormConstants | c.CodeConstants, c.LinearConstants], ...]
     pooled_norm: c.NormConstants | None  # floats, where another norm follows
@@ -40,40 +44,49 @@ class ModelConstants:
     @classmethod
     def of(cls, model: IntegerModel, device: torch.device) -> ModelConstants:
         """Moves a model's constants to a device."""
-        to, a = c.Constants(device), vit_of(model)
+        to, a = c.Constants(device), model.architecture
+        vit = a if isinstance(a, VitArchitecture) else None
         blocks = []
         for block in model.blocks:
+            width, hidden, windows = block.fc2.weight.shape[0], block.fc2.weight.shape[1], block.attention.windows
             blocks.append(
                 {
+                    "windows": None if windows is None else WindowConstants.of(windows, to),
                     "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
                     "qkv": c.LinearConstants.of(block.qkv, to),
                     "heads": c.HeadConstants.of(block.attention, to),
                     "attention": c.AttentionConstants.of(block.attention, to),
-                    "proj_codes": c.CodeConstants.of(block.proj.input, a.embed_dim, to),
+                    "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
                     "proj": c.LinearConstants.of(block.proj, to),
-                    "ls1": None if block.ls1 is None else to.floats(block.ls1, a.embed_dim),
+                    "ls1": None if block.ls1 is None else to.floats(block.ls1, width),
                     "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
                     "fc1": c.LinearConstants.of(block.fc1, to),
-                    "fc2_codes": c.CodeConstants.of(block.fc2.input, a.mlp_hidden, to),
+                    "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
                     "fc2_margin": c.activation_margin(block.fc2.input),
                     "fc2": c.LinearConstants.of(block.fc2, to),
-                    "ls2": None if block.ls2 is None else to.floats(block.ls2, a.embed_dim),
+                    "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
                 }
             )
-        averaged = a.global_pool == "avg" and not a.dist_token
+        merging = []
+        for stage in model.stages:
+            part = stage.merging
+            of = part and (c.NormConstants.of(part.norm, part.reduction.input, to), c.LinearConstants.of(part.reduction, to))
+            merging.append(of)
+        averaged = vit is None or (vit.global_pool == "avg" and not vit.dist_token)
         last = model.fc_norm if averaged else model.fc_norm or model.norm
         between = model.norm if not averaged and model.fc_norm is not None else None
         heads = []
         for head in model.heads:
-            codes: Any = c.CodeConstants.of(head.input, a.embed_dim, to)
+            codes: Any = c.CodeConstants.of(head.input, head.weight.shape[1], to)
             norm = codes if last is None else c.NormConstants.of(last, head.input, to)
             heads.append((norm, c.LinearConstants.of(head, to)))
         return cls(
             pixels=c.PixelConstants.of(model, to),
             patch=c.LinearConstants.of(model.patch, to),
-            embed=to.array(embedding(model)),
+            embed=None if vit is None else to.array(embedding(model)),
             norm_pre=None if model.norm_pre is None else c.NormConstants.of(model.norm_pre, None, to),
             blocks=tuple(blocks),
+            merging=tuple(merging),
             norm=None if model.norm is None or not averaged else c.NormConstants.of(model.norm, None, to),
             heads=tuple(heads),
             pooled_norm=None if between is None else c.NormConstants.of(between, None, to),
@@ -91,8 +104,37 @@ class Step:
     taps: dict[str, Tap]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sequences that blocks work on.
+
+    Attributes:
+        images: sequences: images, or windows of all images.
+        tokens: of a sequence.
+        width, heads, hidden: C, H and the outputs of fc1.
+        windows: sequences of an image.
+    """
+
+    images: int
+    tokens: int
+    width: int
+    heads: int
+    hidden: int
+    windows: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences."""
+        return self.images * self.tokens
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.width // self.heads
+
+
 class Plan:
-    """All launches of a forward pass of ``batch`` images.
+    """All launches of a forward pass of ``batch`` images; this one's are a ViT's.
 
     Attributes:
         pixels: launches for uint8 and for float images; ``images`` is filled in.
@@ -112,17 +154,26 @@ class Plan:
     ) -> None:
         self.model, self.constants, self.batch = model, constants, batch
         self._gpu, self._poison = gpu, poison
-        self._device = constants.embed.device
-        a = self._architecture = vit_of(model)
+        self._device = constants.patch.b.device
+        a = model.architecture
         self.steps: list[Step] = []
-        rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
+        self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self.logits = self._floats(batch, a.num_classes)
+        self._shape: Shape  # of the blocks that launches are made for
+        self._build(with_map)
+
+    def _build(self, with_map: bool) -> None:
+        """Makes `steps`."""
+        a, constants, batch = self.model.architecture, self.constants, self.batch
+        assert isinstance(a, VitArchitecture)
+        assert constants.embed is not None
+        self._shape = Shape(batch, a.num_tokens, a.embed_dim, a.num_heads, a.mlp_hidden)
+        rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         first, x = self._floats(rows, width), self._floats(rows, width)
         codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(rows, a.mlp_hidden)
         q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))
         maps = self._bytes(batch, a.num_heads, n, n) if with_map else None
-        self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self.logits = self._floats(batch, a.num_classes)
 
         prefix = a.num_prefix_tokens
         first.view(batch, n, width)[:, :prefix] = constants.embed[:prefix]
@@ -157,11 +208,11 @@ class Plan:
             following = constants.blocks[i + 1]["norm1"] if i + 1 < len(constants.blocks) else None
             self._linear_norm(block["fc2"], hidden, x, rows, x, block["ls2"], following, codes)
             source = x
-        self._classify(source)
+        self._classify(source, a)
 
     def pixels(self, images: torch.Tensor) -> Launch:
         """The launch that makes codes of images [B, C, H, W], uint8 or float32, contiguous."""
-        a, p = self._architecture, self.constants.pixels
+        a, p = self.model.architecture, self.constants.pixels
         values = {
             "images": images,
             "codes": p.codes,
@@ -185,7 +236,7 @@ class Plan:
 
     def patch_tap(self) -> torch.Tensor:
         """Codes of the patches, int16 [B, patches, K]."""
-        a = self._architecture
+        a = self.model.architecture
         codes = untiled(self._patches)[: self.batch * a.num_patches, : a.patch_features]
         return codes.reshape(self.batch, a.num_patches, -1).to(torch.int16)
 
@@ -255,8 +306,12 @@ class Plan:
         rows_in: int = 0,
         rows_out: int = 0,
         row_first: int = 0,
+        index: torch.Tensor | None = None,
     ) -> None:
-        """``out = gamma * layer(a) + residual``; with a position, rows go where images with prefix tokens have them."""
+        """``out = gamma * layer(a) + residual``; with a position, rows go where images with prefix tokens have them.
+
+        With an index, int32 [rows], row r goes to row ``index[r]``.
+        """
         values = {
             "rows": rows,
             "out": out,
@@ -267,12 +322,14 @@ class Plan:
             "rows_in": rows_in,
             "rows_out": rows_out,
             "row_first": row_first,
+            "index": index,
         }
         defines = {
             "EPILOGUE": _FLOATS,
             "RESIDUAL": int(residual is not None),
             "GAMMA": int(gamma is not None),
             "POSITION": int(position is not None),
+            "SCATTER": int(index is not None),
             "HALVED": int(halved),
             "EVEN": int(layer.m % 2 == 0),
         }
@@ -290,7 +347,7 @@ class Plan:
         codes: torch.Tensor,
     ) -> None:
         """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows."""
-        width = self._architecture.embed_dim
+        width = self._shape.width
         tile = None
         if norm is not None:
             tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
@@ -324,6 +381,7 @@ class Plan:
             "RESIDUAL": 1,
             "GAMMA": int(gamma is not None),
             "POSITION": 0,
+            "SCATTER": 0,
             "HALVED": 0,
             "EVEN": 1,
         }
@@ -336,18 +394,18 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "rows": self.batch * self._architecture.num_tokens,
-            "ldo": chunks(self._architecture.mlp_hidden),
+            "rows": self._shape.rows,
+            "ldo": chunks(self._shape.hidden),
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
         }
-        kind = _ACTIVATIONS.index(self._architecture.activation)
+        kind = _ACTIVATIONS.index(self.model.architecture.activation)
         self._gemm(block["fc1"], {"EPILOGUE": _ACTIVATION, "ACTIVATION": kind}, a, values)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
-        shape = self._architecture
+        shape = self._shape
         (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
         values = {
             "out": out[0],
@@ -359,9 +417,9 @@ class Plan:
             "step": heads.step,
             "weight": heads.weight,
             "affine": heads.affine,
-            "rows": self.batch * shape.num_tokens,
-            "heads": shape.num_heads,
-            "tokens": shape.num_tokens,
+            "rows": shape.rows,
+            "heads": shape.heads,
+            "tokens": shape.tokens,
             "low": low,
             "high": high,
             "margin": heads.margins[0],
@@ -386,7 +444,8 @@ class Plan:
     def _attention(
         self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        a, of = self._architecture, block["attention"]
+        shape, of = self._shape, block["attention"]
+        windows: WindowConstants | None = block["windows"]
         codes: c.CodeConstants = block["proj_codes"]
         q, k, v = q_k_v
         values = {
@@ -402,30 +461,41 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "heads": a.num_heads,
-            "ldo": chunks(a.embed_dim),
+            "bias": None if windows is None else windows.bias,
+            "regions": None if windows is None else windows.regions,
+            "heads": shape.heads,
+            "ldo": chunks(shape.width),
+            "images": shape.images,
+            "windows": shape.windows,
             "map_high": of.map_high,
             "map_margin": of.map_margin,
             "low": codes.low,
             "high": codes.high,
         }
         warps = 4
+        # A block with several windows of one head loads that head's bias once; as long as there are blocks for all.
+        heads, most = shape.images * shape.heads, _MOST_WINDOWS if windows is not None else 1
+        pack = max(1, min(most, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         defines = {
-            "HEAD_DIM": a.head_dim,
-            "TOKENS": a.num_tokens,
+            "HEAD_DIM": shape.head_dim,
+            "TOKENS": shape.tokens,
             "WARPS": warps,
             "Q_HALF": int(of.q_half),
             "Q_DOUBLED": int(block["heads"].doubled),
             "V_SIGNED": int(of.v_signed),
             "V_OFFSET": of.value_offset,
-            "LONG": int(a.num_tokens > _LONGEST_IN_REGISTERS),
+            "LONG": int(shape.tokens > _LONGEST_IN_REGISTERS),
+            "BIAS": int(windows is not None),
+            "MASK": int(windows is not None and windows.regions is not None),
+            "PACK": pack,
         }
-        groups, tiles = -(-a.num_tokens // 32), -(-a.num_tokens // 16)
-        shared = 32 * groups * (a.head_dim + 16) + a.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        groups, tiles = -(-shape.tokens // 32), -(-shape.tokens // 16)
+        shared = 32 * groups * (shape.head_dim + 16) + shape.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        heads = self.batch * a.num_heads
         split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))
-        self._add(Launch("attention", defines, (heads, split, 1), 32 * warps, shared, values))
+        blocks = -(-shape.images // pack) * shape.heads
+        self._add(Launch("attention", defines, (blocks, split, 1), 32 * warps, shared, values))
 
     def _norm(
         self,
@@ -436,11 +506,17 @@ class Plan:
         ldx: int,
         ldo: int,
         row: int = 0,
+        index: torch.Tensor | None = None,
     ) -> None:
-        """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm."""
-        width = self._architecture.embed_dim
+        """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm.
+
+        With an index, int32 [rows * pieces], a row is put together of as many rows of x.
+        """
+        pieces = 0 if index is None else len(index) // rows
+        width = self._shape.width * max(pieces, 1)
         codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
         values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
+        values["index"] = index
         if isinstance(norm, c.NormConstants):
             values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
             values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
@@ -452,28 +528,33 @@ class Plan:
             "WARPS": warps,
             "OUT_FLOAT": int(codes is None),
             "IDENTITY": int(isinstance(norm, c.CodeConstants)),
+            "GATHER": pieces,
         }
         self._add(Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values))
 
-    def _classify(self, x: torch.Tensor) -> None:
-        a, width = self._architecture, self._architecture.embed_dim
+    def _average(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The final norm of every token, if there is one, and the average of an image's tokens from ``first`` on."""
+        width, norm = self._shape.width, self.constants.norm
+        rows = x.shape[0]
+        if norm is not None:
+            tokens = self._floats(rows, width)
+            self._norm(norm, x, tokens, rows, width, width)
+            x = tokens
+        pooled = self._floats(self.batch, width)
+        values = {"x": x, "out": pooled, "tokens": rows // self.batch, "first": first, "channels": width}
+        self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
+        return pooled
+
+    def _classify(self, x: torch.Tensor, a: VitArchitecture) -> None:
+        width = a.embed_dim
         apart = a.num_tokens * width
-        constants = self.constants
         if a.global_pool == "avg" and not a.dist_token:
-            if constants.norm is not None:
-                tokens = self._floats(self.batch * a.num_tokens, width)
-                self._norm(constants.norm, x, tokens, self.batch * a.num_tokens, width, width)
-                x = tokens
-            pooled = self._floats(self.batch, width)
-            values = {
-                "x": x,
-                "out": pooled,
-                "tokens": a.num_tokens,
-                "first": 0 if a.pool_include_prefix else a.num_prefix_tokens,
-                "channels": width,
-            }
-            self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
-            x, apart = pooled, width
+            x, apart = self._average(x, 0 if a.pool_include_prefix else a.num_prefix_tokens), width
+        self._logits(x, apart)
+
+    def _logits(self, x: torch.Tensor, apart: int) -> None:
+        """The heads, of rows ``apart`` floats apart; head i reads token i."""
+        a, constants, width = self.model.architecture, self.constants, self._shape.width
         for index, (name, (norm, layer)) in enumerate(zip(a.heads, constants.heads, strict=True)):
             codes = self._codes(self.batch, width)
             row, source, ldx = index, x, apart
