@@ -24,7 +24,7 @@ _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/g
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _MOST_WINDOWS = 8  # of a block of attention
-_BLOCKS_BUSY = 4  # blocks of attention that a multiprocessor should have at least
+_BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +67,14 @@ class ModelConstants:
                     "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
                 }
             )
-        merging = []
+        merging: list[tuple[c.NormConstants, c.LinearConstants] | None] = []
         for stage in model.stages:
             part = stage.merging
-            of = part and (c.NormConstants.of(part.norm, part.reduction.input, to), c.LinearConstants.of(part.reduction, to))
-            merging.append(of)
+            if part is None:
+                merging.append(None)
+            else:
+                norm = c.NormConstants.of(part.norm, part.reduction.input, to)
+                merging.append((norm, c.LinearConstants.of(part.reduction, to)))
         averaged = vit is None or (vit.global_pool == "avg" and not vit.dist_token)
         last = model.fc_norm if averaged else model.fc_norm or model.norm
         between = model.norm if not averaged and model.fc_norm is not None else None
@@ -347,7 +350,7 @@ class Plan:
         codes: torch.Tensor,
     ) -> None:
         """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows."""
-        width = self._shape.width
+        width = out.shape[1]
         tile = None
         if norm is not None:
             tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
@@ -513,7 +516,7 @@ class Plan:
         With an index, int32 [rows * pieces], a row is put together of as many rows of x.
         """
         pieces = 0 if index is None else len(index) // rows
-        width = self._shape.width * max(pieces, 1)
+        width = x.shape[1] * max(pieces, 1)
         codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
         values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
         values["index"] = index
@@ -534,8 +537,7 @@ class Plan:
 
     def _average(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """The final norm of every token, if there is one, and the average of an image's tokens from ``first`` on."""
-        width, norm = self._shape.width, self.constants.norm
-        rows = x.shape[0]
+        (rows, width), norm = x.shape, self.constants.norm
         if norm is not None:
             tokens = self._floats(rows, width)
             self._norm(norm, x, tokens, rows, width, width)
@@ -554,7 +556,7 @@ class Plan:
 
     def _logits(self, x: torch.Tensor, apart: int) -> None:
         """The heads, of rows ``apart`` floats apart; head i reads token i."""
-        a, constants, width = self.model.architecture, self.constants, self._shape.width
+        a, constants, width = self.model.architecture, self.constants, x.shape[1]
         for index, (name, (norm, layer)) in enumerate(zip(a.heads, constants.heads, strict=True)):
             codes = self._codes(self.batch, width)
             row, source, ldx = index, x, apart

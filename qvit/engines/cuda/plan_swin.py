@@ -6,12 +6,14 @@ windows, so that every window is an image of a few tokens; an index says where a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.layout import chunks
 from qvit.engines.cuda.plan import Plan, Shape
 from qvit.engines.cuda.windows import square_rows, window_rows
@@ -22,7 +24,7 @@ class SwinPlan(Plan):
     """All launches of a forward pass of a Swin Transformer; see `Plan`."""
 
     def _build(self, with_map: bool) -> None:
-        model, constants, batch = self.model, self.constants, self.batch
+        model, constants = self.model, self.constants
         self._indices: dict[Any, torch.Tensor] = {}
         x, blocks = self._embed(), iter(constants.blocks)
         for stage, merging in zip(model.stages, constants.merging, strict=True):
@@ -30,25 +32,22 @@ class SwinPlan(Plan):
                 assert merging is not None
                 x = self._merge(x, stage.merging, *merging)
             self._blocks(x, stage.blocks, [next(blocks) for _ in stage.blocks], with_map)
-        self._shape = Shape(batch, len(x) // batch, x.shape[1], 1, 1)
         self._logits(self._average(x, 0), x.shape[1])
 
     def _embed(self) -> torch.Tensor:
         """Patches and their norm, float32 [B L, C]."""
         a, constants = self.model.architecture, self.constants
         rows, width = self.batch * a.num_patches, a.embed_dim
-        self._shape = Shape(self.batch, a.num_patches, width, 1, 1)
-        patches, x = self._floats(rows, width), self._floats(rows, width)
-        self._linear(constants.patch, self._patches, patches, rows)
+        x = self._floats(rows, width)
+        self._linear(constants.patch, self._patches, x, rows)
         assert constants.norm_pre is not None
-        self._norm(constants.norm_pre, patches, x, rows, width, width)
+        self._norm(constants.norm_pre, x, x, rows, width, width)
         return x
 
-    def _merge(self, x: torch.Tensor, merging: PatchMerging, norm: Any, layer: Any) -> torch.Tensor:
+    def _merge(self, x: torch.Tensor, merging: PatchMerging, norm: c.NormConstants, layer: c.LinearConstants) -> torch.Tensor:
         """2 x 2 neighbours become one token, [B L, C] -> [B L / 4, M]."""
         (height, width), rows = merging.map, len(x) // 4
-        self._shape = Shape(self.batch, height * width, x.shape[1], 1, 1)
-        index = self._index(merging.map, lambda: square_rows(merging.map, self.batch))
+        index = self._index(merging.map, partial(square_rows, merging.map, self.batch))
         codes, out = self._codes(rows, layer.k), self._floats(rows, layer.m)
         self._norm(norm, x, codes, rows, x.shape[1], chunks(layer.k), index=index)
         self._tap(f"{merging.reduction.name}.input", codes, (self.batch, height // 2, width // 2, layer.k), layer.signed)
@@ -69,10 +68,10 @@ class SwinPlan(Plan):
         for block, of in zip(blocks, constants, strict=True):
             name, windows = block.name, block.attention.windows
             assert windows is not None
-            index = self._index((windows.map, windows.size, windows.shift), lambda windows=windows: window_rows(windows, batch))
+            index = self._index((windows.map, windows.size, windows.shift), partial(window_rows, windows, batch))
             self._norm(of["norm1"], x, codes, rows, width, chunks(width), index=index)
             self._tap(f"{name}.attn.qkv.input", codes, (images, n, width), of["qkv"].signed)
-            self._heads(of, codes, q_k_v, f"{name}")
+            self._heads(of, codes, q_k_v, name)
             self._attention(of, q_k_v, maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
@@ -84,9 +83,8 @@ class SwinPlan(Plan):
             self._tap(f"{name}.mlp.fc2.input", inner, (batch, tokens, hidden), of["fc2"].signed)
             self._linear(of["fc2"], inner, x, rows, residual=x)
 
-    def _index(self, key: Any, make: Any) -> torch.Tensor:
+    def _index(self, key: Any, make: Callable[[], np.ndarray]) -> torch.Tensor:
         """Rows that a launch reads or writes, on the device; blocks of equal geometry share them."""
         if key not in self._indices:
-            rows: np.ndarray = make()
-            self._indices[key] = torch.from_numpy(rows).to(self._device)
+            self._indices[key] = torch.from_numpy(make()).to(self._device)
         return self._indices[key]

@@ -34,7 +34,8 @@ struct AttentionArgs {
 };
 
 constexpr int kThreads = 32 * WARPS;
-constexpr int kBlocks = LONG || TOKENS <= 208 ? 12 / WARPS : 8 / WARPS;  // of a multiprocessor, as registers allow
+constexpr bool kHoldsBias = BIAS && TOKENS <= 64;  // in shared memory
+constexpr int kBlocks = (kHoldsBias ? 16 : LONG || TOKENS <= 208 ? 12 : 8) / WARPS;  // of a multiprocessor, as registers allow
 constexpr int kGroups = (TOKENS + 31) / 32;                // of 32 keys, a step of the second product
 constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
@@ -47,7 +48,6 @@ constexpr float kLog2e = 1.44269504f;
 constexpr int kNone = -2147483647 - 1;  // the score of no key
 constexpr int kRegionLine = 32 * kGroups;
 constexpr int kBiasLine = kRegionLine + 8;  // floats of a row of the bias: eight rows lie in different banks
-constexpr bool kHoldsBias = BIAS && TOKENS <= 64;  // in shared memory
 
 // Scores as they enter softmax: whole numbers, which the scale of a head makes floats, or such floats with what is added to them.
 #if BIAS
