@@ -127,20 +127,27 @@ def _gemm(launch: Launch) -> Work:
         moved += 4 * m * n
     if values.get("position") is not None:
         moved += 4 * n * values["rows_in"]
+    moved += _bytes(values.get("index"))
     shape = f"{m} x {n} x {k}, {_EPILOGUES[launch.defines['EPILOGUE']]}{', planes' if bits else ''}"
     return Work(shape, 2 * m * n * k, moved, 2.0 if bits else 1.0)
 
 
 def _attention(launch: Launch) -> Work:
-    heads, tokens, width = launch.grid[0], launch.defines["TOKENS"], launch.defines["HEAD_DIM"]
-    moved = 4 * heads * tokens * width
+    tokens, width, values = launch.defines["TOKENS"], launch.defines["HEAD_DIM"], launch.values
+    heads = values["images"] * values["heads"]
+    moved = 4 * heads * tokens * width + _bytes(values["bias"]) + _bytes(values["regions"])
     return Work(f"{heads} heads of {tokens} x {width}", 4 * heads * tokens * tokens * width, moved)
 
 
 def _norm(launch: Launch) -> Work:
     rows, channels = launch.values["rows"], launch.defines["CHANNELS"]
-    moved = rows * channels * (4 + launch.values["out"].element_size())
+    moved = rows * channels * (4 + launch.values["out"].element_size()) + _bytes(launch.values["index"])
     return Work(f"{rows} x {channels}", 0, moved)
+
+
+def _bytes(tensor: torch.Tensor | None) -> int:
+    """Of a tensor that a launch is given, or not."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
 def _pixels(launch: Launch) -> Work:
@@ -160,7 +167,7 @@ def _pool(launch: Launch) -> Work:
 def _unknown(launch: Launch) -> Work:
     """Every tensor that the launch is given, whole."""
     tensors = [value for value in launch.values.values() if isinstance(value, torch.Tensor)]
-    return Work(" x ".join(map(str, launch.grid)) + " blocks", 0, sum(t.numel() * t.element_size() for t in tensors))
+    return Work(" x ".join(map(str, launch.grid)) + " blocks", 0, sum(map(_bytes, tensors)))
 
 
 _WORK: dict[str, Callable[[Launch], Work]] = {

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qvit.integer.packing import unpack
-from qvit.integer.windows import relative_index, window_mask, window_tokens
+from qvit.integer.windows import relative_index, window_mask, window_regions, window_tokens
 from qvit.spec import HalfStep, PerGroup, QuantSpec
 
 
@@ -180,6 +180,10 @@ class Windows:
     def mask(self) -> np.ndarray | None:
         """float32 [W, N, N], 0 or -100; ``None`` without a shift. Blocks of equal geometry share one array."""
         return window_mask(self.map, self.size, self.shift)
+
+    def regions(self) -> np.ndarray | None:
+        """int8 [W, N]: `mask` is -100 where the numbers of two tokens differ; ``None`` without a shift."""
+        return window_regions(self.map, self.size, self.shift) if any(self.shift) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,19 @@ def window_tokens(map_size: Pair, window: Pair, shift: Pair) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
+def window_regions(map_size: Pair, window: Pair, shift: Pair) -> np.ndarray:
+    """int8 [W, N]: which part of the map each token of each window is from, 0 to 3.
+
+    Two tokens of a window were no neighbours before the map was rolled where their parts differ.
+    """
+    # Only the windows that the seam cuts are split: whole windows end where the rolled map's last ones begin.
+    down, right = (
+        np.arange(side) >= side - by if by else np.zeros(side, bool) for side, by in zip(map_size, shift, strict=True)
+    )
+    return _constant(_split(2 * down[:, None].astype(np.int8) + right[None, :], window))
+
+
+@lru_cache(maxsize=16)
 def window_mask(map_size: Pair, window: Pair, shift: Pair) -> np.ndarray | None:
     """float32 [W, N, N]: -100 where two tokens of a window were no neighbours before the map was rolled, else 0.
 
@@ -38,11 +51,7 @@ def window_mask(map_size: Pair, window: Pair, shift: Pair) -> np.ndarray | None:
     """
     if not any(shift):
         return None
-    # Only the windows that the seam cuts are split: whole windows end where the rolled map's last ones begin.
-    down, right = (
-        np.arange(side) >= side - by if by else np.zeros(side, bool) for side, by in zip(map_size, shift, strict=True)
-    )
-    region = _split(2 * down[:, None].astype(np.int8) + right[None, :], window)
+    region = window_regions(map_size, window, shift)
     return _constant(np.where(region[:, :, None] != region[:, None, :], MASKED, np.float32(0)))
 
 

@@ -73,6 +73,27 @@ def test_the_work_is_the_architectures(make_engine: Callable[..., CudaEngine]) -
     ]
 
 
+def test_the_work_of_swin_is_the_architectures(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:
+    batch = 64  # a block of attention has several windows
+    swin = small_swin(embed_dim=32, num_heads=(1, 2), depths=(2, 1))
+    engine = CudaEngine(qvit.freeze(make_student(swin)), Silent())  # type: ignore[arg-type]
+    launches = engine.launches(batch)
+    products = model_cost(engine.model.architecture, engine.model.specs).products
+    operations = {kernel: sum(work_of(one).operations for one in launches if one.kernel == kernel) for kernel in ARGUMENTS}
+    assert operations["gemm"] == 2 * batch * sum(p.multiplies for p in products if p.parameters)
+    assert operations["attention"] == 2 * batch * sum(p.multiplies for p in products if not p.parameters)
+    attention = [one for one in launches if one.kernel == "attention"]
+    assert attention[0].grid[0] < 4 * batch
+    # 4 windows of 16 tokens in lines of 40 numbers; the second block's windows are shifted and have 32 bytes of regions each.
+    qkv_and_out, bias = 4 * batch * 64 * 32, 4 * 16 * 40
+    assert [work_of(one).bytes for one in attention[:2]] == [qkv_and_out + bias, qkv_and_out + bias + 4 * 32]
+    rows = batch * 64
+    norms = [work_of(one).bytes for one in launches if one.kernel == "norm"]
+    assert norms[:3] == [rows * 32 * 8, rows * (32 * 5 + 4), rows * 32 * 5]  # of patches; an index of windows; in front of fc1
+    proj = next(one for one in launches if one.kernel == "gemm" and one.defines.get("SCATTER"))
+    assert work_of(proj).bytes == rows * 32 + 32 * 32 + 8 * rows * 32 + 4 * rows
+
+
 def test_pooling_is_counted(make_engine: Callable[..., CudaEngine]) -> None:
     engine = make_engine(Silent(), global_pool="avg")
     (pool,) = (one for one in engine.launches(3) if one.kernel == "pool")

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from qvit.architecture import SwinArchitecture
 from qvit.engines.cuda.constants import check
 from qvit.engines.cuda.plan import ModelConstants, Plan
+from qvit.engines.cuda.plan_swin import SwinPlan
 from qvit.errors import InputError
 from qvit.integer.model import IntegerModel
 
@@ -105,7 +107,8 @@ class CudaEngine:
         self._gpu.launch(launch)
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
-        return Plan(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=not self._on_gpu)
+        kind = SwinPlan if isinstance(self.model.architecture, SwinArchitecture) else Plan
+        return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=not self._on_gpu)
 
     def _shown(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> tuple[Plan, torch.Tensor]:
         plan = self._plan(len(images), with_map=True)

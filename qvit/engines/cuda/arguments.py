@@ -22,7 +22,7 @@ class GemmArgs(ctypes.Structure):
     """``src/epilogue.cuh``."""
 
     _fields_ = _fields(
-        p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine thresholds",
+        p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine thresholds index",
         i="m n k ldo rows_in rows_out row_first heads tokens chunks",
         f="low high margin low_k high_k margin_k low_v high_v",
         d="eps",
@@ -33,8 +33,8 @@ class AttentionArgs(ctypes.Structure):
     """``src/attention.cu``."""
 
     _fields_ = _fields(
-        p="q k v out map score_scale map_scale value_scale value_row inverse offset step",
-        i="heads ldo",
+        p="q k v out map score_scale map_scale value_scale value_row inverse offset step bias regions",
+        i="heads ldo images windows",
         f="map_high map_margin low high",
     )
 
@@ -42,7 +42,7 @@ class AttentionArgs(ctypes.Structure):
 class NormArgs(ctypes.Structure):
     """``src/norm.cu``."""
 
-    _fields_ = _fields(p="x weight bias gain shift offset step out", l="ldx ldo", i="rows", f="low high margin", d="eps")
+    _fields_ = _fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps")
 
 
 class PixelArgs(ctypes.Structure):

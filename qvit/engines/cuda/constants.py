@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from qvit.architecture import VitArchitecture
 from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled
 from qvit.engines.cuda.thresholds import activation_thresholds
 from qvit.engines.tables import pixel_codes
@@ -21,15 +20,7 @@ _F32 = np.float32
 _ULPS = 1e-6  # relative error that the float32 steps stay below
 COLUMN_PAD = 256  # output channels are padded to a multiple: no tile is wider
 HEAD_DIMS = (32, 64)
-
-
-def vit_of(model: IntegerModel) -> VitArchitecture:
-    """The architecture of a ViT; raises `UnsupportedModelError` where it is another family."""
-    if not isinstance(model.architecture, VitArchitecture):
-        raise UnsupportedModelError(
-            f"The CUDA engine does not run {model.name}, only ViT and DeiT yet: use engine='reference' on device='cuda'."
-        )
-    return model.architecture
+MOST_WINDOW_TOKENS = 576  # every GPU's shared memory holds the keys and values of one head of such a window
 
 
 def check(model: IntegerModel) -> None:
@@ -38,25 +29,26 @@ def check(model: IntegerModel) -> None:
     def refuse(what: str) -> None:
         raise UnsupportedModelError(f"The CUDA engine does not run {what} yet: use engine='reference' on device='cuda'.")
 
-    a = vit_of(model)
-    if a.head_dim not in HEAD_DIMS:
-        refuse(f"heads of {a.head_dim} channels, only of {' or '.join(map(str, HEAD_DIMS))}")
     for layer in model.linears():
         for what, spec in (("input", layer.input.spec), ("weight", layer.weight.spec)):
             if isinstance(spec.scale, (PerToken, PerGroup)):
                 refuse(f"{layer.name}.{what}'s scale per {'token' if isinstance(spec.scale, PerToken) else 'group'}")
         if layer.weight.half_step and layer.weight.spec.bits == 8:
             refuse(f"{layer.name}.weight, 8 bits at odd half steps")
-    for i, block in enumerate(model.blocks):
+    for block in model.blocks:
         attention = block.attention
+        if attention.head_dim not in HEAD_DIMS:
+            refuse(f"heads of {attention.head_dim} channels, only of {' or '.join(map(str, HEAD_DIMS))}")
+        if attention.windows is not None and attention.windows.area > MOST_WINDOW_TOKENS:
+            refuse(f"windows of {attention.windows.area} tokens, only of {MOST_WINDOW_TOKENS} at most")
         for what in ("q", "k", "v", "map"):
             quantizer: ops.Quantizer = getattr(attention, what)
             if isinstance(quantizer.spec.scale, PerToken):
-                refuse(f"blocks.{i}.attn.{what}'s scale per token")
+                refuse(f"{block.name}.attn.{what}'s scale per token")
             if what in ("q", "k") and quantizer.spec.qp > 127:
-                refuse(f"blocks.{i}.attn.{what}, unsigned at 8 bits")
+                refuse(f"{block.name}.attn.{what}, unsigned at 8 bits")
         if attention.q.spec.learns_offset:
-            refuse(f"blocks.{i}.attn.q's learned offset")
+            refuse(f"{block.name}.attn.q's learned offset")
 
 
 class Constants:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from qvit.architecture import VitArchitecture
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
-from qvit.engines.cuda.constants import vit_of
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_whole_rows
+from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.engines.tables import embedding
 from qvit.integer.model import IntegerModel
 
@@ -22,6 +23,8 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
+_MOST_WINDOWS = 8  # of a block of attention
+_BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,10 @@ class ModelConstants:
 
     pixels: c.PixelConstants
     patch: c.LinearConstants
-    embed: torch.Tensor  # float32 [N, C]: prefix tokens as they enter, then what is added to each patch
+    embed: torch.Tensor | None  # of a ViT: float32 [N, C], prefix tokens as they enter, then what is added to each patch
     norm_pre: c.NormConstants | None
     blocks: tuple[dict[str, Any], ...]
+    merging: tuple[tuple[c.NormConstants, c.LinearConstants] | None, ...]  # in front of each stage of a Swin
     norm: c.NormConstants | None
     heads: tuple[tuple[c.NormConstants | c.CodeConstants, c.LinearConstants], ...]
     pooled_norm: c.NormConstants | None  # floats, where another norm follows
@@ -40,41 +44,53 @@ class ModelConstants:
     @classmethod
     def of(cls, model: IntegerModel, device: torch.device) -> ModelConstants:
         """Moves a model's constants to a device."""
-        to, a = c.Constants(device), vit_of(model)
+        to, a = c.Constants(device), model.architecture
+        vit = a if isinstance(a, VitArchitecture) else None
         blocks = []
         for block in model.blocks:
+            width, hidden, windows = block.fc2.weight.shape[0], block.fc2.weight.shape[1], block.attention.windows
             blocks.append(
                 {
+                    "windows": None if windows is None else WindowConstants.of(windows, to),
                     "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
                     "qkv": c.LinearConstants.of(block.qkv, to),
                     "heads": c.HeadConstants.of(block.attention, to),
                     "attention": c.AttentionConstants.of(block.attention, to),
-                    "proj_codes": c.CodeConstants.of(block.proj.input, a.embed_dim, to),
+                    "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
                     "proj": c.LinearConstants.of(block.proj, to),
-                    "ls1": None if block.ls1 is None else to.floats(block.ls1, a.embed_dim),
+                    "ls1": None if block.ls1 is None else to.floats(block.ls1, width),
                     "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
                     "fc1": c.LinearConstants.of(block.fc1, to),
-                    "fc2_codes": c.CodeConstants.of(block.fc2.input, a.mlp_hidden, to),
+                    "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
                     "fc2_margin": c.activation_margin(block.fc2.input),
                     "thresholds": c.thresholds_of(block.fc1, block.fc2.input, a.activation, to),
                     "fc2": c.LinearConstants.of(block.fc2, to),
-                    "ls2": None if block.ls2 is None else to.floats(block.ls2, a.embed_dim),
+                    "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
                 }
             )
-        averaged = a.global_pool == "avg" and not a.dist_token
+        merging: list[tuple[c.NormConstants, c.LinearConstants] | None] = []
+        for stage in model.stages:
+            part = stage.merging
+            if part is None:
+                merging.append(None)
+            else:
+                norm = c.NormConstants.of(part.norm, part.reduction.input, to)
+                merging.append((norm, c.LinearConstants.of(part.reduction, to)))
+        averaged = vit is None or (vit.global_pool == "avg" and not vit.dist_token)
         last = model.fc_norm if averaged else model.fc_norm or model.norm
         between = model.norm if not averaged and model.fc_norm is not None else None
         heads = []
         for head in model.heads:
-            codes: Any = c.CodeConstants.of(head.input, a.embed_dim, to)
+            codes: Any = c.CodeConstants.of(head.input, head.weight.shape[1], to)
             norm = codes if last is None else c.NormConstants.of(last, head.input, to)
             heads.append((norm, c.LinearConstants.of(head, to)))
         return cls(
             pixels=c.PixelConstants.of(model, to),
             patch=c.LinearConstants.of(model.patch, to),
-            embed=to.array(embedding(model)),
+            embed=None if vit is None else to.array(embedding(model)),
             norm_pre=None if model.norm_pre is None else c.NormConstants.of(model.norm_pre, None, to),
             blocks=tuple(blocks),
+            merging=tuple(merging),
             norm=None if model.norm is None or not averaged else c.NormConstants.of(model.norm, None, to),
             heads=tuple(heads),
             pooled_norm=None if between is None else c.NormConstants.of(between, None, to),
@@ -92,8 +108,37 @@ class Step:
     taps: dict[str, Tap]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sequences that blocks work on.
+
+    Attributes:
+        images: sequences: images, or windows of all images.
+        tokens: of a sequence.
+        width, heads, hidden: C, H and the outputs of fc1.
+        windows: sequences of an image.
+    """
+
+    images: int
+    tokens: int
+    width: int
+    heads: int
+    hidden: int
+    windows: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all sequences."""
+        return self.images * self.tokens
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.width // self.heads
+
+
 class Plan:
-    """All launches of a forward pass of ``batch`` images.
+    """All launches of a forward pass of ``batch`` images; this one's are a ViT's.
 
     Attributes:
         pixels: launches for uint8 and for float images; ``images`` is filled in.
@@ -114,18 +159,26 @@ class Plan:
     ) -> None:
         self.model, self.constants, self.batch = model, constants, batch
         self._gpu, self._one_bit, self._poison = gpu, one_bit, poison
-        self._device = constants.embed.device
-        a = self._architecture = vit_of(model)
+        self._device = constants.patch.b.device
+        a = model.architecture
         self.steps: list[Step] = []
-        rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
-        self._rows = rows
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
+        self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
+        self.logits = self._floats(batch, a.num_classes)
+        self._shape: Shape  # of the blocks that launches are made for
+        self._build(with_map)
+
+    def _build(self, with_map: bool) -> None:
+        """Makes `steps`."""
+        a, constants, batch = self.model.architecture, self.constants, self.batch
+        assert isinstance(a, VitArchitecture)
+        assert constants.embed is not None
+        self._shape = Shape(batch, a.num_tokens, a.embed_dim, a.num_heads, a.mlp_hidden)
+        rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         first, x = self._floats(rows, width), self._floats(rows, width)
         codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(rows, a.mlp_hidden)
         q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))
         maps = self._bytes(batch, a.num_heads, n, n) if with_map else None
-        self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
-        self.logits = self._floats(batch, a.num_classes)
 
         prefix = a.num_prefix_tokens
         first.view(batch, n, width)[:, :prefix] = constants.embed[:prefix]
@@ -147,25 +200,25 @@ class Plan:
             name = f"blocks.{i}"
             if i == 0:
                 self._norm(block["norm1"], source, codes, rows, width, block["qkv"])
-            self._tap_input(f"{name}.attn.qkv.input", codes, block["qkv"])
+            self._tap_input(f"{name}.attn.qkv.input", codes, block["qkv"], batch, n)
             self._heads(block, codes, (q, k, v), name)
             self._attention(block, (q, k, v), maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
-            self._tap_input(f"{name}.attn.proj.input", attended, block["proj"])
+            self._tap_input(f"{name}.attn.proj.input", attended, block["proj"], batch, n)
             self._linear_norm(block["proj"], attended, x, source, block["ls1"], (block["norm2"], block["fc1"]), codes)
-            self._tap_input(f"{name}.mlp.fc1.input", codes, block["fc1"])
+            self._tap_input(f"{name}.mlp.fc1.input", codes, block["fc1"], batch, n)
             self._activation(block, codes, hidden)
-            self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"])
+            self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"], batch, n)
             after = constants.blocks[i + 1] if i + 1 < len(constants.blocks) else None
             following = None if after is None else (after["norm1"], after["qkv"])
             self._linear_norm(block["fc2"], hidden, x, x, block["ls2"], following, codes)
             source = x
-        self._classify(source)
+        self._classify(source, a)
 
     def pixels(self, images: torch.Tensor) -> Launch:
         """The launch that makes codes of images [B, C, H, W], uint8 or float32, contiguous."""
-        a, p = self._architecture, self.constants.pixels
+        a, p = self.model.architecture, self.constants.pixels
         values = {
             "images": images,
             "codes": p.codes,
@@ -189,7 +242,7 @@ class Plan:
 
     def patch_tap(self) -> torch.Tensor:
         """Codes of the patches, int16 [B, patches, K]."""
-        a = self._architecture
+        a = self.model.architecture
         codes = untiled(self._patches)[: self.batch * a.num_patches, : a.patch_features]
         return codes.reshape(self.batch, a.num_patches, -1).to(torch.int16)
 
@@ -222,17 +275,17 @@ class Plan:
 
         self.steps[-1].taps[name] = read
 
-    def _tap_input(self, name: str, codes: torch.Tensor, layer: c.LinearConstants) -> None:
-        """The codes of all tokens that a layer of a block reads."""
-        shape = self.batch, self._architecture.num_tokens, layer.k
+    def _tap_input(self, name: str, codes: torch.Tensor, layer: c.LinearConstants, *rows: int) -> None:
+        """The codes that a layer of a block reads, as [*rows, K]."""
+        shape = (*rows, layer.k)
         if self._bits(layer) is None:
             self._tap(name, codes, shape, layer.signed)
             return
 
         def read() -> torch.Tensor:
-            rows, columns = self._rows, bit_chunks(layer.k) * CHUNK
+            columns = bit_chunks(layer.k) * CHUNK
             memory = codes.reshape(-1)[: len(codes) * columns].reshape(len(codes), columns)
-            return from_planes(untiled(memory)[:rows], layer.k).to(torch.int16).reshape(shape)
+            return from_planes(untiled(memory)[: math.prod(rows)], layer.k).to(torch.int16).reshape(shape)
 
         self.steps[-1].taps[name] = read
 
@@ -240,7 +293,7 @@ class Plan:
         """How a layer of a block is computed with one-bit products; ``None`` where it is not."""
         if layer.b_planes is None or not (self._gpu.hopper and self._one_bit):
             return None
-        return choose_bits(self._rows, layer.m, layer.k, self._gpu.multiprocessors)
+        return choose_bits(self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors)
 
     def _chunks(self, layer: c.LinearConstants) -> int:
         """Tiles that a row of what a layer of a block reads has."""
@@ -255,8 +308,6 @@ class Plan:
         tile: Tile | None = None,
     ) -> None:
         rows = values.pop("rows")
-        if tile is None and rows == self._rows:
-            tile = self._bits(layer)
         bits = isinstance(tile, HopperTile) and tile.bits
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         values = {
@@ -286,8 +337,13 @@ class Plan:
         rows_in: int = 0,
         rows_out: int = 0,
         row_first: int = 0,
+        index: torch.Tensor | None = None,
+        tile: Tile | None = None,
     ) -> None:
-        """``out = gamma * layer(a) + residual``; with a position, rows go where images with prefix tokens have them."""
+        """``out = gamma * layer(a) + residual``; with a position, rows go where images with prefix tokens have them.
+
+        With an index, int32 [rows], row r goes to row ``index[r]``.
+        """
         values = {
             "rows": rows,
             "out": out,
@@ -298,16 +354,18 @@ class Plan:
             "rows_in": rows_in,
             "rows_out": rows_out,
             "row_first": row_first,
+            "index": index,
         }
         defines = {
             "EPILOGUE": _FLOATS,
             "RESIDUAL": int(residual is not None),
             "GAMMA": int(gamma is not None),
             "POSITION": int(position is not None),
+            "SCATTER": int(index is not None),
             "HALVED": int(halved),
             "EVEN": int(layer.m % 2 == 0),
         }
-        self._gemm(layer, defines, a, values)
+        self._gemm(layer, defines, a, values, tile)
 
     def _linear_norm(
         self,
@@ -320,12 +378,12 @@ class Plan:
         codes: torch.Tensor,
     ) -> None:
         """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where a tile has whole rows."""
-        rows, width = self._rows, self._architecture.embed_dim
+        rows, width = self._shape.rows, out.shape[1]
         tile = None
         if following is not None and self._gpu.hopper:
             tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._bits(layer) is not None)
         if following is None or tile is None:
-            self._linear(layer, a, out, rows, residual=residual, gamma=gamma)
+            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, tile=self._bits(layer))
             if following is not None:
                 self._norm(following[0], out, codes, rows, width, following[1])
             return
@@ -355,6 +413,7 @@ class Plan:
             "RESIDUAL": 1,
             "GAMMA": int(gamma is not None),
             "POSITION": 0,
+            "SCATTER": 0,
             "HALVED": 0,
             "EVEN": 1,
             "OUT_BITS": int(self._bits(reader) is not None),
@@ -368,25 +427,25 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "rows": self._rows,
+            "rows": self._shape.rows,
             "ldo": self._chunks(block["fc2"]),
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
             "thresholds": block["thresholds"],
         }
-        kind = _ACTIVATIONS.index(self._architecture.activation)
+        kind = _ACTIVATIONS.index(self.model.architecture.activation)
         defines = {
             "EPILOGUE": _ACTIVATION,
             "ACTIVATION": kind,
             "THRESHOLDS": int(block["thresholds"] is not None),
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
         }
-        self._gemm(block["fc1"], defines, a, values)
+        self._gemm(block["fc1"], defines, a, values, self._bits(block["fc1"]))
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
-        shape = self._architecture
+        shape = self._shape
         (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
         values = {
             "out": out[0],
@@ -398,9 +457,9 @@ class Plan:
             "step": heads.step,
             "weight": heads.weight,
             "affine": heads.affine,
-            "rows": self._rows,
-            "heads": shape.num_heads,
-            "tokens": shape.num_tokens,
+            "rows": shape.rows,
+            "heads": shape.heads,
+            "tokens": shape.tokens,
             "low": low,
             "high": high,
             "margin": heads.margins[0],
@@ -417,7 +476,7 @@ class Plan:
             "RECTIFY": int(heads.rectify),
             "Q_DOUBLED": int(heads.doubled),
         }
-        self._gemm(block["qkv"], defines, a, values)
+        self._gemm(block["qkv"], defines, a, values, self._bits(block["qkv"]))
         for part, codes, (least, _) in zip(("q", "k", "v"), out, heads.ranges, strict=True):
             doubled = part == "q" and heads.doubled
             self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)
@@ -425,7 +484,8 @@ class Plan:
     def _attention(
         self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        a, of = self._architecture, block["attention"]
+        shape, of = self._shape, block["attention"]
+        windows: WindowConstants | None = block["windows"]
         codes: c.CodeConstants = block["proj_codes"]
         q, k, v = q_k_v
         values = {
@@ -441,31 +501,42 @@ class Plan:
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "heads": a.num_heads,
+            "bias": None if windows is None else windows.bias,
+            "regions": None if windows is None else windows.regions,
+            "heads": shape.heads,
             "ldo": self._chunks(block["proj"]),
+            "images": shape.images,
+            "windows": shape.windows,
             "map_high": of.map_high,
             "map_margin": of.map_margin,
             "low": codes.low,
             "high": codes.high,
         }
         warps = 4
+        # A block with several windows of one head loads that head's bias once; as long as there are blocks for all.
+        heads, most = shape.images * shape.heads, _MOST_WINDOWS if windows is not None else 1
+        pack = max(1, min(most, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         defines = {
-            "HEAD_DIM": a.head_dim,
-            "TOKENS": a.num_tokens,
+            "HEAD_DIM": shape.head_dim,
+            "TOKENS": shape.tokens,
             "WARPS": warps,
             "Q_HALF": int(of.q_half),
             "Q_DOUBLED": int(block["heads"].doubled),
             "V_SIGNED": int(of.v_signed),
             "V_OFFSET": of.value_offset,
-            "LONG": int(a.num_tokens > _LONGEST_IN_REGISTERS),
+            "LONG": int(shape.tokens > _LONGEST_IN_REGISTERS),
+            "BIAS": int(windows is not None),
+            "MASK": int(windows is not None and windows.regions is not None),
+            "PACK": pack,
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
-        groups, tiles = -(-a.num_tokens // 32), -(-a.num_tokens // 16)
-        shared = 32 * groups * (a.head_dim + 16) + a.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        groups, tiles = -(-shape.tokens // 32), -(-shape.tokens // 16)
+        shared = 32 * groups * (shape.head_dim + 16) + shape.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        heads = self.batch * a.num_heads
         split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))
-        self._add(Launch("attention", defines, (heads, split, 1), 32 * warps, shared, values))
+        blocks = -(-shape.images // pack) * shape.heads
+        self._add(Launch("attention", defines, (blocks, split, 1), 32 * warps, shared, values))
 
     def _norm(
         self,
@@ -476,12 +547,18 @@ class Plan:
         ldx: int,
         to: c.LinearConstants | int,
         row: int = 0,
+        index: torch.Tensor | None = None,
     ) -> None:
-        """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm."""
-        width = self._architecture.embed_dim
+        """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm.
+
+        With an index, int32 [rows * pieces], a row is put together of as many rows of x.
+        """
+        pieces = 0 if index is None else len(index) // rows
+        width = x.shape[1] * max(pieces, 1)
         codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
         ldo = to if isinstance(to, int) else self._chunks(to)
         values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
+        values["index"] = index
         if isinstance(norm, c.NormConstants):
             values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
             values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
@@ -494,28 +571,32 @@ class Plan:
             "OUT_FLOAT": int(codes is None),
             "IDENTITY": int(isinstance(norm, c.CodeConstants)),
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
+            "GATHER": pieces,
         }
         self._add(Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values))
 
-    def _classify(self, x: torch.Tensor) -> None:
-        a, width = self._architecture, self._architecture.embed_dim
+    def _average(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The final norm of every token, if there is one, and the average of an image's tokens from ``first`` on."""
+        (rows, width), norm = x.shape, self.constants.norm
+        if norm is not None:
+            tokens = self._floats(rows, width)
+            self._norm(norm, x, tokens, rows, width, width)
+            x = tokens
+        pooled = self._floats(self.batch, width)
+        values = {"x": x, "out": pooled, "tokens": rows // self.batch, "first": first, "channels": width}
+        self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
+        return pooled
+
+    def _classify(self, x: torch.Tensor, a: VitArchitecture) -> None:
+        width = a.embed_dim
         apart = a.num_tokens * width
-        constants = self.constants
         if a.global_pool == "avg" and not a.dist_token:
-            if constants.norm is not None:
-                tokens = self._floats(self.batch * a.num_tokens, width)
-                self._norm(constants.norm, x, tokens, self.batch * a.num_tokens, width, width)
-                x = tokens
-            pooled = self._floats(self.batch, width)
-            values = {
-                "x": x,
-                "out": pooled,
-                "tokens": a.num_tokens,
-                "first": 0 if a.pool_include_prefix else a.num_prefix_tokens,
-                "channels": width,
-            }
-            self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
-            x, apart = pooled, width
+            x, apart = self._average(x, 0 if a.pool_include_prefix else a.num_prefix_tokens), width
+        self._logits(x, apart)
+
+    def _logits(self, x: torch.Tensor, apart: int) -> None:
+        """The heads, of rows ``apart`` floats apart; head i reads token i."""
+        a, constants, width = self.model.architecture, self.constants, x.shape[1]
         for index, (name, (norm, layer)) in enumerate(zip(a.heads, constants.heads, strict=True)):
             codes = self._codes(self.batch, width)
             row, source, ldx = index, x, apart

@@ -15,6 +15,7 @@ import torch
 
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import SOURCES
+from qvit.engines.cuda.device import Gpu
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -53,3 +54,14 @@ class Emulated:
                 beside.replace(path)
             self._libraries[path] = ctypes.CDLL(str(path))
         return self._libraries[path]
+
+
+def open_gpu(hopper: bool) -> Any:
+    """A GPU, or an emulated one; with Hopper's own products or with those of every GPU."""
+    if not torch.cuda.is_available():
+        return Emulated(hopper)
+    gpu = Gpu()
+    if hopper and not gpu.hopper:
+        pytest.skip("the GPU is no Hopper")
+    gpu.hopper = hopper
+    return gpu

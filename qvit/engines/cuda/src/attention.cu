@@ -1,7 +1,10 @@
 // Attention of one head of one image: scores, softmax, codes of the map, values, codes of proj's input. Nothing of size N x N
-// leaves the registers.
+// leaves the registers. In Swin a window is an image; a block then has one head of PACK windows, one after another.
 //
 //     scores = score_scale * (q k^T [+ 1/2 sum of k's codes]),   p = codes of softmax(scores),   y = value_scale * (p v) + ..
+//
+// In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
+// different regions of a shifted map (MASK).
 //
 // A block holds k and v^T of its head in shared memory; each warp takes 16 queries at a time, with the scores of all keys in its
 // registers where they fit (LONG = 0), else computing them three times: for the largest, for the total, and for the codes.
@@ -24,12 +27,15 @@ struct AttentionArgs {
     const float* inverse;      // of proj's input [H D]: 1 / step, offset, step
     const float* offset;
     const float* step;
-    int heads, ldo;
+    const float* bias;         // BIAS: [H, N, kBiasLine], minus infinity for keys that are none
+    const uint8_t* regions;    // MASK: [windows, kRegionLine], of each token
+    int heads, ldo, images, windows;
     float map_high, map_margin, low, high;
 };
 
 constexpr int kThreads = 32 * WARPS;
-constexpr int kBlocks = LONG || TOKENS <= 208 ? 12 / WARPS : 8 / WARPS;  // of a multiprocessor, as registers allow
+constexpr bool kHoldsBias = BIAS && TOKENS <= 64;  // in shared memory
+constexpr int kBlocks = (kHoldsBias ? 16 : LONG || TOKENS <= 208 ? 12 : 8) / WARPS;  // of a multiprocessor, as registers allow
 constexpr int kGroups = (TOKENS + 31) / 32;                // of 32 keys, a step of the second product
 constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
@@ -40,6 +46,32 @@ constexpr int kValueBytes = HEAD_DIM * kValueLine;
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
 constexpr float kLog2e = 1.44269504f;
 constexpr int kNone = -2147483647 - 1;  // the score of no key
+constexpr int kRegionLine = 32 * kGroups;
+constexpr int kBiasLine = kRegionLine + 8;  // floats of a row of the bias: eight rows lie in different banks
+
+// Scores as they enter softmax: whole numbers, which the scale of a head makes floats, or such floats with what is added to them.
+#if BIAS
+typedef float Score;
+__device__ __forceinline__ Score nothing() { return -INFINITY; }
+__device__ __forceinline__ float scaled(Score s, float) { return s; }
+#else
+typedef int Score;
+__device__ __forceinline__ Score nothing() { return kNone; }
+__device__ __forceinline__ float scaled(Score s, float scale) { return __fmul_rn(static_cast<float>(s), scale); }
+#endif
+
+// What is added to the scores of one query: a row of the bias, and regions of the window's tokens beside its own.
+struct Place {
+    const float* bias;
+    const uint8_t* regions;
+    int region;
+};
+
+// In the reference engine's roundings.
+__device__ __forceinline__ float placed(int sum, float scale, float bias, bool apart) {
+    const float score = __fadd_rn(__fmul_rn(static_cast<float>(sum), scale), bias);
+    return MASK && apart ? __fadd_rn(score, -100.0f) : score;
+}
 
 __device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
 #ifdef QVIT_EMULATION
@@ -137,20 +169,24 @@ __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const 
 }
 
 struct Softmax {
-    int most;
-    float factor;   // of a whole number below the largest, for exp2
+    Score most;
+    float factor;   // of a score below the largest, for exp2
     float inverse;  // 1 / (total * step of the map)
     float margin;
 };
 
-__device__ __forceinline__ float exponential(const Softmax& of, int score) {
+__device__ __forceinline__ float exponential(const Softmax& of, Score score) {
+#if BIAS
+    return exp2_fast((score - of.most) * of.factor);
+#else
     return exp2_fast(static_cast<float>(score == kNone ? -(1 << 24) : score - of.most) * of.factor);
+#endif
 }
 
 // The total of a row in float64; the four lanes of the row do it together.
 __device__ inline double exact_total(const int8_t* q, const unsigned char* keys, const int* key_sums, int lane, float scale,
-                                     int most) {
-    const double top = static_cast<double>(__fmul_rn(static_cast<float>(most), scale));
+                                     Score most, const Place& at) {
+    const double top = static_cast<double>(scaled(most, scale));
     double total = 0.0;
 #ifndef QVIT_EMULATION
 #pragma unroll 1
@@ -161,7 +197,9 @@ __device__ inline double exact_total(const int8_t* q, const unsigned char* keys,
             s = dot4(word_at(q + d), word_at(keys + key * kKeyLine + d), s);
         }
         s = kKeySums ? 2 * s + key_sums[key] : s;
-        total += exp(static_cast<double>(__fmul_rn(static_cast<float>(s), scale)) - top);
+        const float score = BIAS ? placed(s, scale, at.bias[key], MASK && at.regions[key] != at.region)
+                                 : __fmul_rn(static_cast<float>(s), scale);
+        total += exp(static_cast<double>(score) - top);
     }
     return quad_sum(total);
 }
@@ -171,9 +209,9 @@ inline
 #else
 __noinline__
 #endif
-    __device__ int exact_map_code(int score, int most, float scale, double total, float step, float high) {
-    const double top = static_cast<double>(__fmul_rn(static_cast<float>(most), scale));
-    const double p = exp(static_cast<double>(__fmul_rn(static_cast<float>(score), scale)) - top) / total;
+    __device__ int exact_map_code(Score score, Score most, float scale, double total, float step, float high) {
+    const double top = static_cast<double>(scaled(most, scale));
+    const double p = exp(static_cast<double>(scaled(score, scale)) - top) / total;
     return exact_code(__double2float_rn(p), 0.0f, step, 0.0f, high);
 }
 
@@ -219,6 +257,8 @@ struct Rows {
     const unsigned char* keys;
     const unsigned char* values;
     const int* key_sums;
+    const float* bias;        // [N, kBiasLine] of this head
+    const uint8_t* regions;   // of this window
     size_t first;  // row of token 0 in q
     int head, query0, lane;
     float scale, step;
@@ -227,6 +267,36 @@ struct Rows {
     __device__ __forceinline__ const int8_t* q_row(int half) const {
         const int row = query(half) < TOKENS ? query(half) : TOKENS - 1;
         return p.q + (first + row) * HEAD_DIM;
+    }
+
+    __device__ __forceinline__ Place place(int half) const {
+        const int row = query(half) < TOKENS ? query(half) : TOKENS - 1;
+        return {BIAS ? bias + row * kBiasLine : nullptr, regions, MASK ? regions[row] : 0};
+    }
+
+    // Scores of the keys of tiles 2 pair and 2 pair + 1.
+    __device__ __forceinline__ void scores(const uint32_t (&q)[kSteps][4], int pair, Score (&s)[2][4]) const {
+#if BIAS
+        int sums[2][4];
+        scores_of(q, keys, key_sums, pair, lane, sums);
+        const Place at[2] = {place(0), place(1)};
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int key = 16 * pair + 8 * tile + 2 * (lane % 4);
+                const float2 added = *reinterpret_cast<const float2*>(at[half].bias + key);
+                int other = 0;  // the regions of both keys
+                if (MASK) {
+                    other = *reinterpret_cast<const uint16_t*>(at[half].regions + key);
+                }
+                s[tile][2 * half] = placed(sums[tile][2 * half], scale, added.x, (other & 0xFF) != at[half].region);
+                s[tile][2 * half + 1] = placed(sums[tile][2 * half + 1], scale, added.y, other >> 8 != at[half].region);
+            }
+        }
+#else
+        scores_of(q, keys, key_sums, pair, lane, s);
+#endif
     }
 
     __device__ __forceinline__ void load_q(uint32_t (&q)[kSteps][4]) const {
@@ -239,10 +309,10 @@ struct Rows {
         }
     }
 
-    __device__ __forceinline__ Softmax softmax(int most, float total) const {
-        const float top = fabsf(static_cast<float>(most) * scale);
+    __device__ __forceinline__ Softmax softmax(Score most, float total) const {
+        const float top = fabsf(scaled(most, scale));
         // Scores are rounded to float32 by definition: the larger they are, the coarser.
-        return {most, scale * kLog2e, 1.0f / (total * step), p.map_margin * (1.0f + 0.1f * top)};
+        return {most, BIAS ? kLog2e : scale * kLog2e, 1.0f / (total * step), p.map_margin * (1.0f + 0.1f * top)};
     }
 
     // Codes of two tiles' scores; `close` where one of a row is in doubt.
@@ -261,14 +331,14 @@ struct Rows {
     }
 
     // The codes in doubt, again.
-    __device__ __forceinline__ void again(const Softmax (&of)[2], const float (&e)[2][4], const int (&s)[2][4],
+    __device__ __forceinline__ void again(const Softmax (&of)[2], const float (&e)[2][4], const Score (&s)[2][4],
                                           const double (&total)[2], MapWords& words) const {
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float v = fminf(e[tile][i] * of[i / 2].inverse, p.map_high);
-                if (s[tile][i] != kNone && is_close(v, of[i / 2].margin)) {
+                if (s[tile][i] != nothing() && is_close(v, of[i / 2].margin)) {
                     const uint32_t code = exact_map_code(s[tile][i], of[i / 2].most, scale, total[i / 2], step, p.map_high);
                     const int shift = 16 * tile + 8 * (i % 2);
                     uint32_t& word = i < 2 ? words.row : words.row8;
@@ -348,21 +418,21 @@ struct Rows {
         constexpr int kPairs = 2 * kGroups;
         uint32_t q[kSteps][4];
         load_q(q);
-        int most[2] = {kNone, kNone};
+        Score most[2] = {nothing(), nothing()};
         float total[2] = {0.0f, 0.0f};
         bool close[2] = {false, false};
         int sums[HEAD_DIM / 8][4] = {}, row_sums[2] = {0, 0};
 #if LONG
-        int s[2][4];
+        Score s[2][4];
         float e[2][4];
         for (int pair = 0; pair < (TOKENS + 15) / 16; pair++) {
-            scores_of(q, keys, key_sums, pair, lane, s);
+            scores(q, pair, s);
             largest(s, most);
         }
         join(most);
         Softmax of[2] = {softmax(most[0], 1.0f), softmax(most[1], 1.0f)};
         for (int pair = 0; pair < (TOKENS + 15) / 16; pair++) {
-            scores_of(q, keys, key_sums, pair, lane, s);
+            scores(q, pair, s);
             exponentials(of, s, e, total);
         }
         of[0] = softmax(most[0], quad_sum(total[0]));
@@ -374,14 +444,14 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int pair = 2 * group + i;
-                scores_of(q, keys, key_sums, pair, lane, s);
+                scores(q, pair, s);
                 exponentials(of, s, e, total);
                 close[0] = close[1] = false;
                 words[i] = codes(of, e, close);
                 if (__any_sync(kAll, close[0] || close[1])) {
                     if (!have) {
-                        exact[0] = exact_total(q_row(0), keys, key_sums, lane, scale, most[0]);
-                        exact[1] = exact_total(q_row(1), keys, key_sums, lane, scale, most[1]);
+                        exact[0] = exact_total(q_row(0), keys, key_sums, lane, scale, most[0], place(0));
+                        exact[1] = exact_total(q_row(1), keys, key_sums, lane, scale, most[1], place(1));
                         have = true;
                     }
                     again(of, e, s, exact, words[i]);
@@ -393,12 +463,12 @@ struct Rows {
             step_of(words, group, sums, row_sums);
         }
 #else
-        int s[kPairs][2][4];
+        Score s[kPairs][2][4];
         MapWords words[kPairs];
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             if (16 * pair < TOKENS) {
-                scores_of(q, keys, key_sums, pair, lane, s[pair]);
+                scores(q, pair, s[pair]);
                 largest(s[pair], most);
             }
         }
@@ -422,14 +492,14 @@ struct Rows {
         }
         if (__any_sync(kAll, close[0] || close[1])) {
             // Scores and exponentials are computed once more: their registers are needed for what has become of them.
-            const double exact[2] = {exact_total(q_row(0), keys, key_sums, lane, scale, most[0]),
-                                     exact_total(q_row(1), keys, key_sums, lane, scale, most[1])};
+            const double exact[2] = {exact_total(q_row(0), keys, key_sums, lane, scale, most[0], place(0)),
+                                     exact_total(q_row(1), keys, key_sums, lane, scale, most[1], place(1))};
 #pragma unroll
             for (int pair = 0; pair < kPairs; pair++) {
                 if (16 * pair < TOKENS) {
-                    int once_more[2][4];
+                    Score once_more[2][4];
                     float same[2][4], unused[2] = {0.0f, 0.0f};
-                    scores_of(q, keys, key_sums, pair, lane, once_more);
+                    scores(q, pair, once_more);
                     exponentials(of, once_more, same, unused);
                     again(of, same, once_more, exact, words[pair]);
                 }
@@ -450,7 +520,7 @@ struct Rows {
         finish(sums, row_sums, image);
     }
 
-    __device__ __forceinline__ static void largest(const int (&s)[2][4], int (&most)[2]) {
+    __device__ __forceinline__ static void largest(const Score (&s)[2][4], Score (&most)[2]) {
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
@@ -460,7 +530,7 @@ struct Rows {
         }
     }
 
-    __device__ __forceinline__ static void join(int (&most)[2]) {
+    __device__ __forceinline__ static void join(Score (&most)[2]) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             most[half] = max(most[half], __shfl_xor_sync(kAll, most[half], 1));
@@ -468,7 +538,7 @@ struct Rows {
         }
     }
 
-    __device__ __forceinline__ static void exponentials(const Softmax (&of)[2], const int (&s)[2][4], float (&e)[2][4],
+    __device__ __forceinline__ static void exponentials(const Softmax (&of)[2], const Score (&s)[2][4], float (&e)[2][4],
                                                         float (&total)[2]) {
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
@@ -506,13 +576,41 @@ __global__ void __launch_bounds__(kThreads, kBlocks) kernel(const AttentionArgs 
     QVIT_SHARED(memory);
     unsigned char *keys = memory, *values = memory + kKeyBytes;
     int* key_sums = reinterpret_cast<int*>(memory + kKeyBytes + kValueBytes);
-    const int image = blockIdx.x / p.heads, head = blockIdx.x % p.heads;
-    const size_t first = static_cast<size_t>(blockIdx.x) * TOKENS;
-    load_head(p, first, keys, values, key_sums);
-    for (int tile = blockIdx.y * WARPS + threadIdx.x / 32; tile < kQueryTiles; tile += WARPS * gridDim.y) {
-        const Rows rows = {p,    keys,      values,        key_sums,           first,
-                           head, 16 * tile, static_cast<int>(threadIdx.x % 32), p.score_scale[head], p.map_scale[head]};
-        rows.run(image);
+    const int head = blockIdx.x % p.heads, first_image = blockIdx.x / p.heads * PACK;
+    const float* bias = BIAS ? p.bias + static_cast<size_t>(head) * TOKENS * kBiasLine : nullptr;
+    if (kHoldsBias) {
+        unsigned char* held = memory + kKeyBytes + kValueBytes + 4 * 32 * kGroups;
+        for (int i = threadIdx.x; i < TOKENS * kBiasLine / 4; i += kThreads) {
+            copy_async(held + 16 * i, bias + 4 * i, true);
+        }
+        bias = reinterpret_cast<const float*>(held);
+    }
+#pragma unroll 1
+    for (int image = first_image; image < first_image + PACK; image++) {
+        if (PACK > 1) {
+            if (image == p.images) {
+                break;
+            }
+            __syncthreads();  // all are done with the keys and values before
+        }
+        const size_t first = (static_cast<size_t>(image) * p.heads + head) * TOKENS;
+        const uint8_t* const regions = MASK ? p.regions + image % p.windows * kRegionLine : nullptr;
+        load_head(p, first, keys, values, key_sums);
+        for (int tile = blockIdx.y * WARPS + threadIdx.x / 32; tile < kQueryTiles; tile += WARPS * gridDim.y) {
+            const Rows rows = {p,
+                               keys,
+                               values,
+                               key_sums,
+                               bias,
+                               regions,
+                               first,
+                               head,
+                               16 * tile,
+                               static_cast<int>(threadIdx.x % 32),
+                               p.score_scale[head],
+                               p.map_scale[head]};
+            rows.run(image);
+        }
     }
 }
 

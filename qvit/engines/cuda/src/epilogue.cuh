@@ -25,6 +25,7 @@ struct GemmArgs {
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
     const uint4* thresholds;  // activation, THRESHOLDS: [N padded], see `qvit/engines/cuda/thresholds.py`
+    const int* index;         // floats, SCATTER: [M], where rows go
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
     int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in
     int heads, tokens;                 // heads: row r is token r % tokens of image r / tokens
@@ -75,7 +76,7 @@ __device__ __forceinline__ void store_row_pair(float* to, bool both, const float
 // LayerScale, residual and position, in the reference engine's order, of columns c and c + 1 of row r; out and back.
 __device__ __forceinline__ void add_up(const GemmArgs& p, int r, int c, float (&y)[2]) {
     const bool both = c + 1 < p.n;
-    const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : r;
+    const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : SCATTER ? p.index[r] : r;
     const size_t at = static_cast<size_t>(to) * p.ldo + c;
     float other[2];
     if constexpr (GAMMA) {

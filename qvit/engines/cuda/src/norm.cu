@@ -1,4 +1,7 @@
 // LayerNorm of float32 rows (or none, where IDENTITY), and the codes of what comes out; a warp a row.
+//
+// GATHER: a row is put together of so many rows of x, CHANNELS / GATHER wide each: one for the tokens of Swin's windows, four for
+// the neighbours that patch merging joins.
 #include "layout.cuh"
 #include "rounding.cuh"
 
@@ -10,6 +13,7 @@ struct NormArgs {
     const float* shift;
     const float* offset;  // of the codes [C]
     const float* step;
+    const int* index;     // GATHER: [rows, GATHER], rows of x
     void* out;            // codes, ldo tiles a row, or floats, rows ldo apart
     long long ldx, ldo;
     int rows;
@@ -58,19 +62,26 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     if (row >= p.rows) {
         return;
     }
-    const float* from = p.x + row * p.ldx;
+#if GATHER
+    constexpr int kPiece = CHANNELS / GATHER;
+    static_assert(CHANNELS % GATHER == 0 && kPiece % kVector == 0, "a lane's neighbours lie in one row");
+    const auto at = [&](int c) { return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece; };
+#else
+    const float* const from = p.x + row * p.ldx;
+    const auto at = [&](int c) { return from + c; };
+#endif
     float x[kLanes];
 #pragma unroll
     for (int i = 0; i < kLanes; i += kVector) {
         const int c = channel(i, lane);
         if constexpr (kVector == 4) {
-            const float4 four = *reinterpret_cast<const float4*>(from + c);
+            const float4 four = *reinterpret_cast<const float4*>(at(c));
             x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
         } else if constexpr (kVector == 2) {
-            const float2 two = *reinterpret_cast<const float2*>(from + c);
+            const float2 two = *reinterpret_cast<const float2*>(at(c));
             x[i] = two.x, x[i + 1] = two.y;
         } else {
-            x[i] = c < CHANNELS ? from[c] : 0.0f;
+            x[i] = c < CHANNELS ? *at(c) : 0.0f;
         }
     }
 #if IDENTITY  // codes of the row as it is
