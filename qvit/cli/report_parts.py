@@ -18,13 +18,12 @@ from qvit.analyze.report.section import TITLES, Section
 from qvit.analyze.report.sensitivity_figure import sensitivity_section
 from qvit.analyze.report.training_figures import training_section
 from qvit.analyze.sensitivity import Sensitivity, evaluations, sensitivity
-from qvit.architecture import VitArchitecture
 from qvit.batches import PixelBatches
 from qvit.calibration import calibrate
 from qvit.cli.images import as_tensors, location_of, name_of, open_evaluation, spaced
 from qvit.cli.report_inputs import Opened, data_of, open_teacher, recipe_of
 from qvit.cli.report_results import own_rows, rows_of
-from qvit.cli.show import count, progress
+from qvit.cli.show import count, progress, shape, widths
 from qvit.convert import quantize
 from qvit.errors import InputError, TrainingError
 from qvit.sources import open_source
@@ -80,12 +79,9 @@ class Report:
     def facts(self) -> dict[str, str]:
         """What stands above the figures."""
         a, known = self.student.architecture, self.student.facts
-        bits = f"weights {self.student.weight_bits}, activations {self.student.act_bits}"
+        bits = widths(self.student.weight_bits, self.student.act_bits, self.student.mixed)
         facts: dict[str, Any] = {"bits": bits, "method": self.student.title.rpartition(" ")[0]}
-        if isinstance(a, VitArchitecture):
-            facts["shape"] = (
-                f"{a.depth} block{'' if a.depth == 1 else 's'}, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
-            )
+        facts["shape"] = shape(a)
         size = self.student.preprocessing.input_size
         facts["images"] = f"{size[1]} × {size[2]} pixels" + (f", patches of {a.patch_size[0]} × {a.patch_size[1]}" if a else "")
         for key, name in (("integer_top1", "top-1, integers"), ("fake_top1", "top-1"), ("float_top1", "top-1, float")):
