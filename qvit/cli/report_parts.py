@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qvit.analyze.attention_statistics import AttentionStatistics, class_token_maps, measure
+from qvit.analyze.part_sensitivity import PartSensitivity, evaluations, part_sensitivity
 from qvit.analyze.report.attention_figures import distance_section, maps_section, similarity_section
 from qvit.analyze.report.distribution_figures import distribution_section
 from qvit.analyze.report.result_figures import results_section
@@ -17,7 +18,6 @@ from qvit.analyze.report.rows import sensitivity_rows, statistics_rows, training
 from qvit.analyze.report.section import TITLES, Section
 from qvit.analyze.report.sensitivity_figure import sensitivity_section
 from qvit.analyze.report.training_figures import training_section
-from qvit.analyze.sensitivity import Sensitivity, evaluations, sensitivity
 from qvit.batches import PixelBatches
 from qvit.calibration import calibrate
 from qvit.cli.images import as_tensors, location_of, name_of, open_evaluation, spaced
@@ -195,12 +195,12 @@ class Report:
         total = sum(map(evaluations, found.values()))
         turns = iter(progress(range(total), total, "parts and layers"))
 
-        def measured(model: Any) -> Sensitivity:
+        def measured(model: Any) -> PartSensitivity:
             def top1() -> float:
                 next(turns)
                 return evaluate(model, kept, self.device).top1
 
-            return sensitivity(model, top1)
+            return part_sensitivity(model, top1)
 
         results = {state: measured(model) for state, model in found.items()}
         self.sections.append(sensitivity_section(results["trained"], self.images, results.get("calibrated")))
