@@ -27,7 +27,7 @@ from qvit.layers.points import float_mode, quantization_points
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.spec import ModelSpec
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models are small: a second thread waits more than it computes, and badly on a busy machine
 settings.register_profile(
     "qvit",
     deadline=None,

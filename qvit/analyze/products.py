@@ -5,11 +5,11 @@ Everything that counts costs goes over this list (`qvit.analyze.cost`, `qvit.ana
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from qvit.architecture import VitArchitecture
+from qvit.architecture import SwinArchitecture, VitArchitecture
 from qvit.errors import UnsupportedModelError
 from qvit.spec import ModelSpec, Operand, QuantSpec
 
@@ -79,27 +79,27 @@ def products_of(architecture: Any) -> tuple[MatrixProduct, ...]:
     """The products of a model in the order in which they run.
 
     Args:
-        architecture: `VitArchitecture`, or what has the attributes of `SwinShape` and ``family = "swin"``.
+        architecture: `VitArchitecture` or `SwinArchitecture`.
 
     Raises:
         UnsupportedModelError: the architecture is of another family.
     """
     if isinstance(architecture, VitArchitecture):
         return tuple(_vit(architecture))
-    if getattr(architecture, "family", None) == "swin":
+    if isinstance(architecture, SwinArchitecture):
         return tuple(_swin(architecture))
     raise UnsupportedModelError(f"The products of {type(architecture).__name__} are not known: qvit counts ViT, DeiT and Swin.")
 
 
-def other_parameters(architecture: Any) -> int:
+def other_parameters(architecture: VitArchitecture | SwinArchitecture) -> int:
     """Parameters of the float model outside of the products: norms, LayerScales, tokens, position embedding or biases."""
     if isinstance(architecture, VitArchitecture):
         a = architecture
         norms = 2 * a.depth + a.pre_norm + a.final_norm + a.fc_norm
         positions = (a.num_patches if a.no_embed_class else a.num_tokens) if a.pos_embed else 0
         return a.embed_dim * (2 * norms + 2 * a.depth * a.layer_scale + a.num_prefix_tokens + positions)
-    s: SwinShape = architecture
-    widths = [s.embed_dim << stage for stage in range(len(s.depths))]
+    s = architecture
+    widths = [s.width(stage) for stage in range(s.stages)]
     tables = sum(
         depth * heads * (2 * window[0] - 1) * (2 * window[1] - 1)
         for depth, heads, window in zip(s.depths, s.num_heads, s.windows, strict=True)
@@ -124,6 +124,19 @@ def specs_of(products: Iterable[MatrixProduct], spec: ModelSpec) -> dict[str, Qu
     return specs
 
 
+def has_mixed_widths(architecture: Any, specs: Mapping[str, QuantSpec]) -> bool:
+    """Whether weights, or activations, between the first and the last layer have more than one width.
+
+    Args:
+        architecture: see `products_of`.
+        specs: name of a quantization point -> its spec.
+    """
+    inner = [product for product in products_of(architecture) if not product.edge]
+    weights = {specs[product.points[0]].bits for product in inner if product.kind == LINEAR}
+    inputs = {specs[point].bits for product in inner for point in product.points[product.kind == LINEAR :]}
+    return len(weights) > 1 or len(inputs) > 1
+
+
 def _vit(a: VitArchitecture) -> Iterator[MatrixProduct]:
     """With N tokens, P patches, C channels, H heads of D = C / H, F hidden features of the MLP and k classes:
 
@@ -141,40 +154,7 @@ def _vit(a: VitArchitecture) -> Iterator[MatrixProduct]:
         yield MatrixProduct(head, LINEAR, 1, c, a.num_classes, True, True, floats=c + a.num_classes)
 
 
-class SwinShape(Protocol):
-    """What the products of a Swin Transformer follow from. Every map is a whole number of windows, so nothing is padded.
-
-    Attributes:
-        img_size, patch_size: (height, width) in pixels.
-        in_chans, num_classes: colour channels; outputs of the head.
-        embed_dim: C of the first stage; it doubles from stage to stage, while both sides of the map halve.
-        depths, num_heads, windows, mlp_hidden: of each stage: blocks, heads, (height, width) of a window in tokens, F.
-        qkv_bias: qkv has a bias.
-    """
-
-    @property
-    def img_size(self) -> tuple[int, int]: ...
-    @property
-    def patch_size(self) -> tuple[int, int]: ...
-    @property
-    def in_chans(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def depths(self) -> Sequence[int]: ...
-    @property
-    def num_heads(self) -> Sequence[int]: ...
-    @property
-    def windows(self) -> Sequence[tuple[int, int]]: ...
-    @property
-    def mlp_hidden(self) -> Sequence[int]: ...
-    @property
-    def qkv_bias(self) -> bool: ...
-
-
-def _swin(s: SwinShape) -> Iterator[MatrixProduct]:
+def _swin(s: SwinArchitecture) -> Iterator[MatrixProduct]:
     """Of a stage with N tokens in windows of A, C channels, H heads of D = C / H and F hidden features, each block takes
 
         qkv, proj        N x C x 3C,  N x C x C
@@ -183,12 +163,11 @@ def _swin(s: SwinShape) -> Iterator[MatrixProduct]:
 
     and every stage but the first begins with patch merging, which takes four tokens of the stage before it: N x 2C x C.
     """
-    patch = s.in_chans * s.patch_size[0] * s.patch_size[1]
-    height, width = s.img_size[0] // s.patch_size[0], s.img_size[1] // s.patch_size[1]
-    yield _patches(height * width, patch, s.embed_dim, True)
+    yield _patches(s.num_patches, s.patch_features, s.embed_dim, s.patch_bias)
     c = s.embed_dim
     for stage, depth in enumerate(s.depths):
-        c, tokens = s.embed_dim << stage, (height >> stage) * (width >> stage)
+        c, (height, width) = s.width(stage), s.map(stage)
+        tokens = height * width
         if stage:
             name = f"layers.{stage}.downsample.reduction"
             yield MatrixProduct(name, LINEAR, tokens, 2 * c, c, floats=3 * tokens * c)

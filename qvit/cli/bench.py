@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qvit.analyze.products import has_mixed_widths
 from qvit.cli import options
 from qvit.cli.checkpoints import INTEGER_SUFFIX
 from qvit.cli.images import at_least_one, device_of
@@ -18,6 +19,7 @@ from qvit.cli.results import write_results
 from qvit.cli.show import progress, show_table
 from qvit.engines import gpu_named
 from qvit.errors import InputError
+from qvit.integer.model import IntegerModel
 from qvit.report_file import usable_cores
 
 _BUSY = 0.5  # load average a core
@@ -104,7 +106,8 @@ def command(
                 make_random_model(model, bits, file)
         _warn_if_busy(cores)
         rows = compare(file, peers, settings, folder, _progress, _note)
-    _show(rows)
+        frozen = IntegerModel.load(file)
+    _show(rows, has_mixed_widths(frozen.architecture, frozen.specs))
     write_results(json, rows)
 
 
@@ -149,7 +152,7 @@ def _numbers(option: str, text: str) -> list[int]:
     return [at_least_one(option, number) for number in dict.fromkeys(numbers)]
 
 
-def _show(rows: list[dict[str, Any]]) -> None:
+def _show(rows: list[dict[str, Any]], mixed: bool) -> None:
     first = rows[0]
     on_gpu = "threads" not in first
     columns = [
@@ -185,4 +188,5 @@ def _show(rows: list[dict[str, Any]]) -> None:
             )
         )
     where = f" on {first['device']}" if "device" in first else ""
-    show_table(f"{first['model']}, W{first['weight_bits']}A{first['act_bits']}{where}", columns, lines, left=3)
+    bits = f"W{first['weight_bits']}A{first['act_bits']}" + (" in most layers (mixed)" if mixed else "")
+    show_table(f"{first['model']}, {bits}{where}", columns, lines, left=3)

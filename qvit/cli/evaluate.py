@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from qvit.analyze.products import has_mixed_widths, products_of, specs_of
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
 from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in
 from qvit.cli.engines import open_runner
 from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
-from qvit.cli.show import count, progress, show_facts
+from qvit.cli.show import count, progress, show_facts, widths
 from qvit.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def command(
     }
     show_facts(
         {
-            "model": f"{facts['model']}, weights {facts['weight_bits']} bits, activations {facts['act_bits']} bits",
+            "model": f"{facts['model']}, {widths(facts['weight_bits'], facts['act_bits'], subject.mixed)}",
             "top-1": f"{result.top1:.2f} % ({accuracy.removesuffix('_top1').replace('fake', 'fake-quantized')})",
             "images": f"{result.images} of {len(source)} in {row['data']}",
             "time": f"{seconds:.1f} s, {row['images_per_s']:.1f} images/s, reading them included",
@@ -92,6 +93,7 @@ class _Integers:
         self.runner = runner
         self.classes: Sequence[str] = runner.model.classes
         self.preprocessing = runner.model.preprocessing
+        self.mixed = has_mixed_widths(runner.model.architecture, runner.model.specs)
         weight_bits, act_bits = runner.model.block_bits()
         self.facts: dict[str, Any] = {
             "model": runner.model.name,
@@ -118,6 +120,8 @@ class _Checkpoint:
         self.classes: Sequence[str] = metadata.classes
         self.preprocessing = metadata.preprocessing
         spec = metadata.student.spec if metadata.student else None
+        a = metadata.architecture
+        self.mixed = spec is not None and has_mixed_widths(a, specs_of(products_of(a), spec))
         self.facts: dict[str, Any] = {
             "model": metadata.architecture.name,
             "method": metadata.recipe.get("method"),

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from qvit.analyze.products import has_mixed_widths
 from qvit.cli import options
 from qvit.cli.agreement import show_agreement
 from qvit.cli.budget import budget_facts
 from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in, class_names
 from qvit.cli.images import as_tensors, device_of, name_of, open_evaluation
 from qvit.cli.results import write_results
-from qvit.cli.show import count, progress, show_facts
+from qvit.cli.show import count, progress, show_facts, widths
 from qvit.errors import InputError, TrainingError
 
 
@@ -73,7 +74,7 @@ def command(
     row["file_bytes"] = model.save(output)
     show_facts(
         {
-            "model": f"{model.name}, weights {row['weight_bits']} bits, activations {row['act_bits']} bits",
+            "model": f"{model.name}, {widths(*model.block_bits(), has_mixed_widths(model.architecture, model.specs))}",
             "file": f"{output}, {count(row['file_bytes'])} bytes",
             **budget_facts(metadata.recipe, row["file_bytes"]),
         }

@@ -14,7 +14,7 @@ from qvit.analyze.roofline import HARDWARE, estimate
 from qvit.cli import options
 from qvit.cli.estimates import estimate_row, hardware_of, show_estimates
 from qvit.cli.results import write_results
-from qvit.cli.show import count, show_facts, show_table
+from qvit.cli.show import count, shape, show_facts, show_table
 from qvit.cli.subject import Subject, Wish, find
 from qvit.spec import QuantSpec, granularity_name
 
@@ -47,9 +47,7 @@ def command(
         list[str] | None,
         typer.Option("--override", help="pattern=bits for some layers, such as '*.mlp.fc2=8'; may be given again."),
     ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option("--model-arg", help="key=value for timm, such as patch_size=14; may be given again.")
-    ] = None,
+    model_arg: Annotated[list[str] | None, typer.Option("--model-arg", help=options.MODEL_ARGUMENTS)] = None,
     batch: Annotated[int, typer.Option("--batch", help="Images of the roofline estimate.")] = 1,
     threads: Annotated[int, typer.Option("--threads", help="Cores of the CPU's roofline estimate.")] = 1,
     ceiling: Annotated[
@@ -90,16 +88,16 @@ def command(
 
 def _row(product: ProductCost, layer: Linear | None, subject: Subject) -> dict[str, Any]:
     """One matrix product as a flat object; ``bytes`` counts all that the file holds for it."""
-    shape = product.product
+    own = product.product
     row = {
         "layer": product.name,
         "weight_bits": product.left.bits,
         "act_bits": product.right.bits,
         "granularity": f"{_granularity(product.left)} / {_granularity(product.right)}",
         "shape": " x ".join(map(str, product.shape)),
-        "m": shape.rows,
-        "k": shape.inner,
-        "n": shape.columns,
+        "m": own.rows,
+        "k": own.inner,
+        "n": own.columns,
         "parameters": product.parameters,
         "multiplies": product.multiplies,
         "bit_operations": product.bit_operations,
@@ -107,7 +105,7 @@ def _row(product: ProductCost, layer: Linear | None, subject: Subject) -> dict[s
         "entropy": None if layer is None else code_entropy(layer.weight.codes()),
     }
     if subject.model is not None:
-        names = (f"{product.name}.",) if shape.kind == LINEAR else tuple(f"{point}_" for point in shape.points)
+        names = (f"{product.name}.",) if own.kind == LINEAR else tuple(f"{point}_" for point in own.points)
         row["bytes"] = sum(array.nbytes for name, array in subject.model.tensors.items() if name.startswith(names))
     return row
 
@@ -168,8 +166,7 @@ def _facts(subject: Subject, cost: ModelCost, total: dict[str, Any]) -> dict[str
     shown = ", ".join(subject.classes[:_SHOWN_CLASSES]) + (", .." if len(subject.classes) > _SHOWN_CLASSES else "")
     size = preprocessing.input_size
     facts: dict[str, object] = {
-        "model": f"{a.name}: {a.depth} blocks, {a.embed_dim} wide, {_heads(a)} heads, {a.num_tokens} tokens"
-        + (", IRM" if subject.rectify else ""),
+        "model": f"{a.name}: {shape(a)}" + (", IRM" if subject.rectify else ""),
         "parameters": f"{count(cost.parameters)} of the float model, without those of IRM and of the quantizers",
         "weights": f"{count(cost.weight_bytes)} bytes of packed codes",
         "multiplies": f"{count(cost.multiplies)} an image, by the wider operand: {by_bits}",
@@ -183,12 +180,8 @@ def _facts(subject: Subject, cost: ModelCost, total: dict[str, Any]) -> dict[str
         facts["file"] = f"{count(subject.file_bytes)} bytes, {smaller:.1f} x smaller than float32"
     if subject.classes:
         facts["classes"] = f"{len(subject.classes)}: {shown}"
-    facts |= {key: value for key, value in provenance.items() if not isinstance(value, dict)}
+    said = {key: value for key, value in provenance.items() if not isinstance(value, dict)}
+    facts |= {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in said.items()}
     if isinstance(versions := provenance.get("versions"), dict):
         facts["versions of"] = ", ".join(f"{key} {value}" for key, value in versions.items())
     return facts
-
-
-def _heads(architecture: Any) -> str:
-    heads = architecture.num_heads
-    return ", ".join(map(str, heads)) if isinstance(heads, (tuple, list)) else str(heads)

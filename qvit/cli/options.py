@@ -9,6 +9,7 @@ import typer
 
 _IMAGES = "a folder of class folders, a tar file of class folders (give the option again for more files), or 'digits'"
 
+MODEL_ARGUMENTS = "key=value for timm, such as patch_size=14 or depths=[2,2]; may be given again."
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, with versions and hardware.")]
 _EVALUATION_HELP = f"Images: {_IMAGES}. Of 'train' and 'val' folders in it, 'val'."
 EvaluationData = Annotated[list[str], typer.Option("--data", help=_EVALUATION_HELP)]
@@ -23,8 +24,8 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        help="What runs the integers: cpu, cuda (an NVIDIA GPU), or reference (PyTorch, slow). By default cpu, and cuda with "
-        "--device cuda, where they can.",
+        help="What runs the integers: cpu, cuda (an NVIDIA GPU), or reference (PyTorch, slow). By default cpu where it can, "
+        "and reference with --device cuda.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the cpu engine; one a core by default.")]

@@ -35,9 +35,7 @@ def command(
         Path | None,
         typer.Option("--checkpoint", help="Weights: a state dict (.safetensors, .pth) or a float run; else timm's pretrained."),
     ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option("--model-arg", help="key=value for timm, such as patch_size=14; may be given again.")
-    ] = None,
+    model_arg: Annotated[list[str] | None, typer.Option("--model-arg", help=options.MODEL_ARGUMENTS)] = None,
     bits: Annotated[int | None, typer.Option("--bits", help="Bits of weights and activations, 2 to 8; 4 by default.")] = None,
     weight_bits: Annotated[int | None, typer.Option("--weight-bits", help="Bits of weights, where not --bits.")] = None,
     act_bits: Annotated[int | None, typer.Option("--act-bits", help="Bits of activations, where not --bits.")] = None,

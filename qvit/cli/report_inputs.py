@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qvit.analyze.attention_statistics import Subject
+from qvit.analyze.products import has_mixed_widths, products_of, specs_of
 from qvit.analyze.trace import tracer_of
 from qvit.cli.checkpoints import INTEGER_SUFFIX, checkpoint_in
 from qvit.convert import family_of
@@ -36,6 +37,7 @@ class Opened:
         metadata: of a checkpoint.
         log: lines of the run's log; empty where there is none.
         file_bytes: of a frozen file.
+        mixed: layers differ in their bits.
     """
 
     model: Any
@@ -48,6 +50,7 @@ class Opened:
     metadata: Metadata | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     file_bytes: int | None = None
+    mixed: bool = False
 
     @property
     def title(self) -> str:
@@ -72,7 +75,10 @@ def open_quantized(path: Path) -> Opened:
         bits = frozen.block_bits()
         facts = frozen.provenance
         size = path.stat().st_size
-        return Opened(frozen, frozen.preprocessing, frozen.architecture, frozen.classes, facts, *bits, file_bytes=size)
+        mixed = has_mixed_widths(frozen.architecture, frozen.specs)
+        return Opened(
+            frozen, frozen.preprocessing, frozen.architecture, frozen.classes, facts, *bits, file_bytes=size, mixed=mixed
+        )
     file = checkpoint_in(path)
     model, metadata = load_model(file)
     if metadata.student is None:
@@ -83,7 +89,10 @@ def open_quantized(path: Path) -> Opened:
     log = read_metrics(file.parent / METRICS) if file.name in (BEST, LAST) else []
     bits = spec.weight_bits, spec.act_bits
     facts = provenance_of(metadata)
-    return Opened(model, metadata.preprocessing, metadata.architecture, metadata.classes, facts, *bits, metadata, log)
+    mixed = has_mixed_widths(metadata.architecture, specs_of(products_of(metadata.architecture), spec))
+    return Opened(
+        model, metadata.preprocessing, metadata.architecture, metadata.classes, facts, *bits, metadata, log, mixed=mixed
+    )
 
 
 def open_teacher(path: Path | None, student: Opened) -> tuple[Opened | None, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qvit.analyze.attention_statistics import AttentionStatistics, class_token_maps, measure
+from qvit.analyze.part_sensitivity import PartSensitivity, evaluations, part_sensitivity
 from qvit.analyze.report.attention_figures import distance_section, maps_section, similarity_section
 from qvit.analyze.report.distribution_figures import distribution_section
 from qvit.analyze.report.result_figures import results_section
@@ -17,14 +18,12 @@ from qvit.analyze.report.rows import sensitivity_rows, statistics_rows, training
 from qvit.analyze.report.section import TITLES, Section
 from qvit.analyze.report.sensitivity_figure import sensitivity_section
 from qvit.analyze.report.training_figures import training_section
-from qvit.analyze.sensitivity import Sensitivity, evaluations, sensitivity
-from qvit.architecture import VitArchitecture
 from qvit.batches import PixelBatches
 from qvit.calibration import calibrate
 from qvit.cli.images import as_tensors, location_of, name_of, open_evaluation, spaced
 from qvit.cli.report_inputs import Opened, data_of, open_teacher, recipe_of
 from qvit.cli.report_results import own_rows, rows_of
-from qvit.cli.show import count, progress
+from qvit.cli.show import count, progress, shape, widths
 from qvit.convert import quantize
 from qvit.errors import InputError, TrainingError
 from qvit.sources import open_source
@@ -80,12 +79,9 @@ class Report:
     def facts(self) -> dict[str, str]:
         """What stands above the figures."""
         a, known = self.student.architecture, self.student.facts
-        bits = f"weights {self.student.weight_bits}, activations {self.student.act_bits}"
+        bits = widths(self.student.weight_bits, self.student.act_bits, self.student.mixed)
         facts: dict[str, Any] = {"bits": bits, "method": self.student.title.rpartition(" ")[0]}
-        if isinstance(a, VitArchitecture):
-            facts["shape"] = (
-                f"{a.depth} block{'' if a.depth == 1 else 's'}, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
-            )
+        facts["shape"] = shape(a)
         size = self.student.preprocessing.input_size
         facts["images"] = f"{size[1]} × {size[2]} pixels" + (f", patches of {a.patch_size[0]} × {a.patch_size[1]}" if a else "")
         for key, name in (("integer_top1", "top-1, integers"), ("fake_top1", "top-1"), ("float_top1", "top-1, float")):
@@ -199,12 +195,12 @@ class Report:
         total = sum(map(evaluations, found.values()))
         turns = iter(progress(range(total), total, "parts and layers"))
 
-        def measured(model: Any) -> Sensitivity:
+        def measured(model: Any) -> PartSensitivity:
             def top1() -> float:
                 next(turns)
                 return evaluate(model, kept, self.device).top1
 
-            return sensitivity(model, top1)
+            return part_sensitivity(model, top1)
 
         results = {state: measured(model) for state, model in found.items()}
         self.sections.append(sensitivity_section(results["trained"], self.images, results.get("calibrated")))

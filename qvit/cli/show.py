@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from qvit.architecture import SwinArchitecture, VitArchitecture
+
 T = TypeVar("T")
 _PIPE_WIDTH = 200  # columns where the output is no terminal, so that nothing is cut off there
 
@@ -22,12 +24,14 @@ def _console() -> Console:
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> None:
     """Prints a table; the first ``left`` columns are aligned to the left, the others to the right."""
-    table = Table(title=Text(title), box=box.SIMPLE, title_justify="left")
+    table = Table(box=box.SIMPLE)
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < left else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))
-    _console().print(table)
+    console = _console()
+    console.print(Text(title, style="italic"))  # not the table's own title, which would be wrapped at the table's width
+    console.print(table)
 
 
 def show_facts(facts: Mapping[str, object]) -> None:
@@ -38,6 +42,23 @@ def show_facts(facts: Mapping[str, object]) -> None:
     for name, value in facts.items():
         table.add_row(Text(name), Text(str(value)))
     _console().print(table)
+
+
+def widths(weight_bits: int, act_bits: int, mixed: bool = False) -> str:
+    """Bits in words; of a ``mixed`` model they are those that most layers have."""
+    return f"weights {weight_bits} bits, activations {act_bits} bits" + (" in most layers (mixed)" if mixed else "")
+
+
+def shape(architecture: VitArchitecture | SwinArchitecture) -> str:
+    """Blocks, widths, heads and tokens in words."""
+    a = architecture
+    blocks = f"{a.depth} block" + ("" if a.depth == 1 else "s")
+    if isinstance(a, SwinArchitecture):
+        heads = ", ".join(map(str, a.num_heads))
+        wide = " to ".join(map(str, dict.fromkeys((a.embed_dim, a.num_features))))
+        stages = f"{a.stages} stage" + ("" if a.stages == 1 else "s")
+        return f"{blocks} in {stages}, {wide} wide, {heads} heads, {a.num_tokens} tokens in the first stage"
+    return f"{blocks}, {a.embed_dim} wide, {a.num_heads} heads, {a.num_tokens} tokens"
 
 
 def count(value: float) -> str:

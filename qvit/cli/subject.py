@@ -141,6 +141,8 @@ def _timm(name: str, wish: Wish) -> Subject:
     from qvit.training.models import build_model
     from qvit.training.recipe import Recipe
 
+    if "/" in name and ":" not in name:  # hf-hub:owner/name is timm's
+        raise InputError(f"There is no file or folder {name}: check the path, or name one of timm's models.")
     section = {"name": name, "args": arguments_of(wish.model_args)}
     recipe = Recipe.from_dict({"model": section})
     assert recipe.model is not None

@@ -203,7 +203,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except FileNotFoundError:
         raise WeightsError(f"There is no checkpoint {path}: check the path.") from None
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, QvitError) as error:
-        raise WeightsError(f"{path} cannot be read as a checkpoint ({error}): it is truncated or damaged.") from None
+        raise WeightsError(f"{path} cannot be read as a checkpoint ({error}): it is truncated or damaged, or none.") from None
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, Metadata]:

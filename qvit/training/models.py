@@ -31,12 +31,17 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
 
     Raises:
         RecipeError: timm has no such model, or it does not take the arguments.
-        WeightsError: the weights cannot be read or do not fit.
+        WeightsError: the weights cannot be downloaded or read, or do not fit.
     """
     try:
         model = timm.create_model(section.name, pretrained=section.pretrained, **section.args)
     except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()).rstrip(".")
+        if section.pretrained and isinstance(error, OSError):
+            raise WeightsError(
+                f"timm's pretrained weights of {section.name!r} cannot be loaded ({message}): check the network, or name a "
+                "file of weights as the checkpoint."
+            ) from None
         raise RecipeError(f"timm cannot make the model {section.name!r} with {section.args}: {message}.") from None
     preprocessing = None
     if section.checkpoint is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import timm
 import torch
 from torch import nn
+
+from qvit.architecture import SwinArchitecture
 
 
 def timm_model(name: str, **options: Any) -> Any:
@@ -16,11 +17,11 @@ def timm_model(name: str, **options: Any) -> Any:
         return timm.create_model(name, **options).eval()
 
 
-def swin_shape(model: Any) -> SimpleNamespace:
-    """What `qvit.analyze.products.SwinShape` asks for, read off timm's modules."""
+def swin_shape(model: Any) -> SwinArchitecture:
+    """The architecture, read off timm's modules."""
     blocks = [layer.blocks[0] for layer in model.layers]
-    return SimpleNamespace(
-        family="swin",
+    return SwinArchitecture(
+        name=type(model).__name__,
         img_size=tuple(model.patch_embed.img_size),
         patch_size=tuple(model.patch_embed.patch_size),
         in_chans=model.in_chans,
@@ -31,6 +32,7 @@ def swin_shape(model: Any) -> SimpleNamespace:
         windows=tuple(tuple(block.window_size) for block in blocks),
         mlp_hidden=tuple(block.mlp.fc1.out_features for block in blocks),
         qkv_bias=blocks[0].attn.qkv.bias is not None,
+        norm_eps=model.norm.eps,
     )
 
 

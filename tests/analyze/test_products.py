@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qvit.analyze.products import LINEAR, SCORES, VALUES, other_parameters, products_of, specs_of
+from qvit.analyze.products import LINEAR, SCORES, VALUES, has_mixed_widths, other_parameters, products_of, specs_of
 from qvit.errors import SpecError, UnsupportedModelError
 from qvit.families import vit
 from qvit.spec import ModelSpec
@@ -126,3 +126,19 @@ def test_specs_follow_the_rules_of_the_model_spec() -> None:
 def test_another_family() -> None:
     with pytest.raises(UnsupportedModelError, match="ViT, DeiT and Swin"):
         products_of(object())
+
+
+@pytest.mark.parametrize(
+    ("spec", "mixed"),
+    [
+        (ModelSpec(), False),
+        (ModelSpec(weight_bits=2, act_bits=4), False),
+        (ModelSpec(weight_bits=8, act_bits=8), False),
+        (ModelSpec(weight_bits=3, act_bits=3, overrides={"blocks.1.mlp.fc2": 4}), True),
+        (ModelSpec(weight_bits=3, act_bits=3, overrides={"blocks.1.attn.map": 8}), True),
+        (ModelSpec(weight_bits=3, act_bits=3, overrides={"blocks.1.mlp.fc2": 3, "head": 4}), False),
+    ],
+)
+def test_mixed_widths_are_those_between_the_first_and_the_last_layer(spec: ModelSpec, mixed: bool) -> None:
+    a = vit.describe(timm_model("deit_tiny_patch16_224", depth=2))
+    assert has_mixed_widths(a, specs_of(products_of(a), spec)) is mixed

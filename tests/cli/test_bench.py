@@ -72,7 +72,7 @@ def test_on_a_gpu(cli: Cli, frozen_file: Path, tmp_path: Path, monkeypatch: pyte
     report = tmp_path / "report.json"
     done = cli("bench", frozen_file, "--engine", "cuda", "--batch", "1,256", "--floats", "--json", report)
     assert (done.status, done.err) == (0, "")
-    assert "deit, W4A4 on Some GPU" in done.out
+    assert "deit, W4A4 in most layers (mixed) on Some GPU" in done.out
     lines = {name: line.split() for line in done.out.splitlines() for name in ("qvit cuda", "bf16", "int8") if name in line}
     assert lines["qvit cuda"][:2] == ["256", "uint8"]
     assert "2.50" in lines["bf16"]

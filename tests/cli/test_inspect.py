@@ -113,6 +113,13 @@ def test_a_model_of_timm(cli: Cli, tmp_path: Path) -> None:
     assert "deit_tiny_patch16_224, quantized to 4 bits" in done.out
 
 
+def test_a_swin_of_timm(cli: Cli) -> None:
+    options = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": [1, 2], "num_heads": [2, 4]}
+    done = cli("inspect", "swin_tiny_patch4_window7_224", *(f"--model-arg={key}={value}" for key, value in options.items()))
+    assert done.status == 0
+    assert "3 blocks in 2 stages, 32 to 64 wide, 2, 4 heads, 256 tokens in the first stage, IRM" in done.out
+
+
 def test_checkpoints(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
     student = _rows(cli, tmp_path, checkpoints / "quantized.safetensors")
     assert {row["weight_bits"] for row in student} == {4, 8}
@@ -155,6 +162,7 @@ def test_batch_threads_and_other_ceilings(cli: Cli, frozen_file: Path, tmp_path:
         (("FILE", "--batch", 0), "A batch of 0 is out of range"),
         (("FILE", "--threads", 0), "0 threads are out of range"),
         (("deit_imaginary",), "timm cannot make the model 'deit_imaginary'"),
+        (("runs/imaginary",), "There is no file or folder runs/imaginary: check the path"),
         (("resnet18",), "ResNet is not supported"),
         (("deit_tiny_patch16_224", "--bits", 9), "bits=9 is out of range"),
         (("deit_tiny_patch16_224", "--override", "*.fc3=4"), "'*.fc3' matches no layer"),

@@ -248,6 +248,9 @@ def test_a_budget_chooses_widths(cli: Cli, checkpoints: Path, tmp_path: Path) ->
     assert measured.stat().st_mtime_ns == stamp
     frozen = cli("freeze", again, "-o", tmp_path / "again.qvit")
     assert frozen.status == 0
+    assert "bits in most layers (mixed)" in frozen.out
+    for file in (again, tmp_path / "again.qvit"):
+        assert "bits in most layers (mixed)" in cli("eval", file, "--data", "digits", "--limit", 4).out
     assert any(line.split() == ["budget", "0.0088", "MB,", "kept"] for line in frozen.out.splitlines())
     assert (tmp_path / "again.qvit").stat().st_size <= 8_800
 

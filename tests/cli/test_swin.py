@@ -61,6 +61,15 @@ def test_a_checkpoint_is_frozen_and_compared(cli: Cli, tmp_path: Path) -> None:
     assert (done.status, done.err) == (0, "")
     (row,) = json.loads(report.read_text())["rows"]
     assert (row["agreement"], row["codes_agreement"], row["logits_difference"]) == (100.0, 100.0, 0.0)
+    page = tmp_path / "report.html"
+    shown = ("--data", "digits", "--images", 4, "-o", page)
+    cli("report", model, *shown).refused("Attention of a frozen", "name its run or checkpoint")
+    assert not page.exists()
+    done = cli("report", student, *shown)
+    assert (done.status, done.err) == (0, "")
+    assert "Queries and keys" in done.out
+    assert "no class token" in done.out
+    assert "3 blocks in 2 stages, 8 to 16 wide, 2, 4 heads, 64 tokens in the first stage" in page.read_text()
 
 
 def test_sizes_and_models_that_do_not_fit_are_refused(cli: Cli, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from torch import nn
 
@@ -115,3 +116,15 @@ def test_a_model_that_timm_does_not_make(bad: ModelSection) -> None:
     with pytest.raises(RecipeError, match=bad.name) as caught:
         build_model(bad, DataSection())
     assert "\n" not in str(caught.value)
+
+
+def test_pretrained_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_arguments: object, **_options: object) -> None:
+        raise FileNotFoundError("no network.")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    pretrained = ModelSection(name=NAME, args={}, pretrained=True)
+    with pytest.raises(
+        WeightsError, match=r"^timm's pretrained weights of .* cannot be loaded \(no network\): check the network"
+    ):
+        build_model(pretrained, DataSection())

@@ -8,7 +8,7 @@ from typing import Any
 
 from qvit.analyze.attention_statistics import AttentionStatistics
 from qvit.analyze.distributions import Histogram
-from qvit.analyze.sensitivity import Sensitivity
+from qvit.analyze.part_sensitivity import PartSensitivity
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def statistics_rows(statistics: Mapping[str, AttentionStatistics], images: int) 
                         yield {"figure": "similarity", **place, "distance": float(value)}
 
 
-def sensitivity_rows(measured: Sensitivity, images: int, state: str) -> Iterator[Row]:
+def sensitivity_rows(measured: PartSensitivity, images: int, state: str) -> Iterator[Row]:
     """Rows of the sensitivity of parts and layers; ``state`` is ``trained``, or ``calibrated`` where it was not trained."""
     named = {"nothing": measured.none, "everything": measured.all}
     for kind, values in (("reference", named), ("part", measured.parts), ("layer", measured.layers)):

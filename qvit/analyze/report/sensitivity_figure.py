@@ -7,15 +7,15 @@ import math
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from qvit.analyze.part_sensitivity import PARTS, PartSensitivity
 from qvit.analyze.report import theme
 from qvit.analyze.report.section import TITLES, Key, Section, Table
 from qvit.analyze.report.svg import Panel, draw
-from qvit.analyze.sensitivity import PARTS, Sensitivity
 
 _ROW = 0.3  # inches a bar takes, its name above it included
 
 
-def sensitivity_section(trained: Sensitivity, images: int, calibrated: Sensitivity | None = None) -> Section:
+def sensitivity_section(trained: PartSensitivity, images: int, calibrated: PartSensitivity | None = None) -> Section:
     """The section.
 
     Args:
@@ -64,15 +64,15 @@ def sensitivity_section(trained: Sensitivity, images: int, calibrated: Sensitivi
     )
 
 
-def _parts(measured: Sensitivity) -> dict[str, float]:
+def _parts(measured: PartSensitivity) -> dict[str, float]:
     return {PARTS[key]: value for key, value in measured.parts.items()}
 
 
-def _layers(measured: Sensitivity) -> dict[str, float]:
+def _layers(measured: PartSensitivity) -> dict[str, float]:
     return measured.layers
 
 
-def _all(measured: Sensitivity) -> dict[str, float]:
+def _all(measured: PartSensitivity) -> dict[str, float]:
     return {"nothing": measured.none, **_parts(measured), **_layers(measured), "everything": measured.all}
 
 
@@ -80,7 +80,7 @@ def _cells(value: float, none: float) -> tuple[str, str]:
     return f"{value:.2f}", f"{value - none:+.2f}".replace("-", "−")
 
 
-def _bars(identifier: str, title: str, values: dict[str, float], measured: Sensitivity, images: int) -> Panel:
+def _bars(identifier: str, title: str, values: dict[str, float], measured: PartSensitivity, images: int) -> Panel:
     bars = [*((name, value, "blue") for name, value in values.items()), ("everything", measured.all, "grey")]
     lowest = min(measured.none, *(value for _, value, _ in bars))
     highest = max(measured.none, *(value for _, value, _ in bars))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from qvit.analyze.part_sensitivity import PARTS, PartSensitivity
 from qvit.analyze.report.sensitivity_figure import _standard_error, sensitivity_section
-from qvit.analyze.sensitivity import PARTS, Sensitivity
 
 
 @pytest.mark.parametrize("level", [90.0, 0.0, 100.0])
 def test_every_part_and_layer_is_drawn(level: float) -> None:
     parts = dict.fromkeys(PARTS, level)
-    measured = Sensitivity(level, level, parts, {"blocks.0": level, "head": level / 2})
+    measured = PartSensitivity(level, level, parts, {"blocks.0": level, "head": level / 2})
     section = sensitivity_section(measured, 100)
     assert [panel.id for panel in section.panels] == ["sensitivity-parts-after", "sensitivity-layers-after"]
     assert "Before training" not in section.caption
@@ -24,8 +24,8 @@ def test_every_part_and_layer_is_drawn(level: float) -> None:
 
 
 def test_before_and_after_training_side_by_side() -> None:
-    before = Sensitivity(80.0, 10.0, {"mlp": 70.0}, {"head": 79.0})
-    after = Sensitivity(78.0, 77.0, {"mlp": 76.0}, {"head": 78.0})
+    before = PartSensitivity(80.0, 10.0, {"mlp": 70.0}, {"head": 79.0})
+    after = PartSensitivity(78.0, 77.0, {"mlp": 76.0}, {"head": 78.0})
     section = sensitivity_section(after, 100, before)
     assert [panel.id.removeprefix("sensitivity-") for panel in section.panels] == [
         *("parts-before", "parts-after", "layers-before", "layers-after")

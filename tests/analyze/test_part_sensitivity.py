@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qvit.analyze.sensitivity import PARTS, evaluations, layer_of, part_of, sensitivity
+from qvit.analyze.part_sensitivity import PARTS, evaluations, layer_of, part_of, part_sensitivity
 from qvit.layers.points import float_mode, quantization_points
 
 SIZES: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "num_heads": 3, "depth": 2}
@@ -43,7 +43,7 @@ def test_every_part_and_layer_alone(make_student: Callable[..., nn.Module], smal
         seen.append(frozenset(name for name, q in quantization_points(student).items() if q.enabled))
         return float(len(seen))
 
-    measured = sensitivity(student, top1)
+    measured = part_sensitivity(student, top1)
     everything = frozenset(quantization_points(student))
     assert (measured.none, measured.all) == (1, 2)
     assert seen[:2] == [frozenset(), everything]
@@ -73,7 +73,7 @@ def test_attention_weights_alone_are_quantized(
             logits.append(student(images))
         return 0.0
 
-    sensitivity(student, top1)
+    part_sensitivity(student, top1)
     rounded = logits[2 + list(PARTS).index("attention_weights")]
     with torch.no_grad(), float_mode(student):
         assert torch.equal(logits[0], student(images))

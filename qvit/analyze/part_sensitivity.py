@@ -21,7 +21,7 @@ PARTS = {
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class PartSensitivity:
     """Top-1 of a trained model with some of its points quantized and all others in floating point.
 
     Attributes:
@@ -55,7 +55,7 @@ def layer_of(point: str) -> str:
     return block if block != point else point.rpartition(".")[0]
 
 
-def sensitivity(student: nn.Module, top1: Callable[[], float]) -> Sensitivity:
+def part_sensitivity(student: nn.Module, top1: Callable[[], float]) -> PartSensitivity:
     """Measures a calibrated student once for every part and layer; nothing is trained or calibrated again.
 
     Args:
@@ -68,7 +68,7 @@ def sensitivity(student: nn.Module, top1: Callable[[], float]) -> Sensitivity:
         with quantizing_only(student, frozenset(points)):
             return top1()
 
-    return Sensitivity(
+    return PartSensitivity(
         none=measure(()),
         all=measure(quantization_points(student)),
         parts={name: measure(points) for name, points in parts.items()},
@@ -77,7 +77,7 @@ def sensitivity(student: nn.Module, top1: Callable[[], float]) -> Sensitivity:
 
 
 def evaluations(student: nn.Module) -> int:
-    """How often `sensitivity` measures the student."""
+    """How often `part_sensitivity` measures the student."""
     return 2 + len(_groups(student, part_of)) + len(_groups(student, layer_of))
 
 
