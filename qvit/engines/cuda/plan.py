@@ -348,22 +348,30 @@ class Plan:
         gamma: torch.Tensor | None,
         norm: c.NormConstants | None,
         codes: torch.Tensor,
+        index: torch.Tensor | None = None,
+        gather: torch.Tensor | None = None,
     ) -> None:
-        """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows."""
+        """``out = residual + gamma * layer(a)`` and, if there is a norm, its codes: in one launch where a tile holds rows.
+
+        With an index, int32 [rows], row r goes to row ``index[r]`` of out and codes; of the codes alone where its inverse
+        ``gather`` is beside it.
+        """
         width = out.shape[1]
         tile = None
         if norm is not None:
             tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         if norm is None or tile is None:
-            self._linear(layer, a, out, rows, residual=residual, gamma=gamma)
+            to = None if gather is not None else index
+            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to)
             if norm is not None:
-                self._norm(norm, out, codes, rows, width, chunks(width))
+                self._norm(norm, out, codes, rows, width, chunks(width), index=gather)
             return
         assert norm.codes is not None
         values = {
             "rows": rows,
             "out": out,
             "out_k": codes,
+            "index": index,
             "residual": residual,
             "gamma": gamma,
             "ldo": out.shape[1],
@@ -384,7 +392,7 @@ class Plan:
             "RESIDUAL": 1,
             "GAMMA": int(gamma is not None),
             "POSITION": 0,
-            "SCATTER": 0,
+            "SCATTER": 0 if index is None else 1 if gather is None else 2,
             "HALVED": 0,
             "EVEN": 1,
         }
