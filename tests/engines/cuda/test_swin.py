@@ -58,12 +58,12 @@ def _check(model: IntegerModel, gpu: Any, count: int = 3) -> None:
     images = torch.from_numpy(model.preprocessing.normalise(pixels.numpy()))
     wanted: dict[str, torch.Tensor] = {}
     codes: dict[str, torch.Tensor] = {}
-    logits = ReferenceEngine(model).forward(images, wanted)
+    logits = ReferenceEngine(model, gpu.device).forward(images, wanted).cpu()
     engine = CudaEngine(model, gpu)
     assert torch.equal(engine.forward(images, codes).cpu(), logits)
     assert wanted.keys() == codes.keys()
     for name, code in wanted.items():
-        assert torch.equal(codes[name].cpu(), code), name
+        assert torch.equal(codes[name], code), name
         assert code.unique().numel() > 1, name  # all the same would agree whatever the engine does
     for same in (pixels, images):
         assert torch.equal(engine.forward(same).cpu(), logits)
