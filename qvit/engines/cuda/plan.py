@@ -376,16 +376,23 @@ class Plan:
         gamma: torch.Tensor | None,
         following: tuple[c.NormConstants, c.LinearConstants] | None,
         codes: torch.Tensor,
+        index: torch.Tensor | None = None,
+        gather: torch.Tensor | None = None,
     ) -> None:
-        """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where a tile has whole rows."""
+        """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where a tile has whole rows.
+
+        With an index, int32 [rows], row r goes to row ``index[r]`` of out and codes; of the codes alone where its inverse
+        ``gather`` is beside it.
+        """
         rows, width = self._shape.rows, out.shape[1]
         tile = None
         if following is not None and self._gpu.hopper:
             tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._bits(layer) is not None)
         if following is None or tile is None:
-            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, tile=self._bits(layer))
+            to = None if gather is not None else index
+            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer))
             if following is not None:
-                self._norm(following[0], out, codes, rows, width, following[1])
+                self._norm(following[0], out, codes, rows, width, following[1], index=gather)
             return
         norm, reader = following
         assert norm.codes is not None
@@ -393,6 +400,7 @@ class Plan:
             "rows": rows,
             "out": out,
             "out_k": codes,
+            "index": index,
             "residual": residual,
             "gamma": gamma,
             "ldo": out.shape[1],
@@ -413,7 +421,7 @@ class Plan:
             "RESIDUAL": 1,
             "GAMMA": int(gamma is not None),
             "POSITION": 0,
-            "SCATTER": 0,
+            "SCATTER": 0 if index is None else 1 if gather is None else 2,
             "HALVED": 0,
             "EVEN": 1,
             "OUT_BITS": int(self._bits(reader) is not None),

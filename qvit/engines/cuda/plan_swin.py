@@ -17,7 +17,7 @@ from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.layout import chunks
 from qvit.engines.cuda.plan import Plan, Shape
 from qvit.engines.cuda.windows import square_rows, window_rows
-from qvit.integer.ops import Block, PatchMerging
+from qvit.integer.ops import Block, PatchMerging, Windows
 
 
 class SwinPlan(Plan):
@@ -65,23 +65,33 @@ class SwinPlan(Plan):
         codes, attended, inner = self._codes(rows, width), self._codes(rows, width), self._codes(rows, hidden)
         q_k_v = tuple(self._bytes(images, shape.heads, n, shape.head_dim) for _ in range(3))
         maps = self._bytes(images, shape.heads, n, n) if with_map else None
-        for block, of in zip(blocks, constants, strict=True):
-            name, windows = block.name, block.attention.windows
-            assert windows is not None
-            index = self._index((windows.map, windows.size, windows.shift), partial(window_rows, windows, batch))
-            self._norm(of["norm1"], x, codes, rows, width, of["qkv"], index=index)
+        order = [self._window_order(block.attention.windows) for block in blocks]
+        self._norm(constants[0]["norm1"], x, codes, rows, width, constants[0]["qkv"], index=order[0][0])
+        for i, (block, of) in enumerate(zip(blocks, constants, strict=True)):
+            name = block.name
             self._tap_input(f"{name}.attn.qkv.input", codes, of["qkv"], images, n)
             self._heads(of, codes, q_k_v, name)
             self._attention(of, q_k_v, maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
             self._tap_input(f"{name}.attn.proj.input", attended, of["proj"], images, n)
-            self._linear(of["proj"], attended, x, rows, residual=x, index=index, tile=self._bits(of["proj"]))
-            self._norm(of["norm2"], x, codes, rows, width, of["fc1"])
+            self._linear_norm(of["proj"], attended, x, x, None, (of["norm2"], of["fc1"]), codes, index=order[i][0])
             self._tap_input(f"{name}.mlp.fc1.input", codes, of["fc1"], batch, tokens)
             self._activation(of, codes, inner)
             self._tap_input(f"{name}.mlp.fc2.input", inner, of["fc2"], batch, tokens)
-            self._linear(of["fc2"], inner, x, rows, residual=x, tile=self._bits(of["fc2"]))
+            if i + 1 < len(blocks):
+                after, (gather, index) = constants[i + 1], order[i + 1]
+                following = after["norm1"], after["qkv"]
+                self._linear_norm(of["fc2"], inner, x, x, None, following, codes, index=index, gather=gather)
+            else:
+                self._linear_norm(of["fc2"], inner, x, x, None, None, codes)
+
+    def _window_order(self, windows: Windows | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row of the map of each row in the order of windows, and the inverse."""
+        assert windows is not None
+        key = windows.map, windows.size, windows.shift
+        rows = self._index(key, partial(window_rows, windows, self.batch))
+        return rows, self._index((key, "inverse"), lambda: np.argsort(rows.cpu().numpy()).astype(np.int32))
 
     def _index(self, key: Any, make: Callable[[], np.ndarray]) -> torch.Tensor:
         """Rows that a launch reads or writes, on the device; blocks of equal geometry share them."""

@@ -98,6 +98,23 @@ def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]]) ->
 
 
 @pytest.mark.usefixtures("nvrtc")
+def test_swins_kernels_compile(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:
+    """Those that a ViT's launches do not have: windows of 49 tokens, shifted, rows gathered, rows scattered behind a norm."""
+    shape = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 64, "num_heads": (2, 4), "depths": (2, 1)}
+    far = Far(1, hopper=True)
+    launches = CudaEngine(qvit.freeze(make_student(small_swin(**shape))), far).launches(8)  # type: ignore[arg-type]
+    for kernel, wanted in (
+        ("attention", {"TOKENS": 49, "BIAS": 1, "MASK": 1, "PACK": 4}),
+        ("norm", {"GATHER": 1}),
+        ("norm", {"GATHER": 4}),
+        ("gemm_hopper", {"EPILOGUE": 3, "SCATTER": 1}),
+        ("gemm_hopper", {"EPILOGUE": 3, "SCATTER": 2}),
+    ):
+        defines = next(one.defines for one in launches if one.kernel == kernel and wanted.items() <= one.defines.items())
+        assert compile_kernel(kernel, defines, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
 def test_what_is_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QVIT_CACHE", str(tmp_path / "kernels"))
     first = compile_kernel("pool", {}, "sm_80")

@@ -25,7 +25,7 @@ struct GemmArgs {
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
     const uint4* thresholds;  // activation, THRESHOLDS: [N padded], see `qvit/engines/cuda/thresholds.py`
-    const int* index;         // floats, SCATTER: [M], where rows go
+    const int* index;         // floats, SCATTER: [M], where rows go: of floats and codes, or of codes alone where it is 2
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
     int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in
     int heads, tokens;                 // heads: row r is token r % tokens of image r / tokens
@@ -73,10 +73,14 @@ __device__ __forceinline__ void store_row_pair(float* to, bool both, const float
     }
 }
 
+// Where a row's floats and its codes go.
+__device__ __forceinline__ int float_row(const GemmArgs& p, int r) { return SCATTER == 1 ? p.index[r] : r; }
+__device__ __forceinline__ int code_row(const GemmArgs& p, int r) { return SCATTER ? p.index[r] : r; }
+
 // LayerScale, residual and position, in the reference engine's order, of columns c and c + 1 of row r; out and back.
 __device__ __forceinline__ void add_up(const GemmArgs& p, int r, int c, float (&y)[2]) {
     const bool both = c + 1 < p.n;
-    const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : SCATTER ? p.index[r] : r;
+    const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
     const size_t at = static_cast<size_t>(to) * p.ldo + c;
     float other[2];
     if constexpr (GAMMA) {
@@ -141,9 +145,10 @@ __device__ __forceinline__ void send(const unsigned char* lines, int lane, int r
 }
 
 #if OUT_BITS
-// The same as planes of bits, 32 columns a lane at a time; `first`: column of the first.
+// The same as planes of bits, 32 columns a lane at a time; `first`: column of the first, `row_of`: where a row goes.
+template <class RowOf>
 __device__ __forceinline__ void send_bits(const unsigned char* lines, int lane, int row0, int rows, void* to, int first, int columns,
-                                          int chunks) {
+                                          int chunks, const RowOf& row_of) {
     __syncwarp();
     for (int i = lane; i < kWM * (kOut / 32); i += 32) {
         const int row = i / (kOut / 32), c = i % (kOut / 32) * 32;
@@ -156,8 +161,9 @@ __device__ __forceinline__ void send_bits(const unsigned char* lines, int lane, 
                 low |= four_bits(codes[w], 0) << (4 * w);
             }
             unsigned char* out = static_cast<unsigned char*>(to);
-            *reinterpret_cast<uint32_t*>(out + code_at(row0 + row, bit_at(first + c, 1), chunks)) = high;
-            *reinterpret_cast<uint32_t*>(out + code_at(row0 + row, bit_at(first + c, 0), chunks)) = low;
+            const int line = row_of(row0 + row);
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(first + c, 1), chunks)) = high;
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(first + c, 0), chunks)) = low;
         }
     }
 }
@@ -224,7 +230,7 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
         }
     }
 #if OUT_BITS
-    send_bits(lines, lane, row0, p.m, p.out, column0, p.n, p.ldo);
+    send_bits(lines, lane, row0, p.m, p.out, column0, p.n, p.ldo, [](int row) { return row; });
 #else
     send(lines, lane, row0, p.m, [&](int row, int column) -> unsigned char* {
         const int c = column0 + column;
@@ -241,7 +247,7 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
 __noinline__
 #endif
 __device__ inline void codes_again(const GemmArgs& p, int r, int line, int first, int lane, bool mine, unsigned char* lines) {
-    const float* x = static_cast<const float*>(p.out) + static_cast<size_t>(r) * p.ldo + 2 * (lane % 4);
+    const float* x = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * p.ldo + 2 * (lane % 4);
     double sum = 0.0, squares = 0.0;
 #pragma unroll 1
     for (int c = 0; c < kWN; c += 8) {
@@ -335,10 +341,10 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
             }
         }
 #if OUT_BITS
-        send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks);
+        send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks, [&](int row) { return code_row(p, row); });
 #else
         send(lines, lane, row0, p.m, [&](int row, int column) -> unsigned char* {
-            return static_cast<unsigned char*>(p.out_k) + code_at(row, first + column, p.chunks);
+            return static_cast<unsigned char*>(p.out_k) + code_at(code_row(p, row), first + column, p.chunks);
         });
 #endif
     }
