@@ -15,6 +15,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from qvit.errors import QvitError
+
 
 def main() -> None:
     """Prepares what the argument says."""
@@ -24,7 +26,8 @@ def main() -> None:
     try:
         _prepare(json.loads(sys.argv[1]))
     except Exception as error:  # whatever a foreign library raises is told to the parent, which goes on without it
-        replies.write(json.dumps({"error": " ".join(f"{type(error).__name__}: {error}".split())}) + "\n")
+        said = str(error) if isinstance(error, QvitError) else f"{type(error).__name__}: {error}"
+        replies.write(json.dumps({"error": " ".join(said.split())}) + "\n")
         raise SystemExit(1) from error
     replies.write("{}\n")
 

@@ -17,6 +17,7 @@ from qvit.cli.checkpoints import INTEGER_SUFFIX
 from qvit.cli.images import at_least_one, device_of
 from qvit.cli.results import write_results
 from qvit.cli.show import progress, show_table
+from qvit.cli.spec_options import DEFAULT_BITS
 from qvit.engines import gpu_named
 from qvit.errors import InputError
 from qvit.integer.model import IntegerModel
@@ -47,7 +48,9 @@ def command(
     floats: Annotated[
         bool, typer.Option("--floats", help="On a GPU: also time the engine with normalised float32 images.")
     ] = False,
-    bits: Annotated[int, typer.Option("--bits", help="Of weights and activations, where the model has random weights.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Of weights and activations, where the model has random weights; 4 by default.")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Turns of each, a quarter of a second or more.")] = 15,
     json: options.Json = None,
 ) -> None:
@@ -97,13 +100,15 @@ def command(
     peers = peers_on("cpu" if gpu is None else "cuda", wanted)
     if gpu is not None:
         device_of(gpu)  # said before anything is made
+    file = Path(model)
+    if file.suffix == INTEGER_SUFFIX and bits is not None:
+        raise InputError(f"{model} is quantized already: leave out --bits.")
     with tempfile.TemporaryDirectory(prefix="qvit-bench-") as scratch:
         folder = Path(scratch)
-        file = Path(model)
         if file.suffix != INTEGER_SUFFIX:
             file = folder / f"model{INTEGER_SUFFIX}"
             for _ in _progress([None], 1, f"making {model} with random weights"):
-                make_random_model(model, bits, file)
+                make_random_model(model, DEFAULT_BITS if bits is None else bits, file)
         _warn_if_busy(cores)
         rows = compare(file, peers, settings, folder, _progress, _note)
         frozen = IntegerModel.load(file)

@@ -48,7 +48,7 @@ def test_two_runs_of_one_title_are_told_apart(report_runs: Path) -> None:
 def test_what_stands_above_the_figures(report_runs: Path) -> None:
     report = _report(report_runs)
     facts = report.facts
-    assert facts["bits"] == "weights 2, activations 2"
+    assert facts["bits"] == "weights 2 bits, activations 2 bits"
     assert facts["shape"] == "1 block, 12 wide, 3 heads, 5 tokens"
     assert facts["images"] == "8 × 8 pixels, patches of 4 × 4"
     assert facts["top-1"].endswith("% of 30 images")
