@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 # What an installation is made from: a change of these makes it again, the compiled engine included.
 INSTALLED := pyproject.toml CMakeLists.txt $(shell find qvit/engines/cpu/src -type f)
@@ -13,8 +14,9 @@ demo: $(VENV)/.train
 	rm -rf demo
 	$(BIN)/qvit demo --json demo_report.json
 
+# Files of tests are shared out among WORKERS processes.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -14,8 +14,10 @@ import torch
 
 from qvit.architecture import SwinArchitecture
 from qvit.engines.cuda.constants import check
-from qvit.engines.cuda.plan import ModelConstants, Plan
+from qvit.engines.cuda.model_constants import ModelConstants
+from qvit.engines.cuda.plan import Plan
 from qvit.engines.cuda.plan_swin import SwinPlan
+from qvit.engines.cuda.plan_vit import VitPlan
 from qvit.errors import InputError
 from qvit.integer.model import IntegerModel
 
@@ -107,7 +109,7 @@ class CudaEngine:
         self._gpu.launch(launch)
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
-        kind = SwinPlan if isinstance(self.model.architecture, SwinArchitecture) else Plan
+        kind = SwinPlan if isinstance(self.model.architecture, SwinArchitecture) else VitPlan
         return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=not self._on_gpu)
 
     def _shown(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> tuple[Plan, torch.Tensor]:

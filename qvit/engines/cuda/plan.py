@@ -1,4 +1,4 @@
-"""The forward pass for one batch size: buffers, and the launches between them."""
+"""What plans of a forward pass have in common: buffers for one batch size, and the launches between them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from qvit.architecture import VitArchitecture
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
+from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_whole_rows
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
-from qvit.engines.tables import embedding
 from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -25,76 +24,6 @@ ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
-
-
-@dataclass(frozen=True, eq=False)
-class ModelConstants:
-    """All constants of a model on the device, layer by layer as in `IntegerModel`."""
-
-    pixels: c.PixelConstants
-    patch: c.LinearConstants
-    embed: torch.Tensor | None  # of a ViT: float32 [N, C], prefix tokens as they enter, then what is added to each patch
-    norm_pre: c.NormConstants | None
-    blocks: tuple[dict[str, Any], ...]
-    merging: tuple[tuple[c.NormConstants, c.LinearConstants] | None, ...]  # in front of each stage of a Swin
-    norm: c.NormConstants | None
-    heads: tuple[tuple[c.NormConstants | c.CodeConstants, c.LinearConstants], ...]
-    pooled_norm: c.NormConstants | None  # floats, where another norm follows
-
-    @classmethod
-    def of(cls, model: IntegerModel, device: torch.device) -> ModelConstants:
-        """Moves a model's constants to a device."""
-        to, a = c.Constants(device), model.architecture
-        vit = a if isinstance(a, VitArchitecture) else None
-        blocks = []
-        for block in model.blocks:
-            width, hidden, windows = block.fc2.weight.shape[0], block.fc2.weight.shape[1], block.attention.windows
-            blocks.append(
-                {
-                    "windows": None if windows is None else WindowConstants.of(windows, to),
-                    "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
-                    "qkv": c.LinearConstants.of(block.qkv, to),
-                    "heads": c.HeadConstants.of(block.attention, to),
-                    "attention": c.AttentionConstants.of(block.attention, to),
-                    "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
-                    "proj": c.LinearConstants.of(block.proj, to),
-                    "ls1": None if block.ls1 is None else to.floats(block.ls1, width),
-                    "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
-                    "fc1": c.LinearConstants.of(block.fc1, to),
-                    "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
-                    "fc2_margin": c.activation_margin(block.fc2.input),
-                    "thresholds": c.thresholds_of(block.fc1, block.fc2.input, a.activation, to),
-                    "fc2": c.LinearConstants.of(block.fc2, to),
-                    "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
-                }
-            )
-        merging: list[tuple[c.NormConstants, c.LinearConstants] | None] = []
-        for stage in model.stages:
-            part = stage.merging
-            if part is None:
-                merging.append(None)
-            else:
-                norm = c.NormConstants.of(part.norm, part.reduction.input, to)
-                merging.append((norm, c.LinearConstants.of(part.reduction, to)))
-        averaged = vit is None or (vit.global_pool == "avg" and not vit.dist_token)
-        last = model.fc_norm if averaged else model.fc_norm or model.norm
-        between = model.norm if not averaged and model.fc_norm is not None else None
-        heads = []
-        for head in model.heads:
-            codes: Any = c.CodeConstants.of(head.input, head.weight.shape[1], to)
-            norm = codes if last is None else c.NormConstants.of(last, head.input, to)
-            heads.append((norm, c.LinearConstants.of(head, to)))
-        return cls(
-            pixels=c.PixelConstants.of(model, to),
-            patch=c.LinearConstants.of(model.patch, to),
-            embed=None if vit is None else to.array(embedding(model)),
-            norm_pre=None if model.norm_pre is None else c.NormConstants.of(model.norm_pre, None, to),
-            blocks=tuple(blocks),
-            merging=tuple(merging),
-            norm=None if model.norm is None or not averaged else c.NormConstants.of(model.norm, None, to),
-            heads=tuple(heads),
-            pooled_norm=None if between is None else c.NormConstants.of(between, None, to),
-        )
 
 
 Tap = Callable[[], torch.Tensor]
@@ -138,7 +67,7 @@ class Shape:
 
 
 class Plan:
-    """All launches of a forward pass of ``batch`` images; this one's are a ViT's.
+    """All launches of a forward pass of ``batch`` images; `VitPlan` and `SwinPlan` put them together.
 
     Attributes:
         pixels: launches for uint8 and for float images; ``images`` is filled in.
@@ -170,51 +99,7 @@ class Plan:
 
     def _build(self, with_map: bool) -> None:
         """Makes `steps`."""
-        a, constants, batch = self.model.architecture, self.constants, self.batch
-        assert isinstance(a, VitArchitecture)
-        assert constants.embed is not None
-        self._shape = Shape(batch, a.num_tokens, a.embed_dim, a.num_heads, a.mlp_hidden)
-        rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
-        first, x = self._floats(rows, width), self._floats(rows, width)
-        codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(rows, a.mlp_hidden)
-        q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))
-        maps = self._bytes(batch, a.num_heads, n, n) if with_map else None
-
-        prefix = a.num_prefix_tokens
-        first.view(batch, n, width)[:, :prefix] = constants.embed[:prefix]
-        self._linear(
-            constants.patch,
-            self._patches,
-            first,
-            rows=batch * a.num_patches,
-            position=constants.embed,
-            rows_in=a.num_patches,
-            rows_out=n,
-            row_first=prefix,
-        )
-        source = first
-        if constants.norm_pre is not None:
-            self._norm(constants.norm_pre, first, x, rows, width, width)
-            source = x
-        for i, block in enumerate(constants.blocks):
-            name = f"blocks.{i}"
-            if i == 0:
-                self._norm(block["norm1"], source, codes, rows, width, block["qkv"])
-            self._tap_input(f"{name}.attn.qkv.input", codes, block["qkv"], batch, n)
-            self._heads(block, codes, (q, k, v), name)
-            self._attention(block, (q, k, v), maps, attended)
-            if maps is not None:
-                self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
-            self._tap_input(f"{name}.attn.proj.input", attended, block["proj"], batch, n)
-            self._linear_norm(block["proj"], attended, x, source, block["ls1"], (block["norm2"], block["fc1"]), codes)
-            self._tap_input(f"{name}.mlp.fc1.input", codes, block["fc1"], batch, n)
-            self._activation(block, codes, hidden)
-            self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"], batch, n)
-            after = constants.blocks[i + 1] if i + 1 < len(constants.blocks) else None
-            following = None if after is None else (after["norm1"], after["qkv"])
-            self._linear_norm(block["fc2"], hidden, x, x, block["ls2"], following, codes)
-            source = x
-        self._classify(source, a)
+        raise NotImplementedError
 
     def pixels(self, images: torch.Tensor) -> Launch:
         """The launch that makes codes of images [B, C, H, W], uint8 or float32, contiguous."""
@@ -594,13 +479,6 @@ class Plan:
         values = {"x": x, "out": pooled, "tokens": rows // self.batch, "first": first, "channels": width}
         self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
         return pooled
-
-    def _classify(self, x: torch.Tensor, a: VitArchitecture) -> None:
-        width = a.embed_dim
-        apart = a.num_tokens * width
-        if a.global_pool == "avg" and not a.dist_token:
-            x, apart = self._average(x, 0 if a.pool_include_prefix else a.num_prefix_tokens), width
-        self._logits(x, apart)
 
     def _logits(self, x: torch.Tensor, apart: int) -> None:
         """The heads, of rows ``apart`` floats apart; head i reads token i."""

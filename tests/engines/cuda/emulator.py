@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -47,7 +48,7 @@ class Emulated:
         path = self._folder / f"{launch.kernel}-{name[:24]}.so"
         if path not in self._libraries:
             if not path.exists():
-                beside = path.with_suffix(f".{id(self)}")
+                beside = path.with_suffix(f".{os.getpid()}")
                 command = [str(COMPILER), *FLAGS, *defines, str(SOURCES / f"{launch.kernel}.cu"), "-o", str(beside)]
                 done = subprocess.run(command, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr
