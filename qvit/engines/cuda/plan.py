@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class Shape:
         return self.width // self.heads
 
 
-class Plan:
+class Plan(ABC):
     """All launches of a forward pass of ``batch`` images; `VitPlan` and `SwinPlan` put them together.
 
     Attributes:
@@ -97,9 +98,9 @@ class Plan:
         self._shape: Shape  # of the blocks that launches are made for
         self._build(with_map)
 
+    @abstractmethod
     def _build(self, with_map: bool) -> None:
-        """Makes `steps`."""
-        raise NotImplementedError
+        """Makes `steps`; with the softmax map's codes among the taps where ``with_map``."""
 
     def pixels(self, images: torch.Tensor) -> Launch:
         """The launch that makes codes of images [B, C, H, W], uint8 or float32, contiguous."""
