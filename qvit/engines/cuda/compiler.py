@@ -13,7 +13,7 @@ from typing import Any
 from qvit.errors import MissingDependencyError, UnsupportedModelError
 
 SOURCES = Path(__file__).parent / "src"
-HEADERS = ("warp.cuh", "rounding.cuh", "layout.cuh", "epilogue.cuh", "hopper.cuh", "attention_head.cuh")
+HEADERS = tuple(sorted(path.name for path in SOURCES.glob("*.cuh")))
 # No contraction to fused multiply-adds: the reference engine rounds products.
 _OPTIONS = ("-std=c++17", "-fmad=false", "-default-device")
 

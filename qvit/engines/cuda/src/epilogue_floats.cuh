@@ -1,0 +1,27 @@
+// Floats go out (EPILOGUE 0).
+#pragma once
+
+#include "residual.cuh"
+
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char*,
+                                       int (&sums)[kRows][kColumns][4]) {
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+        const int c = column0 + 8 * j + 2 * (lane % 4);
+        float scale[2], bias[2];
+        load_pair(p.scale + c, scale);
+        load_pair(p.bias + c, bias);
+#pragma unroll
+        for (int i = 0; i < kRows; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int r = row0 + 16 * i + 8 * half + lane / 4;
+                if (r < p.m && c < p.n) {
+                    float y[2] = {affine(sums[i][j][2 * half], scale[0], bias[0]),
+                                  affine(sums[i][j][2 * half + 1], scale[1], bias[1])};
+                    add_up(p, r, c, y);
+                }
+            }
+        }
+    }
+}
