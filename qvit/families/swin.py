@@ -68,7 +68,7 @@ def check(model: Any) -> None:
         raise UnsupportedModelError("The model has no classification head: create it with num_classes > 0.")
     if type(model.head.global_pool) is not SelectAdaptivePool2d or model.global_pool != "avg":
         raise UnsupportedModelError(f"global_pool={model.global_pool!r} is not supported: use 'avg'.")
-    if model.dynamic_img_size or model.patch_embed.dynamic_img_pad:
+    if getattr(model, "dynamic_img_size", False) or model.patch_embed.dynamic_img_pad:  # timm 1.0.29 lacks the first
         raise UnsupportedModelError("dynamic_img_size is not supported: integer models have one input size.")
     projection = model.patch_embed.proj
     if projection.stride != projection.kernel_size or any(projection.padding) or projection.groups != 1:
