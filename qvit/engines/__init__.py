@@ -80,12 +80,9 @@ class Runner:
 
 
 def default_engine(device: str | None = None) -> str:
-    """The engine that `load` tries first where none is named.
-
-    That of a GPU is ``reference``: the engine ``cuda`` has been tested in emulation only, so it runs where it is named.
-    """
+    """The engine that `load` tries first where none is named: the device's own, ``reference`` where there is none."""
     if device not in (None, "cpu"):
-        return "reference"
+        return "cuda" if _is_gpu(device) else "reference"
     from qvit.engines.cpu import is_built
 
     return "cpu" if is_built() else "reference"
@@ -96,8 +93,8 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
 
     Args:
         path: the file.
-        engine: one of `ENGINES`; by default ``cpu`` where it is built, can run the model, and ``device`` is no other; else
-            ``reference``.
+        engine: one of `ENGINES`; by default ``cuda`` on an NVIDIA GPU and ``cpu`` on the CPU where they can run the model;
+            else ``reference``.
         device: ``cuda`` or ``cuda:<n>`` for the engine ``cuda``; any that PyTorch has for ``reference``, by default ``cpu``.
         threads: cores that the CPU engine uses for one call; by default the environment variable ``QVIT_NUM_THREADS``, else
             all that the process may use.

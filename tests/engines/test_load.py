@@ -126,7 +126,7 @@ def test_logits_come_back_to_where_the_images_are(frozen: IntegerModel) -> None:
 
 def test_the_engine_of_a_device() -> None:
     assert [default_engine(device) for device in (None, "cpu", "cuda", "cuda:1", "mps", "xpu:0")] == [
-        *("cpu", "cpu", "reference", "reference", "reference", "reference")
+        *("cpu", "cpu", "cuda", "cuda", "reference", "reference")
     ]
 
 

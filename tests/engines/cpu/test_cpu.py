@@ -159,7 +159,7 @@ def test_without_the_compiled_module(model: IntegerModel, monkeypatch: pytest.Mo
 
 def test_the_default_engine_follows_the_device(model: IntegerModel) -> None:
     assert default_engine("cpu") == "cpu"
-    assert default_engine("cuda") == "reference"
+    assert default_engine("cuda") == "cuda"
     assert create_engine(model).name == "cpu"
     with pytest.raises(InputError, match="The engine 'cpu' does not run on the device 'cuda'"):
         create_engine(model, "cpu", "cuda")
