@@ -35,7 +35,7 @@ class AttentionArgs(ctypes.Structure):
     _fields_ = _fields(
         p="q k v out map score_scale map_scale value_scale value_row inverse offset step bias regions",
         i="heads ldo images windows",
-        f="map_high map_margin low high",
+        f="map_margin map_unit low high",
     )
 
 

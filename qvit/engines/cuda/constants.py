@@ -18,6 +18,8 @@ from qvit.spec import HalfStep, PerGroup, PerToken, QuantSpec
 
 _F32 = np.float32
 _ULPS = 1e-6  # relative error that the float32 steps stay below
+_FEW_CODES = 15  # of the map: to look at its boundaries is less work than to look at its values ..
+_COARSE = 7e-4  # .. if they are seldom near to a score, scores being this far apart (natural logarithms)
 COLUMN_PAD = 256  # output channels are padded to a multiple: no tile is wider
 HEAD_DIMS = (32, 64)
 MOST_WINDOW_TOKENS = 576  # every GPU's shared memory holds the keys and values of one head of such a window
@@ -294,6 +296,8 @@ class AttentionConstants:
         q_half: whether q has a half step.
         v_signed: whether v's codes are.
         map_high, map_margin: highest code of the map, and how near to a boundary it is computed again.
+        map_unit: the unit of the map's relative errors in float32.
+        row_check: whether boundaries between the map's codes are looked at instead of all its values.
     """
 
     score_scale: torch.Tensor
@@ -303,8 +307,10 @@ class AttentionConstants:
     value_offset: int
     q_half: bool
     v_signed: bool
-    map_high: float
+    map_high: int
     map_margin: float
+    map_unit: float
+    row_check: bool
 
     @classmethod
     def of(cls, attention: ops.Attention, to: Constants) -> AttentionConstants:
@@ -324,8 +330,10 @@ class AttentionConstants:
             value_offset=2 if learned else int(isinstance(v.spec.offset, HalfStep)),
             q_half=q.half_step,
             v_signed=v.spec.signed,
-            map_high=float(p.spec.qp),
+            map_high=p.spec.qp,
             map_margin=3 * _ULPS * (p.spec.qp + 1),
+            map_unit=_ULPS / 1e-6 * 2.0**-24,
+            row_check=p.spec.qp <= _FEW_CODES and float(scale.min()) >= _COARSE,
         )
 
 

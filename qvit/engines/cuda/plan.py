@@ -23,6 +23,7 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
+_ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
@@ -401,12 +402,17 @@ class Plan(ABC):
             "ldo": self._chunks(block["proj"]),
             "images": shape.images,
             "windows": shape.windows,
-            "map_high": of.map_high,
             "map_margin": of.map_margin,
+            "map_unit": of.map_unit,
             "low": codes.low,
             "high": codes.high,
         }
-        warps = 4
+        long = shape.tokens > _LONGEST_IN_REGISTERS
+        warps, blocks = _ATTENTION_WARPS, _ATTENTION_BLOCKS
+        if windows is not None and shape.tokens <= 64:
+            blocks = 16 // warps
+        elif not long and shape.tokens > 208:
+            blocks = max(1, 8 // warps)
         # A block with several windows of one head loads that head's bias once; as long as there are blocks for all.
         heads, most = shape.images * shape.heads, _MOST_WINDOWS if windows is not None else 1
         pack = max(1, min(most, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
@@ -418,19 +424,23 @@ class Plan(ABC):
             "Q_DOUBLED": int(block["heads"].doubled),
             "V_SIGNED": int(of.v_signed),
             "V_OFFSET": of.value_offset,
-            "LONG": int(shape.tokens > _LONGEST_IN_REGISTERS),
+            "BLOCKS": blocks,
+            "MAP_HIGH": of.map_high,
+            "ROW_CHECK": int(of.row_check and windows is None),
+            "SHOW": int(maps is not None),
+            "LONG": int(long),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
             "PACK": pack,
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
         groups, tiles = -(-shape.tokens // 32), -(-shape.tokens // 16)
-        shared = 32 * groups * (shape.head_dim + 16) + shape.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        shared = 32 * groups * (2 * shape.head_dim + 16 + 4)
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
         split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))
-        blocks = -(-shape.images // pack) * shape.heads
-        self._add(Launch("attention", defines, (blocks, split, 1), 32 * warps, shared, values))
+        grid = -(-shape.images // pack) * shape.heads
+        self._add(Launch("attention", defines, (grid, split, 1), 32 * warps, shared, values))
 
     def _norm(
         self,
