@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -335,6 +336,68 @@ class AttentionConstants:
             map_unit=_ULPS / 1e-6 * 2.0**-24,
             row_check=p.spec.qp <= _FEW_CODES and float(scale.min()) >= _COARSE,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class ValueConstants:
+    """How sums of the second product become codes of proj's input.
+
+    A code's place in its range is linear in two sums: ``(code - low) / (high - low) = gain * sum + row_gain * sum of the map's
+    codes + shift``, rounded.
+
+    Attributes:
+        gain, row_gain, shift: float32 [H D].
+        low, high: the codes' range.
+        terms: largest ``|shift|`` and ``|row_gain|``, in codes.
+        binary_places: of the fixed-point numbers in which places are rounded.
+    """
+
+    gain: torch.Tensor
+    row_gain: torch.Tensor
+    shift: torch.Tensor
+    low: int
+    high: int
+    terms: tuple[float, float]
+    binary_places: int
+
+    @classmethod
+    def of(cls, attention: ops.Attention, following: ops.Quantizer, to: Constants) -> ValueConstants:
+        """The constants of a block's attention in front of ``following``."""
+        shape, v, spec = (attention.heads, attention.head_dim), attention.v, following.spec
+        count, span = shape[0] * shape[1], spec.qp - spec.qn
+        p_scale = attention.map.scale.reshape(-1, 1).astype(np.float64)
+        scale = (p_scale * _by_channel(v.scale, shape)).reshape(-1)
+        row = np.zeros(count)
+        if isinstance(v.spec.offset, HalfStep):
+            row = scale / 2
+        elif v.offset is not None:
+            row = (p_scale * _by_channel(v.offset, shape)).reshape(-1)
+        step = following.scale.astype(np.float64)
+        shift = np.zeros(count) - (0.0 if following.offset is None else following.offset.astype(np.float64)) / step - spec.qn
+        return cls(
+            gain=to.floats((scale / step / span).astype(_F32), count),
+            row_gain=to.floats((row / step / span).astype(_F32), count),
+            shift=to.floats((shift / span).astype(_F32), count),
+            low=spec.qn,
+            high=spec.qp,
+            terms=(float(np.abs(shift).max()), float(np.abs(row / step).max())),
+            binary_places=16 if span <= 127 else 14,
+        )
+
+    def near(self, most: int) -> int:
+        """How near to the boundary between two codes a value is computed again, in units of the last binary place.
+
+        In units of 2^-24, of a code c with terms a = sum, b = row sum and o = shift, where a <= c + b + o: the reference engine
+        rounds two products, their sum, a difference and a quotient, a + b + 3 (c + 1) + o; here three constants, a row's and a
+        value's sum are rounded, 2 a + 2 b + 2 o + c + 1; scales are products themselves, a + b.
+
+        Args:
+            most: largest sum of the map's codes of a row.
+        """
+        shift, row = self.terms
+        code = max(abs(self.low), self.high) + 1
+        error = _ULPS / 1e-6 * 2.0**-24 * (8 * most * row + 7 * (shift + abs(self.low)) + 8 * code)
+        return min(math.ceil(error * 2**self.binary_places) + 1, 2 ** (self.binary_places - 1))
 
 
 def _by_channel(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

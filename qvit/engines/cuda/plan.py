@@ -382,6 +382,8 @@ class Plan(ABC):
         shape, of = self._shape, block["attention"]
         windows: WindowConstants | None = block["windows"]
         codes: c.CodeConstants = block["proj_codes"]
+        found: c.ValueConstants = block["values"]
+        near = found.near(shape.tokens * of.map_high)
         q, k, v = q_k_v
         values = {
             "q": q,
@@ -393,9 +395,14 @@ class Plan(ABC):
             "map_scale": of.map_scale,
             "value_scale": of.value_scale,
             "value_row": of.value_row,
-            "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
+            "gain": found.gain,
+            "row_gain": found.row_gain,
+            "shift": found.shift,
+            "near": 2 * near << (16 - found.binary_places),
+            "fixed_step": float((found.high - found.low) << found.binary_places),
+            "fixed_first": float(2**23 + 2 ** (found.binary_places - 1) + near),
             "bias": None if windows is None else windows.bias,
             "regions": None if windows is None else windows.regions,
             "heads": shape.heads,
@@ -427,6 +434,8 @@ class Plan(ABC):
             "BLOCKS": blocks,
             "MAP_HIGH": of.map_high,
             "ROW_CHECK": int(of.row_check and windows is None),
+            "FIXED": found.binary_places,
+            "OUT_LOW": found.low,
             "SHOW": int(maps is not None),
             "LONG": int(long),
             "BIAS": int(windows is not None),
@@ -436,6 +445,7 @@ class Plan(ABC):
         }
         groups, tiles = -(-shape.tokens // 32), -(-shape.tokens // 16)
         shared = 32 * groups * (2 * shape.head_dim + 16 + 4)
+        shared += 0 if long else 16 * tiles * (shape.head_dim + 16)
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
         split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))

@@ -27,13 +27,14 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
     Head head;
     head.keys = memory;
     head.values = memory + kKeyBytes;
-    head.key_sums = reinterpret_cast<int*>(memory + kKeyBytes + kValueBytes);
+    head.queries = memory + kKeyBytes + kValueBytes;
+    head.key_sums = reinterpret_cast<int*>(head.queries + kQueryBytes);
     head.index = blockIdx.x % p.heads;
     head.scale = p.score_scale[head.index];
     head.step = p.map_scale[head.index];
     head.bias = BIAS ? p.bias + static_cast<size_t>(head.index) * TOKENS * kBiasLine : nullptr;
     if (kHoldsBias) {
-        unsigned char* held = memory + kKeyBytes + kValueBytes + 4 * 32 * kGroups;
+        unsigned char* held = reinterpret_cast<unsigned char*>(head.key_sums + 32 * kGroups);
         for (int i = threadIdx.x; i < TOKENS * kBiasLine / 4; i += kThreads) {
             copy_async(held + 16 * i, head.bias + 4 * i, true);
         }

@@ -18,13 +18,17 @@ struct AttentionArgs {
     const float* map_scale;    // [H]
     const float* value_scale;  // [H D]: scale_p * scale_v
     const float* value_row;    // [H D]: scale_p * offset_v, where V_OFFSET = 2
-    const float* inverse;      // of proj's input [H D]: 1 / step, offset, step
-    const float* offset;
+    const float* offset;       // of proj's input [H D]: offset, step
     const float* step;
+    const float* gain;         // [H D]: sums to a code's place in its range, 0 .. 1: gain * sum + row_gain * row sum + shift
+    const float* row_gain;
+    const float* shift;
     const float* bias;         // BIAS: [H, N, kBiasLine], minus infinity for keys that are none
     const uint8_t* regions;    // MASK: [windows, kRegionLine], of each token
     int heads, ldo, images, windows;
+    int near;                  // to a boundary between two codes of proj's input, of 2^FIXED a code
     float map_margin, map_unit, low, high;
+    float fixed_step, fixed_first;  // places 0 .. 1 to floats whose bits are codes of FIXED binary places
 };
 
 constexpr int kThreads = 32 * WARPS;
@@ -37,6 +41,7 @@ constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a 
 constexpr int kKeyLine = HEAD_DIM + 16;                    // bytes of a row of k
 constexpr int kKeyBytes = 32 * kGroups * kKeyLine;
 constexpr int kValueBytes = 32 * kGroups * HEAD_DIM;
+constexpr int kQueryBytes = LONG ? 0 : 16 * kQueryTiles * kKeyLine;
 constexpr int kValuePiece = 512;                           // bytes: 32 keys, 16 channels
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
 constexpr float kLog2e = 1.44269504f;
@@ -58,7 +63,7 @@ __device__ __forceinline__ float scaled(Score s, float scale) { return __fmul_rn
 
 // A head of an image, or of a window.
 struct Head {
-    unsigned char *keys, *values;  // in shared memory
+    unsigned char *keys, *values, *queries;  // in shared memory; queries in no LONG head
     int* key_sums;
     const float* bias;       // [N, kBiasLine] of this head
     const uint8_t* regions;  // of this window
@@ -98,6 +103,15 @@ __device__ __forceinline__ void load_head(const AttentionArgs& p, const Head& he
         copy_async(head.keys + row * kKeyLine + 16 * column, p.k + head.first * HEAD_DIM + 16 * i, true);
         copy_async(head.values + (row / 32 * kColumns + column) * kValuePiece + row % 32 * 16, p.v + head.first * HEAD_DIM + 16 * i,
                    true);
+    }
+    if (!LONG) {  // zeros behind the last query, so that nothing is in doubt there
+        for (int i = threadIdx.x; i < 16 * kQueryTiles * kColumns; i += kThreads) {
+            const int row = i / kColumns, column = i % kColumns;
+            if (gridDim.y == 1 || row / (16 * WARPS) % gridDim.y == blockIdx.y) {
+                copy_async(head.queries + row * kKeyLine + 16 * column,
+                           p.q + (head.first + (row < TOKENS ? row : 0)) * HEAD_DIM + 16 * column, row < TOKENS);
+            }
+        }
     }
     copies_end_group();
     copies_wait<0>();

@@ -26,7 +26,7 @@
 
 struct Once {
     const Rows& rows;
-    float factor, base, shift;  // F, - fl(W F), r
+    float factor, base, shift, inverse_factor;  // F, - fl(W F), r, 1 / F
 
     static constexpr float kRoundings = 20.0f + kPairs;
     static constexpr float kEach = 2.3f, kLogTokens = 10.0f;  // log2 of at most 1024 keys
@@ -36,7 +36,7 @@ struct Once {
 
     __device__ __forceinline__ static Once of(const Rows& rows) {
         const float factor = __fmul_rn(rows.head.scale, kLog2e), product = __fmul_rn(kWhole, factor);
-        return {rows, factor, -product, fmaf(kWhole, factor, -product)};
+        return {rows, factor, -product, fmaf(kWhole, factor, -product), reciprocal_fast(factor)};
     }
 
     // Of a score's bits.
@@ -99,7 +99,7 @@ struct Once {
     // The exponential of the score next to the boundary below code `upper`, of a row; whether its code is in doubt.
     __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary, float& e) const {
         const float y = log_step + log2_fast(boundary);
-        e = exponential(fmaf(y - shift, 1.0f / factor, kWhole));
+        e = exponential(fmaf(y - shift, inverse_factor, kWhole));
         const float off = fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
         return fabsf(off) <= rows.p.map_unit * fmaf(kEach, fabsf(y), of.near) * boundary;
     }
@@ -197,7 +197,7 @@ struct Once {
             const int bit = __shfl_sync(kAll, suspects != 0 ? first_bit(suspects) : 0, leader), half = bit % 2;
             const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
             const float step = half ? of[1].step : of[0].step;
-            const float score = fmaf(log2_fast(step) + log2_fast(boundary) - shift, 1.0f / factor, kWhole);
+            const float score = fmaf(log2_fast(step) + log2_fast(boundary) - shift, inverse_factor, kWhole);
             const float wanted = exponential(score);
             bool found = false;
             if (rows.lane / 4 == leader / 4) {

@@ -41,6 +41,9 @@ inline float __int_as_float(int a) {
 inline float log2_fast(float x) { return log2f(x); }
 inline float saturated(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 inline int first_bit(unsigned x) { return __builtin_ctz(x); }
+inline uint32_t lesser_halves(uint32_t a, uint32_t b) {
+    return (min(a >> 16, b >> 16) << 16) | min(a & 0xFFFFu, b & 0xFFFFu);
+}
 #else
 __device__ __forceinline__ void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
@@ -62,6 +65,8 @@ __device__ __forceinline__ float log2_fast(float x) {
 }
 __device__ __forceinline__ float saturated(float x) { return __saturatef(x); }
 __device__ __forceinline__ int first_bit(unsigned x) { return __ffs(static_cast<int>(x)) - 1; }
+// The lesser of both high and of both low halves.
+__device__ __forceinline__ uint32_t lesser_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
 #endif
 
 // Pieces of 32 keys by 16 channels, each 512 bytes, from rows to operands, in place. A lane's 16 bytes are b[0], b[1] of the

@@ -20,6 +20,10 @@ struct Rows {
     __device__ __forceinline__ void load_q(uint32_t (&q)[kSteps][4]) const {
 #pragma unroll
         for (int s = 0; s < kSteps; s++) {
+#if !LONG
+            load_matrices(q[s], head.queries + (query0 + lane % 16) * kKeyLine + 32 * s + 16 * (lane / 16));
+            continue;
+#endif
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 q[s][i] = word_at(q_of(query(i % 2)) + 32 * s + 16 * (i / 2) + 4 * (lane % 4));
