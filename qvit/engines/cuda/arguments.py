@@ -34,7 +34,7 @@ class AttentionArgs(ctypes.Structure):
 
     _fields_ = _fields(
         p="q k v out map score_scale map_scale value_scale value_row offset step gain row_gain shift bias regions",
-        i="heads ldo images windows near",
+        i="heads ldo images windows pack near",
         f="map_margin map_unit low high fixed_step fixed_first",
     )
 

@@ -348,7 +348,7 @@ class ValueConstants:
     Attributes:
         gain, row_gain, shift: float32 [H D].
         low, high: the codes' range.
-        terms: largest ``|shift|`` and ``|row_gain|``, in codes.
+        terms: largest ``|shift|``; ``|row_gain|`` of a sum of one; of a row whose codes add up to ``1 / p.scale``; in codes.
         binary_places: of the fixed-point numbers in which places are rounded.
     """
 
@@ -357,7 +357,7 @@ class ValueConstants:
     shift: torch.Tensor
     low: int
     high: int
-    terms: tuple[float, float]
+    terms: tuple[float, float, float]
     binary_places: int
 
     @classmethod
@@ -365,7 +365,7 @@ class ValueConstants:
         """The constants of a block's attention in front of ``following``."""
         shape, v, spec = (attention.heads, attention.head_dim), attention.v, following.spec
         count, span = shape[0] * shape[1], spec.qp - spec.qn
-        p_scale = attention.map.scale.reshape(-1, 1).astype(np.float64)
+        p_scale = np.broadcast_to(attention.map.scale.reshape(-1, 1).astype(np.float64), shape)
         scale = (p_scale * _by_channel(v.scale, shape)).reshape(-1)
         row = np.zeros(count)
         if isinstance(v.spec.offset, HalfStep):
@@ -380,7 +380,7 @@ class ValueConstants:
             shift=to.floats((shift / span).astype(_F32), count),
             low=spec.qn,
             high=spec.qp,
-            terms=(float(np.abs(shift).max()), float(np.abs(row / step).max())),
+            terms=tuple(float(np.abs(a).max()) for a in (shift, row / step, row / p_scale.reshape(-1) / step)),
             binary_places=16 if span <= 127 else 14,
         )
 
@@ -391,12 +391,14 @@ class ValueConstants:
         rounds two products, their sum, a difference and a quotient, a + b + 3 (c + 1) + o; here three constants, a row's and a
         value's sum are rounded, 2 a + 2 b + 2 o + c + 1; scales are products themselves, a + b.
 
+        A row's values of the map add up to one, and a code is at most twice its value: not one at all below half a step.
+
         Args:
-            most: largest sum of the map's codes of a row.
+            most: largest sum of the map's codes of a row that so many of them can have.
         """
-        shift, row = self.terms
+        shift, row, whole = self.terms
         code = max(abs(self.low), self.high) + 1
-        error = _ULPS / 1e-6 * 2.0**-24 * (8 * most * row + 7 * (shift + abs(self.low)) + 8 * code)
+        error = _ULPS / 1e-6 * 2.0**-24 * (8 * min(most * row, 2.01 * whole) + 7 * (shift + abs(self.low)) + 8 * code)
         return min(math.ceil(error * 2**self.binary_places) + 1, 2 ** (self.binary_places - 1))
 
 

@@ -385,6 +385,19 @@ class Plan(ABC):
         found: c.ValueConstants = block["values"]
         near = found.near(shape.tokens * of.map_high)
         q, k, v = q_k_v
+        long = shape.tokens > _LONGEST_IN_REGISTERS
+        warps, blocks = _ATTENTION_WARPS, _ATTENTION_BLOCKS
+        if windows is not None and shape.tokens <= 64:
+            blocks = 16 // warps
+        elif not long and shape.tokens > 208:
+            blocks = max(1, 8 // warps)
+        # A block with several images of one head loads the next one's keys and values meanwhile, and in windows the bias
+        # of positions once; as long as there are blocks for all.
+        heads = shape.images * shape.heads
+        if windows is None:
+            pack = -(-heads // (blocks * self._gpu.multiprocessors))
+        else:
+            pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         values = {
             "q": q,
             "k": k,
@@ -400,6 +413,7 @@ class Plan(ABC):
             "gain": found.gain,
             "row_gain": found.row_gain,
             "shift": found.shift,
+            "pack": pack,
             "near": 2 * near << (16 - found.binary_places),
             "fixed_step": float((found.high - found.low) << found.binary_places),
             "fixed_first": float(2**23 + 2 ** (found.binary_places - 1) + near),
@@ -414,15 +428,6 @@ class Plan(ABC):
             "low": codes.low,
             "high": codes.high,
         }
-        long = shape.tokens > _LONGEST_IN_REGISTERS
-        warps, blocks = _ATTENTION_WARPS, _ATTENTION_BLOCKS
-        if windows is not None and shape.tokens <= 64:
-            blocks = 16 // warps
-        elif not long and shape.tokens > 208:
-            blocks = max(1, 8 // warps)
-        # A block with several windows of one head loads that head's bias once; as long as there are blocks for all.
-        heads, most = shape.images * shape.heads, _MOST_WINDOWS if windows is not None else 1
-        pack = max(1, min(most, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         defines = {
             "HEAD_DIM": shape.head_dim,
             "TOKENS": shape.tokens,
@@ -440,15 +445,13 @@ class Plan(ABC):
             "LONG": int(long),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
-            "PACK": pack,
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
-        groups, tiles = -(-shape.tokens // 32), -(-shape.tokens // 16)
-        shared = 32 * groups * (2 * shape.head_dim + 16 + 4)
-        shared += 0 if long else 16 * tiles * (shape.head_dim + 16)
+        tiles = -(-shape.tokens // 16)
+        shared = (1 if long else 2) * pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))
+        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 else 1
         grid = -(-shape.images // pack) * shape.heads
         self._add(Launch("attention", defines, (grid, split, 1), 32 * warps, shared, values))
 

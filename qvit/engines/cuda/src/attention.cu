@@ -1,12 +1,12 @@
 // Attention of one head of one image: scores, softmax, codes of the map, values, codes of proj's input. Nothing of size N x N
-// leaves the registers. In Swin a window is an image; a block then has one head of PACK windows, one after another.
+// leaves the registers. In Swin a window is an image.
 //
 //     scores = score_scale * (q k^T [+ 1/2 sum of k's codes]),   p = codes of softmax(scores),   y = value_scale * (p v) + ..
 //
 // In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
 // different regions of a shifted map (MASK).
 //
-// A block holds k and v of its head in shared memory; each warp takes 16 queries at a time, with the exponentials of all keys in
+// A block has one head of p.pack images, one after another, with k and v of two in shared memory; each warp takes 16 queries at a time, with the exponentials of all keys in
 // its registers where they fit (`Once`; LONG = 0), else computing the scores three times (`Thrice`).
 #include "attention_once.cuh"
 
@@ -24,45 +24,77 @@ extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant__ AttentionArgs p) {
     QVIT_SHARED(memory);
-    Head head;
-    head.keys = memory;
-    head.values = memory + kKeyBytes;
-    head.queries = memory + kKeyBytes + kValueBytes;
-    head.key_sums = reinterpret_cast<int*>(head.queries + kQueryBytes);
-    head.index = blockIdx.x % p.heads;
-    head.scale = p.score_scale[head.index];
-    head.step = p.map_scale[head.index];
-    head.bias = BIAS ? p.bias + static_cast<size_t>(head.index) * TOKENS * kBiasLine : nullptr;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x % p.heads;
+    const int first_image = blockIdx.x / p.heads * p.pack, count = min(p.pack, p.images - first_image);
+    const float* bias = BIAS ? p.bias + static_cast<size_t>(index) * TOKENS * kBiasLine : nullptr;
     if (kHoldsBias) {
-        unsigned char* held = reinterpret_cast<unsigned char*>(head.key_sums + 32 * kGroups);
+        unsigned char* const held = memory + kStages * kStageBytes;
         for (int i = threadIdx.x; i < TOKENS * kBiasLine / 4; i += kThreads) {
-            copy_async(held + 16 * i, head.bias + 4 * i, true);
+            copy_async(held + 16 * i, bias + 4 * i, true);
         }
-        head.bias = reinterpret_cast<const float*>(held);
+        bias = reinterpret_cast<const float*>(held);
     }
-    const int first_image = blockIdx.x / p.heads * PACK;
+    const float scale = p.score_scale[index], step = p.map_scale[index];
+    const auto head_of = [&](int n) -> Head {
+        unsigned char* const stage = memory + n % kStages * kStageBytes;
+        const int image = first_image + n;
+        return {stage,
+                stage + kBytes,
+                reinterpret_cast<int*>(stage + 2 * kBytes),
+                bias,
+                MASK ? p.regions + image % p.windows * kRegionLine : nullptr,
+                image,
+                index,
+                (static_cast<size_t>(image) * p.heads + index) * TOKENS,
+                scale,
+                step};
+    };
+
+    const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
+    const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
+
+    // Tiles of 16 queries, of one head after another: WARPS of them a round, which may be the last ones of a head and the first ones
+    // of the next. The head behind those is on its way meanwhile; what came in a round is prepared in the next.
+    int loaded = 0, prepared = 0;
+    uint32_t q[kSteps][4];
+    rows_of(WARPS * blockIdx.y + warp, head_at(WARPS * blockIdx.y + warp)).load_q(q);
 #pragma unroll 1
-    for (head.image = first_image; head.image < first_image + PACK; head.image++) {
-        if (PACK > 1) {
-            if (head.image == p.images) {
-                break;
-            }
-            __syncthreads();  // all are done with the keys and values before
+    for (int round = WARPS * blockIdx.y; round < count * kRound; round += WARPS * gridDim.y) {
+        const int oldest = round / kRound, newest = min((round + WARPS - 1) / kRound, count - 1);
+        copies_wait<0>();
+        __syncthreads();  // all are done with the round before, and what it loaded and prepared is there
+        int seen = prepared;
+        if (prepared < loaded) {
+            prepare_head(head_of(prepared++));
         }
-        head.first = (static_cast<size_t>(head.image) * p.heads + head.index) * TOKENS;
-        head.regions = MASK ? p.regions + head.image % p.windows * kRegionLine : nullptr;
-        load_head(p, head);
 #pragma unroll 1
-        for (int tile = blockIdx.y * WARPS + threadIdx.x / 32; tile < kQueryTiles; tile += WARPS * gridDim.y) {
+        while (loaded < min(count, oldest + kStages)) {
+            load_head(p, head_of(loaded++));
+        }
+#pragma unroll 1
+        while (seen <= newest) {
+            if (seen == prepared) {
+                loaded > prepared + 1 ? copies_wait<1>() : copies_wait<0>();
+                __syncthreads();
+                prepare_head(head_of(prepared++));
+            }
+            __syncthreads();
+            seen = prepared;
+        }
+        const int tile = round + warp, next = tile + WARPS * gridDim.y;
+        const Head head = head_at(tile), next_head = head_at(next);
+        const Rows rows = rows_of(tile, head), next_rows = rows_of(next, next_head);
+        if (tile >= count * kRound || rows.query0 >= TOKENS) {
+            next_rows.load_q(q);
+            continue;
+        }
 #if !LONG
-            const Rows rows = {p, head, 16 * tile, static_cast<int>(threadIdx.x % 32)};
-            if (Once::of(rows).run()) {
-                continue;
-            }
-#endif
-            const Head copy = head;  // its address is given away, that of `head` is not
-            thrice(p, copy, 16 * tile);
+        if (Once::of(rows).run(q, next_rows)) {
+            continue;
         }
+#endif
+        const Head copy = head;  // its address is given away, that of `head` is not
+        thrice(p, copy, rows.query0);
     }
 }
 

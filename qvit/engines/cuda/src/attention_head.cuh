@@ -26,6 +26,7 @@ struct AttentionArgs {
     const float* bias;         // BIAS: [H, N, kBiasLine], minus infinity for keys that are none
     const uint8_t* regions;    // MASK: [windows, kRegionLine], of each token
     int heads, ldo, images, windows;
+    int pack;                  // images of a block
     int near;                  // to a boundary between two codes of proj's input, of 2^FIXED a code
     float map_margin, map_unit, low, high;
     float fixed_step, fixed_first;  // places 0 .. 1 to floats whose bits are codes of FIXED binary places
@@ -38,11 +39,12 @@ constexpr int kPairs = (TOKENS + 15) / 16;                 // of tiles of 8 keys
 constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
 constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a head's channels
-constexpr int kKeyLine = HEAD_DIM + 16;                    // bytes of a row of k
-constexpr int kKeyBytes = 32 * kGroups * kKeyLine;
-constexpr int kValueBytes = 32 * kGroups * HEAD_DIM;
-constexpr int kQueryBytes = LONG ? 0 : 16 * kQueryTiles * kKeyLine;
-constexpr int kValuePiece = 512;                           // bytes: 32 keys, 16 channels
+constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in shared memory
+constexpr int kStages = LONG ? 1 : 2;                      // heads in shared memory
+// Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
+constexpr int kRound = kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
+constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups;
+constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMapHigh = MAP_HIGH;
@@ -63,7 +65,7 @@ __device__ __forceinline__ float scaled(Score s, float scale) { return __fmul_rn
 
 // A head of an image, or of a window.
 struct Head {
-    unsigned char *keys, *values, *queries;  // in shared memory; queries in no LONG head
+    unsigned char *keys, *values;  // in shared memory
     int* key_sums;
     const float* bias;       // [N, kBiasLine] of this head
     const uint8_t* regions;  // of this window
@@ -95,57 +97,53 @@ __device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
 
 __device__ __forceinline__ uint32_t word_at(const void* p) { return *static_cast<const uint32_t*>(p); }
 
-// Rows of k and v to shared memory: those of k one after another, those of v in pieces of 16 channels. Rows behind the last key
-// are left as they are: their scores are masked, and the map's codes of them are zero.
+// Rows of k and v begin their way to shared memory. Those behind the last key are left as they are: their scores are masked, and
+// the map's codes of them are zero.
 __device__ __forceinline__ void load_head(const AttentionArgs& p, const Head& head) {
-    for (int i = threadIdx.x; i < TOKENS * kColumns; i += kThreads) {
-        const int row = i / kColumns, column = i % kColumns;
-        copy_async(head.keys + row * kKeyLine + 16 * column, p.k + head.first * HEAD_DIM + 16 * i, true);
-        copy_async(head.values + (row / 32 * kColumns + column) * kValuePiece + row % 32 * 16, p.v + head.first * HEAD_DIM + 16 * i,
-                   true);
-    }
-    if (!LONG) {  // zeros behind the last query, so that nothing is in doubt there
-        for (int i = threadIdx.x; i < 16 * kQueryTiles * kColumns; i += kThreads) {
-            const int row = i / kColumns, column = i % kColumns;
-            if (gridDim.y == 1 || row / (16 * WARPS) % gridDim.y == blockIdx.y) {
-                copy_async(head.queries + row * kKeyLine + 16 * column,
-                           p.q + (head.first + (row < TOKENS ? row : 0)) * HEAD_DIM + 16 * column, row < TOKENS);
-            }
-        }
+    const int8_t* const k = p.k + head.first * HEAD_DIM;
+    const uint8_t* const v = p.v + head.first * HEAD_DIM;
+#pragma unroll 2
+    for (int i = 16 * threadIdx.x; i < TOKENS * HEAD_DIM; i += 16 * kThreads) {
+        copy_async(head.keys + i, k + i, true);
+        copy_async(head.values + i, v + i, true);
     }
     copies_end_group();
-    copies_wait<0>();
-    __syncthreads();
-    turn(head.values, kGroups * kColumns);
+}
+
+// What has arrived is made ready: values as operands, sums of the keys' codes. Others see it after a barrier.
+__device__ __forceinline__ void prepare_head(const Head& head) {
+    for (int group = threadIdx.x / 32; group < kGroups; group += WARPS) {
+        turn<kColumns>(head.values + 32 * group * HEAD_DIM);
+    }
     if (kKeySums) {
         for (int row = threadIdx.x; row < TOKENS; row += kThreads) {
             int sum = 0;
             for (int d = 0; d < HEAD_DIM; d += 4) {
-                sum = dot4(word_at(head.keys + row * kKeyLine + d), 0x01010101u, sum);
+                sum = dot4(word_at(head.keys + row * HEAD_DIM + d), 0x01010101u, sum);
             }
             head.key_sums[row] = sum;
         }
     }
-    __syncthreads();
 }
 
 // Scores of 16 queries and the keys of tiles 2 pair and 2 pair + 1: whole numbers s, as the bits of floats kWhole + s.
+//
+// In what order channels are summed does not matter, if it is the same for q and k: lane t of a quad has a quarter of a row, and its
+// words are what it gives to the steps of the product, one after another.
 __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const Head& head, int pair, int lane, int (&s)[2][4]) {
-    if constexpr (HEAD_DIM == 64) {
 #pragma unroll
-        for (int tile = 0; tile < 2; tile++) {
-            uint32_t b[4];
-            load_matrices(b, head.keys + (16 * pair + 8 * tile + lane % 8) * kKeyLine + 16 * (lane / 8));
-            const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+    for (int tile = 0; tile < 2; tile++) {
+        const unsigned char* const from = head.keys + (16 * pair + 8 * tile) * HEAD_DIM + kLaneBytes * lane;
+        if constexpr (HEAD_DIM == 64) {
+            const uint4 b = *reinterpret_cast<const uint4*>(from);
+            const uint32_t first[2] = {b.x, b.y}, second[2] = {b.z, b.w};
             multiply_first(s[tile], q[0], first);
             multiply<true>(s[tile], q[kSteps - 1], second);
+        } else {
+            const uint2 b = *reinterpret_cast<const uint2*>(from);
+            const uint32_t first[2] = {b.x, b.y};
+            multiply_first(s[tile], q[0], first);
         }
-    } else {
-        uint32_t b[4];
-        load_matrices(b, head.keys + (16 * pair + lane % 8 + lane / 16 * 8) * kKeyLine + 16 * (lane / 8 % 2));
-        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-        multiply_first(s[0], q[0], first);
-        multiply_first(s[1], q[0], second);
     }
     if (kKeySums) {
 #pragma unroll
@@ -164,7 +162,7 @@ __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const 
 __device__ __forceinline__ float exact_score(const int8_t* q, const Head& head, const Place& at, int key) {
     int s = 0;
     for (int d = 0; d < HEAD_DIM; d += 4) {
-        s = dot4(word_at(q + d), word_at(head.keys + key * kKeyLine + d), s);
+        s = dot4(word_at(q + d), word_at(head.keys + key * HEAD_DIM + d), s);
     }
     s = kKeySums ? 2 * s + head.key_sums[key] : s;
     return BIAS ? placed(s, head.scale, at.bias[key], MASK && at.regions[key] != at.region)

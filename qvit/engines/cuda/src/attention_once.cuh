@@ -105,10 +105,16 @@ struct Once {
     }
 #endif
 
-    // Whether all went well.
-    __device__ __forceinline__ bool run() const {
+    // Whether all went well. Takes the queries' operands, and loads those of the next rows when there is room for them.
+    __device__ __forceinline__ bool run(uint32_t (&next_q)[kSteps][4], const Rows& next) const {
+        // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
+        // the compiler does not know to change nothing, they are moved anew for every product.
+        const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
         uint32_t q[kSteps][4];
-        rows.load_q(q);
+#pragma unroll
+        for (int i = 0; i < 4 * kSteps; i++) {
+            q[i / 4][i % 4] = next_q[i / 4][i % 4] ^ zero;
+        }
         float e[kPairs][2][4], total[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
@@ -138,6 +144,7 @@ struct Once {
         }
         if (__any_sync(kAll, suspects != 0 || lost)) {
             if (__any_sync(kAll, lost)) {
+                next.load_q(next_q);
                 return false;
             }
             settle(of, suspects, e);
@@ -166,6 +173,7 @@ struct Once {
                                pack(code[0][2], code[0][3], code[1][2], code[1][3])};
             }
         }
+        next.load_q(next_q);
 #if !ROW_CHECK
         if (__any_sync(kAll, lost)) {
             return false;

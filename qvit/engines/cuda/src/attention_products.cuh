@@ -69,17 +69,22 @@ __device__ __forceinline__ int first_bit(unsigned x) { return __ffs(static_cast<
 __device__ __forceinline__ uint32_t lesser_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
 #endif
 
-// Pieces of 32 keys by 16 channels, each 512 bytes, from rows to operands, in place. A lane's 16 bytes are b[0], b[1] of the
-// product over even channels, and those of the one over odd channels: of column g = lane / 4, keys 2t, 2t + 1, 8 + 2t, 9 + 2t (and
-// 16 more), t = lane % 4. A transposed matrix gives a lane two keys of two neighbouring channels.
-__device__ __forceinline__ void turn(unsigned char* pieces, int count) {
+// The values of 32 keys, rows of 16 kColumns channels, become operands, in place, by a warp: 512 bytes for 16 channels each. A lane's
+// 16 bytes are b[0], b[1] of the product over even channels, and those of the one over odd channels: of column g = lane / 4, keys
+// 2t, 2t + 1, 8 + 2t, 9 + 2t (and 16 more), t = lane % 4. A transposed matrix gives a lane two keys of two neighbouring channels.
+template <int kColumns>
+__device__ __forceinline__ void turn(unsigned char* rows) {
     const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < count; i += WARPS) {
-        unsigned char* const mine = pieces + 512 * i + 16 * lane;
-        uint32_t w[4];
-        load_transposed(w, mine);
-        __syncwarp();
-        *reinterpret_cast<uint4*>(mine) = {__byte_perm(w[0], w[1], 0x6420), __byte_perm(w[2], w[3], 0x6420),
-                                           __byte_perm(w[0], w[1], 0x7531), __byte_perm(w[2], w[3], 0x7531)};
+    uint32_t w[kColumns][4];
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+        load_transposed(w[j], rows + 16 * (kColumns * lane + j));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+        *reinterpret_cast<uint4*>(rows + 512 * j + 16 * lane) = {
+            __byte_perm(w[j][0], w[j][1], 0x6420), __byte_perm(w[j][2], w[j][3], 0x6420),
+            __byte_perm(w[j][0], w[j][1], 0x7531), __byte_perm(w[j][2], w[j][3], 0x7531)};
     }
 }

@@ -17,16 +17,21 @@ struct Rows {
         return {BIAS ? head.bias + row * kBiasLine : nullptr, head.regions, MASK ? head.regions[row] : 0};
     }
 
+    // The quarter of two rows that a lane has, as operands.
     __device__ __forceinline__ void load_q(uint32_t (&q)[kSteps][4]) const {
 #pragma unroll
-        for (int s = 0; s < kSteps; s++) {
-#if !LONG
-            load_matrices(q[s], head.queries + (query0 + lane % 16) * kKeyLine + 32 * s + 16 * (lane / 16));
-            continue;
-#endif
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                q[s][i] = word_at(q_of(query(i % 2)) + 32 * s + 16 * (i / 2) + 4 * (lane % 4));
+        for (int half = 0; half < 2; half++) {
+            const int8_t* const from = q_of(query(half)) + kLaneBytes * (lane % 4);
+            if constexpr (HEAD_DIM == 64) {
+                const uint4 a = *reinterpret_cast<const uint4*>(from);
+                q[0][half] = a.x;
+                q[0][2 + half] = a.y;
+                q[kSteps - 1][half] = a.z;
+                q[kSteps - 1][2 + half] = a.w;
+            } else {
+                const uint2 a = *reinterpret_cast<const uint2*>(from);
+                q[0][half] = a.x;
+                q[0][2 + half] = a.y;
             }
         }
     }

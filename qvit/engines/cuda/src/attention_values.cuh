@@ -24,7 +24,7 @@ struct Values {
         const uint32_t a[4] = {first.row, first.row8, second.row, second.row8};
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
-            const uint4 b = *reinterpret_cast<const uint4*>(rows.head.values + (group * kColumns + j) * kValuePiece + 16 * rows.lane);
+            const uint4 b = *reinterpret_cast<const uint4*>(rows.head.values + (group * kColumns + j) * 512 + 16 * rows.lane);
             const uint32_t even[2] = {b.x, b.y}, odd[2] = {b.z, b.w};
             if constexpr (V_SIGNED) {
                 multiply<false>(sums[j][0], a, even);
