@@ -33,9 +33,9 @@ class AttentionArgs(ctypes.Structure):
     """``src/attention.cu``."""
 
     _fields_ = _fields(
-        p="q k v out map score_scale map_scale value_scale value_row inverse offset step bias regions",
-        i="heads ldo images windows",
-        f="map_high map_margin low high",
+        p="q k v out map score_scale map_scale value_scale value_row offset step gain row_gain shift bias regions",
+        i="heads ldo images windows pack near",
+        f="map_margin map_unit low high fixed_step fixed_first",
     )
 
 

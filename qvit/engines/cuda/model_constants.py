@@ -43,6 +43,7 @@ class ModelConstants:
                     "qkv": c.LinearConstants.of(block.qkv, to),
                     "heads": c.HeadConstants.of(block.attention, to),
                     "attention": c.AttentionConstants.of(block.attention, to),
+                    "values": c.ValueConstants.of(block.attention, block.proj.input, to),
                     "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
                     "proj": c.LinearConstants.of(block.proj, to),
                     "ls1": None if block.ls1 is None else to.floats(block.ls1, width),

@@ -23,6 +23,7 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
+_ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
@@ -381,7 +382,22 @@ class Plan(ABC):
         shape, of = self._shape, block["attention"]
         windows: WindowConstants | None = block["windows"]
         codes: c.CodeConstants = block["proj_codes"]
+        found: c.ValueConstants = block["values"]
+        near = found.near(shape.tokens * of.map_high)
         q, k, v = q_k_v
+        long = shape.tokens > _LONGEST_IN_REGISTERS
+        warps, blocks = _ATTENTION_WARPS, _ATTENTION_BLOCKS
+        if windows is not None and shape.tokens <= 64:
+            blocks = 16 // warps
+        elif not long and shape.tokens > 208:
+            blocks = max(1, 8 // warps)
+        # A block with several images of one head loads the next one's keys and values meanwhile, and in windows the bias
+        # of positions once; as long as there are blocks for all.
+        heads = shape.images * shape.heads
+        if windows is None:
+            pack = -(-heads // (blocks * self._gpu.multiprocessors))
+        else:
+            pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         values = {
             "q": q,
             "k": k,
@@ -392,24 +408,26 @@ class Plan(ABC):
             "map_scale": of.map_scale,
             "value_scale": of.value_scale,
             "value_row": of.value_row,
-            "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
+            "gain": found.gain,
+            "row_gain": found.row_gain,
+            "shift": found.shift,
+            "pack": pack,
+            "near": 2 * near << (16 - found.binary_places),
+            "fixed_step": float((found.high - found.low) << found.binary_places),
+            "fixed_first": float(2**23 + 2 ** (found.binary_places - 1) + near),
             "bias": None if windows is None else windows.bias,
             "regions": None if windows is None else windows.regions,
             "heads": shape.heads,
             "ldo": self._chunks(block["proj"]),
             "images": shape.images,
             "windows": shape.windows,
-            "map_high": of.map_high,
             "map_margin": of.map_margin,
+            "map_unit": of.map_unit,
             "low": codes.low,
             "high": codes.high,
         }
-        warps = 4
-        # A block with several windows of one head loads that head's bias once; as long as there are blocks for all.
-        heads, most = shape.images * shape.heads, _MOST_WINDOWS if windows is not None else 1
-        pack = max(1, min(most, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         defines = {
             "HEAD_DIM": shape.head_dim,
             "TOKENS": shape.tokens,
@@ -418,19 +436,24 @@ class Plan(ABC):
             "Q_DOUBLED": int(block["heads"].doubled),
             "V_SIGNED": int(of.v_signed),
             "V_OFFSET": of.value_offset,
-            "LONG": int(shape.tokens > _LONGEST_IN_REGISTERS),
+            "BLOCKS": blocks,
+            "MAP_HIGH": of.map_high,
+            "ROW_CHECK": int(of.row_check and windows is None),
+            "FIXED": found.binary_places,
+            "OUT_LOW": found.low,
+            "SHOW": int(maps is not None),
+            "LONG": int(long),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
-            "PACK": pack,
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
-        groups, tiles = -(-shape.tokens // 32), -(-shape.tokens // 16)
-        shared = 32 * groups * (shape.head_dim + 16) + shape.head_dim * (32 * groups + 16) + 4 * 32 * groups
+        tiles = -(-shape.tokens // 16)
+        shared = (1 if long else 2) * pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads))
-        blocks = -(-shape.images // pack) * shape.heads
-        self._add(Launch("attention", defines, (blocks, split, 1), 32 * warps, shared, values))
+        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 else 1
+        grid = -(-shape.images // pack) * shape.heads
+        self._add(Launch("attention", defines, (grid, split, 1), 32 * warps, shared, values))
 
     def _norm(
         self,

@@ -187,6 +187,19 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
     });
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+    struct Sent {
+        T value;
+        int lane;
+    };
+    return emulation::together<Sent, T>(Sent{value, lane}, [](const Sent* in, T* out) {
+        for (int i = 0; i < 32; i++) {
+            out[i] = in[in[i].lane].value;
+        }
+    });
+}
+
 inline int __any_sync(unsigned, int predicate) {
     return emulation::together<int, int>(predicate, [](const int* in, int* out) {
         int any = 0;

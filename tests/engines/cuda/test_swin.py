@@ -79,7 +79,7 @@ def test_every_geometry(
     options = SMALL | GEOMETRIES[name]
     model = qvit.freeze(perturb(make_student(small_swin(**options), weight_bits=3, act_bits=2)))
     _check(model, gpu, 3)
-    packs = {one.defines["PACK"] for one in CudaEngine(model, gpu).launches(3) if one.kernel == "attention"}
+    packs = {one.values["pack"] for one in CudaEngine(model, gpu).launches(3) if one.kernel == "attention"}
     assert torch.cuda.is_available() or (packs == {4}) == (name == "six windows")
 
 

@@ -1,0 +1,261 @@
+// Softmax of 16 queries with scores computed once, their exponentials kept in registers.
+//
+// The largest score is not sought: x = score * log2(e) goes to exp2 as it is, and a row whose total leaves float32's comfort is left
+// to `Thrice`. Sums s come out of the tensor cores as the bits of W + s, W = 1.5 * 2^23, so that one fused multiply-add,
+// x = (W + s) F - fl(W F), gives them as float and scaled; that W F is rounded shifts all x by the same r and cancels.
+//
+// How far a value v = p / step may lie from the reference engine's, relative to v, in units u = 2^-24 of rounding. y = s * scale *
+// log2(e) exactly, L = log2 of the total:
+//
+//     F               scale * log2(e), rounded, and log2(e) itself: 1.3 |y|   the reference engine's score, rounded: |y|
+//     x, rounded      |y|, as |r| is below 1
+//     together        3.3 ln(2) |y| < 2.3 |y|, for v's own exponential; for the total their mean, sum of p |y|
+//     exp2            4 (2^-22), both for v and for the total
+//     total           a rounding a pair of tiles, four more
+//     1 / (total * step * high) 4, product 1, the reference engine's p and p / step 2; terms of second order less than 1
+//
+// The mean: y = L + log2 p, so that sum of p |y| <= |L| + H(p) <= |L| + log2 N; and, as |y| = y + 2 max(-y, 0) and
+// 2^y max(-y, 0) <= 0.531, sum of p |y| <= max(L, 0) + 1.07 N / total. The lesser holds.
+//
+// Where v is that near to the boundary between two codes the definition decides. Scores without a bias are whole numbers: a row has
+// MAP_HIGH boundaries, of which each has one nearest score. Only if that score were in doubt, and is among the row's, is it
+// decided, for all keys that have it (ROW_CHECK). Else every value is looked at, and `Thrice` computes the rows again.
+#pragma once
+
+#include "attention_thrice.cuh"
+
+struct Once {
+    const Rows& rows;
+    float factor, base, shift, inverse_factor;  // F, - fl(W F), r, 1 / F
+
+    static constexpr float kRoundings = 20.0f + kPairs;
+    static constexpr float kEach = 2.3f, kLogTokens = 10.0f;  // log2 of at most 1024 keys
+    static_assert(TOKENS <= 1024);
+    static constexpr int kTiles = (TOKENS + 7) / 8;
+    static constexpr int kChecks = (MAP_HIGH + 3) / 4;  // boundaries of a row that a lane looks at
+
+    __device__ __forceinline__ static Once of(const Rows& rows) {
+        const float factor = __fmul_rn(rows.head.scale, kLog2e), product = __fmul_rn(kWhole, factor);
+        return {rows, factor, -product, fmaf(kWhole, factor, -product), reciprocal_fast(factor)};
+    }
+
+    // Of a score's bits.
+    __device__ __forceinline__ float exponential(float score) const { return exp2_fast(fmaf(score, factor, base)); }
+
+    // Exponentials of tiles 2 pair and 2 pair + 1.
+    __device__ __forceinline__ void exponentials(const uint32_t (&q)[kSteps][4], int pair, float (&e)[2][4]) const {
+#if BIAS
+        float s[2][4];
+        rows.placed_scores(q, pair, s);
+#else
+        int s[2][4];
+        scores_of(q, rows.head, pair, rows.lane, s);
+#endif
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int first = 16 * pair + 8 * tile, key = first + 2 * (rows.lane % 4) + i % 2;
+                if (first >= TOKENS) {
+                    e[tile][i] = 0.0f;
+                } else {
+#if BIAS
+                    e[tile][i] = exp2_fast(s[tile][i] * kLog2e);  // of keys that are none: of minus infinity
+#else
+                    e[tile][i] = exponential(__int_as_float(s[tile][i]));
+                    if (first + 8 > TOKENS) {
+                        e[tile][i] = key < TOKENS ? e[tile][i] : 0.0f;
+                    }
+#endif
+                }
+            }
+        }
+    }
+
+    // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
+    struct Row {
+        float step, inverse, near;  // total * step; one over it and the highest code
+        bool lost;
+    };
+
+    __device__ __forceinline__ Row row(float total) const {
+        Row of;
+        const float level = fabsf(log2_fast(total));
+        of.step = __fmul_rn(total, rows.head.step);
+        of.inverse = reciprocal_fast(__fmul_rn(of.step, kMapHigh));
+        of.near = kRoundings + kEach * (level + fminf(kLogTokens, 1.07f * TOKENS * reciprocal_fast(total)));
+        of.lost = !(total > 1e-18f && total < 1e36f);
+#if ROW_CHECK
+        // The nearest score of a boundary must be the only one that can be in doubt, and be found in float32.
+        const float most = fmaxf(level, fabsf(log2_fast(0.5f * of.step)));
+        of.lost |= rows.p.map_unit * (of.near + kEach * most) > 0.1f * factor;
+#else
+        of.near += kEach * fmaxf(level, fabsf(log2_fast(0.49f * of.step)));
+#endif
+        return of;
+    }
+
+#if ROW_CHECK
+    // The exponential of the score next to the boundary below code `upper`, of a row; whether its code is in doubt.
+    __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary, float& e) const {
+        const float y = log_step + log2_fast(boundary);
+        e = exponential(fmaf(y - shift, inverse_factor, kWhole));
+        const float off = fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
+        return fabsf(off) <= rows.p.map_unit * fmaf(kEach, fabsf(y), of.near) * boundary;
+    }
+#endif
+
+    // Whether all went well. Takes the queries' operands, and loads those of the next rows when there is room for them.
+    __device__ __forceinline__ bool run(uint32_t (&next_q)[kSteps][4], const Rows& next) const {
+        // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
+        // the compiler does not know to change nothing, they are moved anew for every product.
+        const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
+        uint32_t q[kSteps][4];
+#pragma unroll
+        for (int i = 0; i < 4 * kSteps; i++) {
+            q[i / 4][i % 4] = next_q[i / 4][i % 4] ^ zero;
+        }
+        float e[kPairs][2][4], total[2] = {0.0f, 0.0f};
+#pragma unroll
+        for (int pair = 0; pair < kPairs; pair++) {
+            exponentials(q, pair, e[pair]);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float a = e[pair][0][2 * half] + e[pair][0][2 * half + 1];
+                const float b = e[pair][1][2 * half] + e[pair][1][2 * half + 1];
+                total[half] += 16 * pair + 8 < TOKENS ? a + b : a;
+            }
+        }
+        const Row of[2] = {row(quad_sum(total[0])), row(quad_sum(total[1]))};
+        bool lost = of[0].lost || of[1].lost;
+#if ROW_CHECK
+        unsigned suspects = 0;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float log_step = log2_fast(of[half].step);
+#pragma unroll
+            for (int k = 0; k < kChecks; k++) {
+                const float boundary = 4 * k + 0.5f + rows.lane % 4;
+                float unused;
+                if (suspect(of[half], log_step, boundary, unused) && boundary < kMapHigh) {
+                    suspects |= 1u << (2 * k + half);
+                }
+            }
+        }
+        if (__any_sync(kAll, suspects != 0 || lost)) {
+            if (__any_sync(kAll, lost)) {
+                next.load_q(next_q);
+                return false;
+            }
+            settle(of, suspects, e);
+        }
+#endif
+        MapWords words[2 * kGroups];
+#pragma unroll
+        for (int pair = 0; pair < 2 * kGroups; pair++) {
+            words[pair] = {0u, 0u};
+            if (pair < kPairs) {
+                int code[2][4];
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float v = saturated(__fmul_rn(e[pair][tile][i], of[i / 2].inverse));
+                        const float whole = fmaf(v, kMapHigh, kWhole);
+#if !ROW_CHECK
+                        const float off = fmaf(v, kMapHigh, -(whole - kWhole));
+                        lost |= fabsf(off) > fmaf(v, -kMapHigh * rows.p.map_unit * of[i / 2].near, 0.5f);
+#endif
+                        code[tile][i] = __float_as_int(whole);
+                    }
+                }
+                words[pair] = {pack(code[0][0], code[0][1], code[1][0], code[1][1]),
+                               pack(code[0][2], code[0][3], code[1][2], code[1][3])};
+            }
+        }
+        next.load_q(next_q);
+#if !ROW_CHECK
+        if (__any_sync(kAll, lost)) {
+            return false;
+        }
+#endif
+        Values values;
+        values.clear();
+#pragma unroll
+        for (int group = 0; group < kGroups; group++) {
+            values.add(words[2 * group], words[2 * group + 1], rows, group);
+        }
+#if SHOW
+#pragma unroll
+        for (int pair = 0; pair < kPairs; pair++) {
+            rows.show(pair, words[pair]);
+        }
+#endif
+        values.finish(rows);
+        return true;
+    }
+
+#if ROW_CHECK
+    // Decides what is in doubt. Keys whose score is next to a boundary get an exponential whose code is the right one.
+    __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kPairs][2][4]) const {
+        unsigned lanes;
+#pragma unroll 1
+        while ((lanes = __ballot_sync(kAll, suspects != 0)) != 0) {
+            const int leader = first_bit(lanes);
+            const int bit = __shfl_sync(kAll, suspects != 0 ? first_bit(suspects) : 0, leader), half = bit % 2;
+            const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
+            const float step = half ? of[1].step : of[0].step;
+            const float score = fmaf(log2_fast(step) + log2_fast(boundary) - shift, inverse_factor, kWhole);
+            const float wanted = exponential(score);
+            bool found = false;
+            if (rows.lane / 4 == leader / 4) {
+                found = half ? has<1>(e, wanted) : has<0>(e, wanted);
+            }
+            if (__any_sync(kAll, found)) {
+                const int s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, leader);
+                const float instead = step * static_cast<float>(decided(s, rows.query0 + leader / 4 + 8 * half));
+                if (rows.lane / 4 == leader / 4) {
+                    half ? replace<1>(e, wanted, instead) : replace<0>(e, wanted, instead);
+                }
+            }
+            if (rows.lane == leader) {
+                suspects &= suspects - 1;
+            }
+        }
+    }
+
+    template <int kHalf>
+    __device__ __forceinline__ static bool has(const float (&e)[kPairs][2][4], float wanted) {
+        bool found = false;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+            found |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
+            found |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
+        }
+        return found;
+    }
+
+    template <int kHalf>
+    __device__ __forceinline__ static void replace(float (&e)[kPairs][2][4], float wanted, float instead) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+#pragma unroll
+            for (int i = 2 * kHalf; i < 2 * kHalf + 2; i++) {
+                float& one = e[tile / 2][tile % 2][i];
+                one = one == wanted ? instead : one;
+            }
+        }
+    }
+
+    // The code of score s of a query, by the whole warp.
+    __device__ __forceinline__ int decided(int s, int query) const {
+        const double own = static_cast<double>(scaled(s, rows.head.scale));
+        double total = 0.0;
+#pragma unroll 1
+        for (int key = rows.lane; key < TOKENS; key += 32) {
+            total += exp(static_cast<double>(exact_score(rows.q_of(query), rows.head, rows.place(query), key)) - own);
+        }
+        return exact_code(__double2float_rn(1.0 / warp_sum(total)), 0.0f, rows.head.step, 0.0f, kMapHigh);
+    }
+#endif
+};

@@ -1,0 +1,90 @@
+// The products of attention, where they differ from other kernels': sums that begin as floats' bits, and operands made of rows of
+// values in shared memory.
+#pragma once
+
+#include "rounding.cuh"
+
+constexpr int kWholeBits = 0x4B400000;  // kWhole: a small whole number added to these bits is added to the float
+
+#ifdef QVIT_EMULATION
+#define __grid_constant__
+#define __noinline__ inline
+
+// d = kWholeBits + a b of signed bytes: the bits of the float kWhole + a b.
+inline void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    for (int i = 0; i < 4; i++) {
+        d[i] = kWholeBits;
+    }
+    multiply<true>(d, a, b);
+}
+
+// `load_matrices` of transposed matrices of 16-bit elements.
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+    const Four out = emulation::together<const void*, Four>(row, [](const void* const* rows, Four* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                for (int half = 0; half < 2; half++) {
+                    const char* const from = static_cast<const char*>(rows[8 * i + 2 * (lane % 4) + half]);
+                    memcpy(reinterpret_cast<char*>(&out[lane].x[i]) + 2 * half, from + 2 * (lane / 4), 2);
+                }
+            }
+        }
+    });
+    memcpy(to, out.x, sizeof out);
+}
+
+inline float __int_as_float(int a) {
+    float b;
+    memcpy(&b, &a, 4);
+    return b;
+}
+inline float log2_fast(float x) { return log2f(x); }
+inline float saturated(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
+inline int first_bit(unsigned x) { return __builtin_ctz(x); }
+inline uint32_t lesser_halves(uint32_t a, uint32_t b) {
+    return (min(a >> 16, b >> 16) << 16) | min(a & 0xFFFFu, b & 0xFFFFu);
+}
+#else
+__device__ __forceinline__ void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(kWholeBits));
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float saturated(float x) { return __saturatef(x); }
+__device__ __forceinline__ int first_bit(unsigned x) { return __ffs(static_cast<int>(x)) - 1; }
+// The lesser of both high and of both low halves.
+__device__ __forceinline__ uint32_t lesser_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
+#endif
+
+// The values of 32 keys, rows of 16 kColumns channels, become operands, in place, by a warp: 512 bytes for 16 channels each. A lane's
+// 16 bytes are b[0], b[1] of the product over even channels, and those of the one over odd channels: of column g = lane / 4, keys
+// 2t, 2t + 1, 8 + 2t, 9 + 2t (and 16 more), t = lane % 4. A transposed matrix gives a lane two keys of two neighbouring channels.
+template <int kColumns>
+__device__ __forceinline__ void turn(unsigned char* rows) {
+    const int lane = threadIdx.x % 32;
+    uint32_t w[kColumns][4];
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+        load_transposed(w[j], rows + 16 * (kColumns * lane + j));
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+        *reinterpret_cast<uint4*>(rows + 512 * j + 16 * lane) = {
+            __byte_perm(w[j][0], w[j][1], 0x6420), __byte_perm(w[j][2], w[j][3], 0x6420),
+            __byte_perm(w[j][0], w[j][1], 0x7531), __byte_perm(w[j][2], w[j][3], 0x7531)};
+    }
+}

@@ -1,0 +1,171 @@
+// The second product of attention, codes of the map with values, and the codes of proj's input that follow.
+#pragma once
+
+#include "attention_rows.cuh"
+
+struct Values {
+    // Of pieces of 16 channels: sums of even ones, then of odd ones; lane t of a quad has 4t, 4t + 2 and 4t + 1, 4t + 3.
+    int sums[kColumns][2][4];
+    int row_sums[4];  // the same with ones for values
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                sums[j][i / 4][i % 4] = 0;
+            }
+        }
+        row_sums[0] = row_sums[1] = row_sums[2] = row_sums[3] = 0;
+    }
+
+    // The step over 32 keys.
+    __device__ __forceinline__ void add(const MapWords& first, const MapWords& second, const Rows& rows, int group) {
+        const uint32_t a[4] = {first.row, first.row8, second.row, second.row8};
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) {
+            const uint4 b = *reinterpret_cast<const uint4*>(rows.head.values + (group * kColumns + j) * 512 + 16 * rows.lane);
+            const uint32_t even[2] = {b.x, b.y}, odd[2] = {b.z, b.w};
+            if constexpr (V_SIGNED) {
+                multiply<false>(sums[j][0], a, even);
+                multiply<false>(sums[j][1], a, odd);
+            } else {
+                multiply_unsigned(sums[j][0], a, even);
+                multiply_unsigned(sums[j][1], a, odd);
+            }
+        }
+        if (V_OFFSET != 0) {
+            const uint32_t ones[2] = {0x01010101u, 0x01010101u};
+            multiply_unsigned(row_sums, a, ones);
+        }
+    }
+
+    // y of one output channel, in the reference engine's roundings.
+    __device__ __forceinline__ static float value_of(int sum, int row_sum, float scale, float row_scale) {
+        if (V_OFFSET == 1) {
+            return __fmul_rn(0.5f * __int2float_rn(2 * sum + row_sum), scale);
+        }
+        const float y = __fmul_rn(__int2float_rn(sum), scale);
+        return V_OFFSET == 2 ? __fadd_rn(y, __fmul_rn(__int2float_rn(row_sum), row_scale)) : y;
+    }
+
+    // Codes of the values of both rows, written.
+    //
+    // A value's place in the codes' range, 0 .. 1, becomes a fixed-point number of FIXED binary places, the bits of a float: half a
+    // code and `near` / 2 are added, so that its whole part is the code, and its fraction is below `near` where that is in doubt.
+    __device__ __forceinline__ void finish(const Rows& rows) {
+        const AttentionArgs& p = rows.p;
+        const float row_sum[2] = {__int2float_rn(row_sums[0]), __int2float_rn(row_sums[2])};
+        uint32_t words[2][kColumns], fractions[2][kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; j++) {
+            const int c = rows.head.index * HEAD_DIM + 16 * j + 4 * (rows.lane % 4);
+            const Four4 gain = four(p.gain, c), shift = four(p.shift, c), row_gain = V_OFFSET ? four(p.row_gain, c) : shift;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                uint32_t fixed[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float rest = V_OFFSET ? fmaf(row_sum[half], row_gain.x[e], shift.x[e]) : shift.x[e];
+                    const float place = saturated(fmaf(__int2float_rn(sum(j, half, e)), gain.x[e], rest));
+                    fixed[e] = static_cast<uint32_t>(__float_as_int(fmaf(place, p.fixed_step, p.fixed_first))) << (16 - FIXED);
+                }
+                words[half][j] = from_low(__byte_perm(__byte_perm(fixed[0], fixed[1], 0x0062),
+                                                      __byte_perm(fixed[2], fixed[3], 0x0062), 0x5410));
+                fractions[half][j] = lesser_halves(__byte_perm(fixed[0], fixed[1], 0x5410), __byte_perm(fixed[2], fixed[3], 0x5410));
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t least = fractions[half][0];
+#pragma unroll
+            for (int j = 1; j < kColumns; j++) {
+                least = lesser_halves(least, fractions[half][j]);
+            }
+            if (doubtful(p, least)) {
+#pragma unroll
+                for (int j = 0; j < kColumns; j++) {
+                    if (doubtful(p, fractions[half][j])) {
+                        const int c = rows.head.index * HEAD_DIM + 16 * j + 4 * (rows.lane % 4);
+                        words[half][j] = again(p, c, row_sums[2 * half], sum(j, half, 0), sum(j, half, 1), sum(j, half, 2), sum(j, half, 3));
+                    }
+                }
+            }
+        }
+        write(rows, words);
+    }
+
+    // Of channel 16 j + 4 t + e of a row.
+    __device__ __forceinline__ int sum(int j, int half, int e) const { return sums[j][e % 2][2 * half + e / 2]; }
+
+    struct Four4 {
+        float x[4];
+    };
+    __device__ __forceinline__ static Four4 four(const float* from, int c) {
+        const float4 found = *reinterpret_cast<const float4*>(from + c);
+        return {{found.x, found.y, found.z, found.w}};
+    }
+
+    // Whether one of the fractions in both halves is next to a boundary.
+    __device__ __forceinline__ static bool doubtful(const AttentionArgs& p, uint32_t fractions) {
+        return static_cast<int>(min(fractions & 0xFFFFu, fractions >> 16)) < p.near;
+    }
+
+    // Four codes, counted from the lowest one, as they are.
+    __device__ __forceinline__ static uint32_t from_low(uint32_t codes) {
+        constexpr uint32_t kLow = 0x01010101u * (OUT_LOW & 0xFF);
+        return OUT_LOW == 0 ? codes : ((codes & 0x7F7F7F7Fu) + (kLow & 0x7F7F7F7Fu)) ^ ((codes ^ kLow) & 0x80808080u);
+    }
+
+    // Four codes as they are defined.
+    __device__ __noinline__ static uint32_t again(const AttentionArgs& p, int c, int row_sum, int s0, int s1, int s2, int s3) {
+        int codes[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const int s = e == 0 ? s0 : e == 1 ? s1 : e == 2 ? s2 : s3;
+            const float y = value_of(s, row_sum, p.value_scale[c + e], V_OFFSET == 2 ? p.value_row[c + e] : 0.0f);
+            codes[e] = exact_code(y, p.offset[c + e], p.step[c + e], p.low, p.high);
+        }
+        return pack(codes[0], codes[1], codes[2], codes[3]);
+    }
+
+#if OUT_BITS
+    // Both rows of codes as words of bits; of each word a lane of a quad has eight bits.
+    __device__ __forceinline__ static void write(const Rows& rows, const uint32_t (&words)[2][kColumns]) {
+        const int t = rows.lane % 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int w = 0; w < HEAD_DIM / 32; w++) {
+#pragma unroll
+                for (int plane = 0; plane < 2; plane++) {
+                    uint32_t bits = four_bits(words[half][2 * w], plane) << (4 * t);
+                    bits |= four_bits(words[half][2 * w + 1], plane) << (16 + 4 * t);
+                    bits |= __shfl_xor_sync(kAll, bits, 1);
+                    bits |= __shfl_xor_sync(kAll, bits, 2);
+                    if (rows.query(half) < TOKENS && t == 2 * (w % 2) + plane) {
+                        const int row = rows.head.image * TOKENS + rows.query(half);
+                        const int column = bit_at(rows.head.index * HEAD_DIM + 32 * w, plane);
+                        *reinterpret_cast<uint32_t*>(rows.p.out + code_at(row, column, rows.p.ldo)) = bits;
+                    }
+                }
+            }
+        }
+    }
+#else
+    __device__ __forceinline__ static void write(const Rows& rows, const uint32_t (&words)[2][kColumns]) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (rows.query(half) < TOKENS) {
+                const int row = rows.head.image * TOKENS + rows.query(half);
+                const size_t at = code_at(row, rows.head.index * HEAD_DIM, rows.p.ldo);
+                uint8_t* const out = rows.p.out + 4 * (rows.lane % 4);
+#pragma unroll
+                for (int j = 0; j < kColumns; j++) {  // 16 channels on is another piece of the same 128 bytes
+                    *reinterpret_cast<uint32_t*>(out + (at ^ (16 * j))) = words[half][j];
+                }
+            }
+        }
+    }
+#endif
+};
