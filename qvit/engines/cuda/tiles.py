@@ -92,6 +92,7 @@ class HopperTile:
         stages: buffers for tiles of 128 bytes of k, or for tiles of all of k where products are of bits.
         whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
         bits: one-bit products of the planes of two-bit codes.
+        prefetch: whole rows' residual comes into the L2 cache while a tile is multiplied.
     """
 
     groups: int
@@ -99,6 +100,7 @@ class HopperTile:
     stages: int
     whole_rows: bool = False
     bits: bool = False
+    prefetch: bool = True
 
     kernel: ClassVar[str] = "gemm_hopper"
 
@@ -131,6 +133,7 @@ class HopperTile:
             "DEPTH": pad(k, 256) // 4 if self.bits else k,
             "RESIDENT": int(self._resident(k)),
             "BITS": int(self.bits),
+            "PREFETCH": int(self.prefetch),
         }
 
     def tiles(self, m: int, n: int) -> int:

@@ -4,33 +4,47 @@
 #include "residual.cuh"
 #include "send_codes.cuh"
 
-// The codes of columns first .. first + kOut of one of a quad's rows, as they are defined; `mine`: for this lane's columns. Reads
-// the floats that these lanes have just written, so that nothing is held in registers for a case that is rare.
+// The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
+// held in registers for a case that is rare.
 #ifndef QVIT_EMULATION
 __noinline__
 #endif
-__device__ inline void codes_again(const GemmArgs& p, int r, int line, int first, int lane, bool mine, unsigned char* lines) {
-    const float* x = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * p.ldo + 2 * (lane % 4);
+__device__ inline void codes_again(const GemmArgs& p, int r, int lane) {
+    constexpr int kOwn = kWN / 32;  // columns a lane
+    const float* from = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * p.ldo + lane;
+    float x[kOwn];
     double sum = 0.0, squares = 0.0;
-#pragma unroll 1
-    for (int c = 0; c < kWN; c += 8) {
-        sum += static_cast<double>(x[c]) + static_cast<double>(x[c + 1]);
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        x[i] = from[32 * i];
     }
-    const double mean = quad_sum(sum) / kWN;
-#pragma unroll 1
-    for (int c = 0; c < kWN; c += 8) {
-        const double a = static_cast<double>(x[c]) - mean, b = static_cast<double>(x[c + 1]) - mean;
-        squares += a * a + b * b;
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        sum += static_cast<double>(x[i]);
     }
-    const double rstd = 1.0 / sqrt(quad_sum(squares) / kWN + p.eps);
-    if (mine) {
-#pragma unroll 1
-        for (int i = 0; i < kOut / 4; i++) {
-            const int from = first + i / 2 * 8 + i % 2, c = from + 2 * (lane % 4);
-            const double z = (static_cast<double>(x[from]) - mean) * rstd;
-            const float y = __double2float_rn(z * static_cast<double>(p.weight[c]) + static_cast<double>(p.affine[c]));
-            lines[line * kLine + c - first] = static_cast<unsigned char>(exact_code(y, p.offset[c], p.step[c], p.low, p.high));
+    const double mean = warp_sum(sum) / kWN;
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        const double d = static_cast<double>(x[i]) - mean;
+        squares += d * d;
+    }
+    const double rstd = 1.0 / sqrt(warp_sum(squares) / kWN + p.eps);
+    unsigned char* out = static_cast<unsigned char*>(p.out_k);
+    const int line = code_row(p, r);
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        const int c = 32 * i + lane;
+        const double z = (static_cast<double>(x[i]) - mean) * rstd;
+        const float y = __double2float_rn(z * static_cast<double>(p.weight[c]) + static_cast<double>(p.affine[c]));
+        const int code = exact_code(y, p.offset[c], p.step[c], p.low, p.high);
+#if OUT_BITS
+        const uint32_t high = __ballot_sync(kAll, code & 2), low = __ballot_sync(kAll, code & 1);
+        if (lane < 2) {
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * i, lane), p.chunks)) = lane ? high : low;
         }
+#else
+        out[code_at(line, c, p.chunks)] = static_cast<unsigned char>(code);
+#endif
     }
 }
 
@@ -72,10 +86,10 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
         rstd[half] = rsqrtf(quad_sum(squares) * (1.0f / kWN) + static_cast<float>(p.eps));
         near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
     }
+    bool close[2] = {false, false};
 #pragma unroll
     for (int first = 0; first < kWN; first += kOut) {
         __syncwarp();  // the codes before have gone out
-        bool close[2] = {false, false};
 #pragma unroll
         for (int j = 0; j < kOut / 8; j++) {
             const int c = first + 8 * j + c0;
@@ -95,14 +109,6 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
                 put(lines, 8 * half + lane / 4, 8 * j + c0, code[0], code[1]);
             }
         }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int line = 8 * half + lane / 4, r = row0 + line;
-            const bool mine = close[half] && r < p.m;
-            if (__any_sync(kAll, mine)) {  // the whole warp, since a quad adds up together
-                codes_again(p, r < p.m ? r : p.m - 1, line, first, lane, mine, lines);
-            }
-        }
 #if OUT_BITS
         send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks, [&](int row) { return code_row(p, row); });
 #else
@@ -110,5 +116,16 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
             return static_cast<unsigned char*>(p.out_k) + code_at(code_row(p, row), first + column, p.chunks);
         });
 #endif
+    }
+    __syncwarp();  // all have been sent: what is in doubt is sent again
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int first = row0 + 8 * half;
+        uint32_t rows = __ballot_sync(kAll, close[half] && first + lane / 4 < p.m);  // four lanes a row
+        while (rows != 0) {
+            const int row = (__ffs(rows) - 1) / 4;
+            rows &= ~(0xFu << (4 * row));
+            codes_again(p, first + row, lane);
+        }
     }
 }

@@ -66,6 +66,19 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, i
     }
 }
 
+// The residual of a tile of whole rows, on its way into the L2 cache while the tile is multiplied.
+__device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, int column0) {
+#if EPILOGUE == 3
+    if (PREFETCH && SCATTER != 1) {
+        const int rows = p.m - row0 < kBM ? p.m - row0 : kBM;
+        const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo;
+        for (int r = 0; r < rows; r += 16) {
+            prefetch(from + static_cast<size_t>(r) * p.ldo, (rows - r < 16 ? rows - r : 16) * kBN * static_cast<int>(sizeof(float)));
+        }
+    }
+#endif
+}
+
 // The copying warpgroup's one lane.
 __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Range range, int tiles_n) {
     Cursor cursor;
@@ -73,6 +86,7 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
     for (int tile = range.first; tile < range.last; tile++) {
         const int row0 = tile / tiles_n * kBM, column0 = tile % tiles_n * kBN;
         const bool fresh = tile == range.first || tile % tiles_n == 0;
+        prefetch_residual(p, row0, column0);
         for (int chunk = 0; chunk < kChunks; chunk++) {
             if (RESIDENT && fresh) {
                 if (chunk == 0 && tile != range.first) {
@@ -247,7 +261,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, Ra
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, 1) kernel(const GemmArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Buffers of;
