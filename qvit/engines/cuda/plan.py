@@ -15,7 +15,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
-from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_whole_rows
+from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_floats, choose_whole_rows
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
 
@@ -251,6 +251,9 @@ class Plan(ABC):
             "HALVED": int(halved),
             "EVEN": int(layer.m % 2 == 0),
         }
+        if self._gpu.hopper and not (residual is not None and position is not None):
+            bits = isinstance(tile, HopperTile) and tile.bits
+            tile = choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits) or tile
         self._gemm(layer, defines, a, values, tile)
 
     def _linear_norm(

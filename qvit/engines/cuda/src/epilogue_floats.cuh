@@ -3,6 +3,33 @@
 
 #include "residual.cuh"
 
+#if STAGED
+
+#include "staged_rows.cuh"
+
+constexpr int kConstants = 0;
+
+__device__ __forceinline__ void load_constants(const GemmArgs&, float*) {}
+
+__device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const Place& next, int lane, const Room& room,
+                                       int (&sums)[kRows][kColumns][4]) {
+#pragma unroll
+    for (int piece = 0; piece < kPieces; piece++) {
+        add_up_piece(
+            p, of, next, piece, lane, room.slots,
+            [&](int j, int half, float(&y)[2]) {
+                const int c = of.column + 8 * j + 2 * (lane % 4);
+                float scale[2], bias[2];
+                load_pair(p.scale + c, scale);
+                load_pair(p.bias + c, bias);
+                y[0] = affine(sums[0][j][2 * half], scale[0], bias[0]), y[1] = affine(sums[0][j][2 * half + 1], scale[1], bias[1]);
+            },
+            [](int, int, const float(&)[2]) {});
+    }
+}
+
+#else
+
 __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char*,
                                        int (&sums)[kRows][kColumns][4]) {
 #pragma unroll
@@ -25,3 +52,5 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
         }
     }
 }
+
+#endif

@@ -3,6 +3,18 @@
 
 #include "residual.cuh"
 #include "send_codes.cuh"
+#include "staged_rows.cuh"
+
+// The columns' constants, in shared memory: registers for their addresses are few.
+enum { kScale = 0, kBias = kBN, kGain = 2 * kBN, kShift = 3 * kBN };
+constexpr int kConstants = 4 * kBN;
+
+__device__ __forceinline__ void load_constants(const GemmArgs& p, float* to) {
+    for (int c = threadIdx.x; c < kBN; c += kThreads) {
+        to[kScale + c] = p.scale[c], to[kBias + c] = p.bias[c];
+        to[kGain + c] = p.inverse[c], to[kShift + c] = p.shift[c];
+    }
+}
 
 // The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
 // held in registers for a case that is rare.
@@ -48,42 +60,39 @@ __device__ inline void codes_again(const GemmArgs& p, int r, int lane) {
     }
 }
 
-__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lane, unsigned char* lines,
+__device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const Place& next, int lane, const Room& room,
                                        int (&sums)[kRows][kColumns][4]) {
     static_assert(kRows == 1, "a warp holds 16 rows");
-    const int c0 = 2 * (lane % 4);
-    float y[kColumns][4];
+    const int row0 = of.row, c0 = 2 * (lane % 4);
+    const float* const constants = room.constants + c0;
+    unsigned char* const lines = room.lines;
+    float y[kColumns][4], total[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
 #pragma unroll
-    for (int j = 0; j < kColumns; j++) {
-        float scale[2], bias[2];
-        load_pair(p.scale + c0 + 8 * j, scale);
-        load_pair(p.bias + c0 + 8 * j, bias);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float pair[2] = {affine(sums[0][j][2 * half], scale[0], bias[0]),
-                             affine(sums[0][j][2 * half + 1], scale[1], bias[1])};
-            const int r = row0 + 8 * half + lane / 4;
-            if (r < p.m) {
-                add_up(p, r, c0 + 8 * j, pair);
-            }
-            y[j][2 * half] = pair[0], y[j][2 * half + 1] = pair[1];
-        }
+    for (int piece = 0; piece < kPieces; piece++) {
+        add_up_piece(
+            p, of, next, piece, lane, room.slots,
+            [&](int j, int half, float(&to)[2]) {
+                float scale[2], bias[2];
+                load_pair(constants + kScale + 8 * j, scale);
+                load_pair(constants + kBias + 8 * j, bias);
+                to[0] = affine(sums[0][j][2 * half], scale[0], bias[0]), to[1] = affine(sums[0][j][2 * half + 1], scale[1], bias[1]);
+            },
+            [&](int j, int half, const float(&from)[2]) {
+                y[j][2 * half] = from[0], y[j][2 * half + 1] = from[1];
+                total[half][j % 2] += from[0] + from[1];
+            });
     }
     float mean[2], rstd[2], near[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = 0.0f, squares = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kColumns; j++) {
-            sum += y[j][2 * half] + y[j][2 * half + 1];
-        }
-        mean[half] = quad_sum(sum) * (1.0f / kWN);
+        float squares[2] = {0.0f, 0.0f};
+        mean[half] = quad_sum(total[half][0] + total[half][1]) * (1.0f / kWN);
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
             const float a = y[j][2 * half] - mean[half], b = y[j][2 * half + 1] - mean[half];
-            squares = fmaf(a, a, fmaf(b, b, squares));
+            squares[0] = fmaf(a, a, squares[0]), squares[1] = fmaf(b, b, squares[1]);
         }
-        rstd[half] = rsqrtf(quad_sum(squares) * (1.0f / kWN) + static_cast<float>(p.eps));
+        rstd[half] = rsqrtf(quad_sum(squares[0] + squares[1]) * (1.0f / kWN) + static_cast<float>(p.eps));
         near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
     }
     bool close[2] = {false, false};
@@ -92,10 +101,10 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int, int lan
         __syncwarp();  // the codes before have gone out
 #pragma unroll
         for (int j = 0; j < kOut / 8; j++) {
-            const int c = first + 8 * j + c0;
+            const int c = first + 8 * j;
             float gain[2], shift[2];
-            load_pair(p.inverse + c, gain);
-            load_pair(p.shift + c, shift);
+            load_pair(constants + kGain + c, gain);
+            load_pair(constants + kShift + c, shift);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int code[2];

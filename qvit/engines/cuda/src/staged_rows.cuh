@@ -1,0 +1,114 @@
+// Rows of floats that a warp adds up come and go through shared memory.
+//
+// A warp's part [16, kBN] of a tile is cut into pieces of kPiece columns. What is added to them is copied into kSlots slots ahead of
+// its use, those of the next tile already while this one's last are worked on, so that the memory has something to do during
+// products too; sums are added to it in place and go out in whole lines. A row of a slot is 32 bytes longer than a piece: what
+// fragments touch at a time, eight bytes a lane, is then in different banks.
+#pragma once
+
+constexpr int kPieces = kBN / kPiece, kPieceLine = 4 * kPiece + 32, kSlot = 16 * kPieceLine;
+static_assert(kBN % kPiece == 0 && kPieces % kSlots == 0 && 32 % (kPiece / 4) == 0, "pieces cover a tile, and take turns");
+static_assert(!(RESIDUAL && POSITION), "one thing is added");
+
+// The first row and column of a warp's part of a tile; the row is p.m or more where there is none.
+struct Place {
+    int row, column;
+};
+
+// What a warp has of shared memory.
+struct Room {
+    unsigned char *slots, *lines;
+    const float* constants;  // the block's
+};
+
+// The row of `out` that row r goes to.
+__device__ __forceinline__ int row_out(const GemmArgs& p, int r) {
+    return POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
+}
+
+// Calls `each(row, r, c)` for this lane's 16-byte units of a piece: line of the slot, row and column of the product.
+template <class Each>
+__device__ __forceinline__ void for_units(const GemmArgs& p, const Place& of, int piece, int lane, const Each& each) {
+    constexpr int kUnits = kPiece / 4, kAtOnce = 32 / kUnits;
+    const int c = of.column + piece * kPiece + 4 * (lane % kUnits);
+#pragma unroll 2
+    for (int line = lane / kUnits; line < 16; line += kAtOnce) {
+        if (of.row + line < p.m && c < p.n) {
+            each(line, of.row + line, c);
+        }
+    }
+}
+
+// Copies what is added to a piece into its slot; ends with its own group of copies, an empty one where there is nothing.
+__device__ __forceinline__ void fetch_piece(const GemmArgs& p, const Place& of, int piece, int lane, unsigned char* slots) {
+    unsigned char* const to = slots + piece % kSlots * kSlot + 16 * (lane % (kPiece / 4));
+    if constexpr (RESIDUAL || POSITION) {
+        for_units(p, of, piece, lane, [&](int line, int r, int c) {
+            const int row = row_out(p, r);
+            const float* from = RESIDUAL ? p.residual + static_cast<size_t>(row) * p.ldo + c
+                                         : p.position + static_cast<size_t>(row % p.rows_out) * p.n + c;
+            copy_async(to + line * kPieceLine, from, true);
+        });
+        copies_end_group();
+    }
+}
+
+// The pieces that a warp starts with.
+__device__ __forceinline__ void fetch_first(const GemmArgs& p, const Place& of, int lane, unsigned char* slots) {
+#pragma unroll
+    for (int piece = 0; piece < kSlots; piece++) {
+        fetch_piece(p, of, piece, lane, slots);
+    }
+}
+
+// Adds up one piece: `affine_pair(j, half, y)` gives the layer's output at fragment j of the tile, `take(j, half, y)` is given the
+// sum. Then it goes out, and its slot is filled again.
+template <class Give, class Take>
+__device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of, const Place& next, int piece, int lane,
+                                             unsigned char* slots, const Give& give, const Take& take) {
+    unsigned char* const slot = slots + piece % kSlots * kSlot;
+    unsigned char* const mine = slot + lane / 4 * kPieceLine + 8 * (lane % 4);
+    if constexpr (RESIDUAL || POSITION) {
+        copies_wait<kSlots - 1>();
+        __syncwarp();
+    }
+#pragma unroll
+    for (int k = 0; k < kPiece / 8; k++) {
+        const int j = piece * (kPiece / 8) + k;
+        float gamma[2];
+        if constexpr (GAMMA) {
+            const int c = of.column + 8 * j + 2 * (lane % 4);
+            gamma[0] = gamma[1] = 0.0f;
+            if (c < p.n) {
+                load_pair(p.gamma + c, gamma);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float* const at = reinterpret_cast<float*>(mine + 8 * half * kPieceLine + 32 * k);
+            float y[2], other[2];
+            give(j, half, y);
+            if constexpr (GAMMA) {
+                y[0] = __fmul_rn(y[0], gamma[0]), y[1] = __fmul_rn(y[1], gamma[1]);
+            }
+            if constexpr (RESIDUAL || POSITION) {
+                load_pair(at, other);
+                y[0] = __fadd_rn(other[0], y[0]), y[1] = __fadd_rn(other[1], y[1]);
+            }
+            if constexpr (HALVED) {
+                y[0] *= 0.5f, y[1] *= 0.5f;
+            }
+            *reinterpret_cast<float2*>(at) = {y[0], y[1]};
+            take(j, half, y);
+        }
+    }
+    __syncwarp();
+    const unsigned char* const from = slot + 16 * (lane % (kPiece / 4));
+    for_units(p, of, piece, lane, [&](int line, int r, int c) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + static_cast<size_t>(row_out(p, r)) * p.ldo + c) =
+            *reinterpret_cast<const float4*>(from + line * kPieceLine);
+    });
+    __syncwarp();  // all of the slot has been read
+    const int after = piece + kSlots;
+    fetch_piece(p, after < kPieces ? of : next, after % kPieces, lane, slots);
+}
