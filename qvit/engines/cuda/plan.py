@@ -207,6 +207,9 @@ class Plan(ABC):
             **values,
         }
         defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        if defines["STAGED"]:
+            assert values["ldo"] == layer.m
+            defines["LDO"] = layer.m
         blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
         self._add(Launch(tile.kernel, defines, (blocks, 1, 1), tile.threads(), tile.shared(layer.k), values))
 

@@ -5,15 +5,30 @@
 #include "send_codes.cuh"
 #include "staged_rows.cuh"
 
-// The columns' constants, in shared memory: registers for their addresses are few.
+// The columns' constants, in shared memory: registers for their addresses are few. From standardised values to codes they give
+// the codes' range as 0 to 1, where clamping costs nothing.
 enum { kScale = 0, kBias = kBN, kGain = 2 * kBN, kShift = 3 * kBN };
 constexpr int kConstants = 4 * kBN;
 
 __device__ __forceinline__ void load_constants(const GemmArgs& p, float* to) {
+    const float range = p.high - p.low;
     for (int c = threadIdx.x; c < kBN; c += kThreads) {
-        to[kScale + c] = p.scale[c], to[kBias + c] = p.bias[c];
-        to[kGain + c] = p.inverse[c], to[kShift + c] = p.shift[c];
+        to[kScale + c] = W_HALF ? 0.5f * p.scale[c] : p.scale[c];  // half a sum, times the scale, is the same number
+        to[kBias + c] = p.bias[c];
+        to[kGain + c] = __fdiv_rn(p.inverse[c], range);
+        to[kShift + c] = __fdiv_rn(__fsub_rn(p.shift[c], p.low), range);
     }
+}
+
+// a b + c, not below 0 and not above 1.
+__device__ __forceinline__ float multiply_add_saturated(float a, float b, float c) {
+#ifdef QVIT_EMULATION
+    return clamp(fmaf(a, b, c), 0.0f, 1.0f);
+#else
+    float d;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+#endif
 }
 
 // The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
@@ -75,7 +90,10 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
                 float scale[2], bias[2];
                 load_pair(constants + kScale + 8 * j, scale);
                 load_pair(constants + kBias + 8 * j, bias);
-                to[0] = affine(sums[0][j][2 * half], scale[0], bias[0]), to[1] = affine(sums[0][j][2 * half + 1], scale[1], bias[1]);
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    to[e] = __fadd_rn(__fmul_rn(__int2float_rn(sums[0][j][2 * half + e]), scale[e]), bias[e]);
+                }
             },
             [&](int j, int half, const float(&from)[2]) {
                 y[j][2 * half] = from[0], y[j][2 * half + 1] = from[1];
@@ -89,13 +107,17 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
         mean[half] = quad_sum(total[half][0] + total[half][1]) * (1.0f / kWN);
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
-            const float a = y[j][2 * half] - mean[half], b = y[j][2 * half + 1] - mean[half];
-            squares[0] = fmaf(a, a, squares[0]), squares[1] = fmaf(b, b, squares[1]);
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                y[j][2 * half + e] -= mean[half];
+                squares[e] = fmaf(y[j][2 * half + e], y[j][2 * half + e], squares[e]);
+            }
         }
         rstd[half] = rsqrtf(quad_sum(squares[0] + squares[1]) * (1.0f / kWN) + static_cast<float>(p.eps));
         near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
     }
-    bool close[2] = {false, false};
+    const float range = p.high - p.low, whole = kWhole + p.low;
+    float farthest[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};  // from a whole number
 #pragma unroll
     for (int first = 0; first < kWN; first += kOut) {
         __syncwarp();  // the codes before have gone out
@@ -110,10 +132,10 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
                 int code[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    const float z = (y[first / 8 + j][2 * half + e] - mean[half]) * rstd[half];
-                    const float v = clamp(fmaf(z, gain[e], shift[e]), p.low, p.high);
-                    close[half] |= is_close(v, near[half]);
-                    code[e] = code_of(v);
+                    const float v = multiply_add_saturated(y[first / 8 + j][2 * half + e] * rstd[half], gain[e], shift[e]);
+                    const float rounded = fmaf(v, range, whole);  // its last bits are the code's
+                    farthest[half][e] = fmaxf(farthest[half][e], fabsf(fmaf(v, range, whole - rounded)));
+                    code[e] = __float_as_int(rounded);
                 }
                 put(lines, 8 * half + lane / 4, 8 * j + c0, code[0], code[1]);
             }
@@ -130,7 +152,8 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int first = row0 + 8 * half;
-        uint32_t rows = __ballot_sync(kAll, close[half] && first + lane / 4 < p.m);  // four lanes a row
+        const bool close = fmaxf(farthest[half][0], farthest[half][1]) > 0.5f - near[half];
+        uint32_t rows = __ballot_sync(kAll, close && first + lane / 4 < p.m);  // four lanes a row
         while (rows != 0) {
             const int row = (__ffs(rows) - 1) / 4;
             rows &= ~(0xFu << (4 * row));

@@ -7,7 +7,7 @@
 #pragma once
 
 constexpr int kPieces = kBN / kPiece, kPieceLine = 4 * kPiece + 32, kSlot = 16 * kPieceLine;
-static_assert(kBN % kPiece == 0 && kPieces % kSlots == 0 && 32 % (kPiece / 4) == 0, "pieces cover a tile, and take turns");
+static_assert(kBN % kPiece == 0 && kPieces % kSlots == 0 && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
 // The first row and column of a warp's part of a tile; the row is p.m or more where there is none.
@@ -21,33 +21,42 @@ struct Room {
     const float* constants;  // the block's
 };
 
+constexpr int kAcross = kPiece / 4, kAtOnce = 32 / kAcross;   // a lane moves 16 bytes; rows that a warp moves at once
+constexpr bool kMoved = SCATTER == 1 || POSITION;           // rows go elsewhere than where they are in the product
+constexpr bool kFullColumns = EPILOGUE == 3 || LDO % kBN == 0;
+
 // The row of `out` that row r goes to.
 __device__ __forceinline__ int row_out(const GemmArgs& p, int r) {
     return POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
 }
 
-// Calls `each(row, r, c)` for this lane's 16-byte units of a piece: line of the slot, row and column of the product.
+// Calls `each(i, row, c)` for this lane's units of a piece: the i-th of its rows, where it goes, and the column.
 template <class Each>
 __device__ __forceinline__ void for_units(const GemmArgs& p, const Place& of, int piece, int lane, const Each& each) {
-    constexpr int kUnits = kPiece / 4, kAtOnce = 32 / kUnits;
-    const int c = of.column + piece * kPiece + 4 * (lane % kUnits);
-#pragma unroll 2
-    for (int line = lane / kUnits; line < 16; line += kAtOnce) {
-        if (of.row + line < p.m && c < p.n) {
-            each(line, of.row + line, c);
+    const int c = of.column + piece * kPiece + 4 * (lane % kAcross), first = of.row + lane / kAcross, left = p.m - first;
+    if (kFullColumns || c < p.n) {
+#pragma unroll
+        for (int i = 0; i < 16 / kAtOnce; i++) {
+            if (i * kAtOnce < left) {
+                each(i, kMoved ? row_out(p, first + i * kAtOnce) : first, c);
+            }
         }
     }
 }
 
+// Where a unit is in a matrix of floats: the row is that of `for_units`.
+__device__ __forceinline__ size_t unit_at(int i, int row, int c) {
+    return static_cast<size_t>(row) * LDO + c + (kMoved ? 0 : i * kAtOnce * LDO);
+}
+
 // Copies what is added to a piece into its slot; ends with its own group of copies, an empty one where there is nothing.
 __device__ __forceinline__ void fetch_piece(const GemmArgs& p, const Place& of, int piece, int lane, unsigned char* slots) {
-    unsigned char* const to = slots + piece % kSlots * kSlot + 16 * (lane % (kPiece / 4));
+    unsigned char* const to = slots + piece % kSlots * kSlot + lane / kAcross * kPieceLine + 16 * (lane % kAcross);
     if constexpr (RESIDUAL || POSITION) {
-        for_units(p, of, piece, lane, [&](int line, int r, int c) {
-            const int row = row_out(p, r);
-            const float* from = RESIDUAL ? p.residual + static_cast<size_t>(row) * p.ldo + c
-                                         : p.position + static_cast<size_t>(row % p.rows_out) * p.n + c;
-            copy_async(to + line * kPieceLine, from, true);
+        for_units(p, of, piece, lane, [&](int i, int row, int c) {
+            const float* from = RESIDUAL ? p.residual + unit_at(i, row, c)
+                                         : p.position + static_cast<size_t>(row % p.rows_out) * LDO + c;
+            copy_async(to + i * kAtOnce * kPieceLine, from, true);
         });
         copies_end_group();
     }
@@ -103,10 +112,10 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
         }
     }
     __syncwarp();
-    const unsigned char* const from = slot + 16 * (lane % (kPiece / 4));
-    for_units(p, of, piece, lane, [&](int line, int r, int c) {
-        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + static_cast<size_t>(row_out(p, r)) * p.ldo + c) =
-            *reinterpret_cast<const float4*>(from + line * kPieceLine);
+    const unsigned char* const from = slot + lane / kAcross * kPieceLine + 16 * (lane % kAcross);
+    for_units(p, of, piece, lane, [&](int i, int row, int c) {
+        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + unit_at(i, row, c)) =
+            *reinterpret_cast<const float4*>(from + i * kAtOnce * kPieceLine);
     });
     __syncwarp();  // all of the slot has been read
     const int after = piece + kSlots;
