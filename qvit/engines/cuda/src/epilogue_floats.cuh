@@ -17,14 +17,17 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
     for (int piece = 0; piece < kPieces; piece++) {
         add_up_piece(
             p, of, next, piece, lane, room.slots,
-            [&](int j, int half, float(&y)[2]) {
+            [&](int j, float(&y)[4]) {
                 const int c = of.column + 8 * j + 2 * (lane % 4);
                 float scale[2], bias[2];
                 load_pair(p.scale + c, scale);
                 load_pair(p.bias + c, bias);
-                y[0] = affine(sums[0][j][2 * half], scale[0], bias[0]), y[1] = affine(sums[0][j][2 * half + 1], scale[1], bias[1]);
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    y[e] = affine(sums[0][j][e], scale[e % 2], bias[e % 2]);
+                }
             },
-            [](int, int, const float(&)[2]) {});
+            [](int, const float(&)[4]) {});
     }
 }
 

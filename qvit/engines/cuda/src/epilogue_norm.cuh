@@ -86,18 +86,21 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
     for (int piece = 0; piece < kPieces; piece++) {
         add_up_piece(
             p, of, next, piece, lane, room.slots,
-            [&](int j, int half, float(&to)[2]) {
+            [&](int j, float(&to)[4]) {
                 float scale[2], bias[2];
                 load_pair(constants + kScale + 8 * j, scale);
                 load_pair(constants + kBias + 8 * j, bias);
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    to[e] = __fadd_rn(__fmul_rn(__int2float_rn(sums[0][j][2 * half + e]), scale[e]), bias[e]);
+                for (int e = 0; e < 4; e++) {
+                    to[e] = __fadd_rn(__fmul_rn(__int2float_rn(sums[0][j][e]), scale[e % 2]), bias[e % 2]);
                 }
             },
-            [&](int j, int half, const float(&from)[2]) {
-                y[j][2 * half] = from[0], y[j][2 * half + 1] = from[1];
-                total[half][j % 2] += from[0] + from[1];
+            [&](int j, const float(&from)[4]) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    y[j][e] = from[e];
+                }
+                total[0][j % 2] += from[0] + from[1], total[1][j % 2] += from[2] + from[3];
             });
     }
     float mean[2], rstd[2], near[2];
@@ -117,6 +120,15 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
         near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
     }
     const float range = p.high - p.low, whole = kWhole + p.low;
+#if !OUT_BITS && !SCATTER
+    // Where 16 codes of a lane go: the first of the warp's rows are in one tile, and so are the eight that follow.
+    static_assert(kOut == 64 && kWM == 16, "64 columns of a row are four lanes' 16 bytes");
+    unsigned char* sent[2];
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+        sent[odd] = static_cast<unsigned char*>(p.out_k) + code_at(row0 + lane / 4, 64 * odd + 16 * (lane % 4), p.chunks);
+    }
+#endif
     float farthest[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};  // from a whole number
 #pragma unroll
     for (int first = 0; first < kWN; first += kOut) {
@@ -142,10 +154,19 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
         }
 #if OUT_BITS
         send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks, [&](int row) { return code_row(p, row); });
-#else
+#elif SCATTER
         send(lines, lane, row0, p.m, [&](int row, int column) -> unsigned char* {
             return static_cast<unsigned char*>(p.out_k) + code_at(code_row(p, row), first + column, p.chunks);
         });
+#else
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (row0 + 8 * half + lane / 4 < p.m) {
+                *reinterpret_cast<uint4*>(sent[first / 64 % 2] + first / kChunk * kTileBytes + 8 * half * kChunk) =
+                    *reinterpret_cast<const uint4*>(lines + (8 * half + lane / 4) * kLine + 16 * (lane % 4));
+            }
+        }
 #endif
     }
     __syncwarp();  // all have been sent: what is in doubt is sent again

@@ -42,6 +42,12 @@ struct Buffers {
 template <int kCount>
 struct Cursor {
     int at = 0, phase = 0;
+    // Before a tile that goes through kTile buffers: where that is whole rounds, the compiler is told so.
+    template <int kTile>
+    __device__ __forceinline__ void begin() {
+        at = kTile % kCount == 0 ? 0 : at;
+        phase = kTile % (2 * kCount) == 0 ? 0 : phase;
+    }
     __device__ __forceinline__ void next() {
         if (++at == kCount) {
             at = 0;
@@ -232,6 +238,8 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     int before = -1, rows_before = -1;
+    reader.cursor.begin<kChunks * kUnits>();
+    reader.row_cursor.begin<kChunks>();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         const Operand a = operand(reader.await_rows(chunk));
@@ -338,7 +346,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     load_constants(p, behind.constants);
 #endif
     __syncthreads();
-    const int tiles_n = (p.n + kBN - 1) / kBN;
+    const int tiles_n = EPILOGUE == 3 ? 1 : (p.n + kBN - 1) / kBN;
     const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {

@@ -70,8 +70,8 @@ __device__ __forceinline__ void fetch_first(const GemmArgs& p, const Place& of, 
     }
 }
 
-// Adds up one piece: `affine_pair(j, half, y)` gives the layer's output at fragment j of the tile, `take(j, half, y)` is given the
-// sum. Then it goes out, and its slot is filled again.
+// Adds up one piece: `give(j, y)` gives the layer's output at fragment j of the tile, `take(j, y)` is given the sum. Then it goes
+// out, and its slot is filled again.
 template <class Give, class Take>
 __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of, const Place& next, int piece, int lane,
                                              unsigned char* slots, const Give& give, const Take& take) {
@@ -92,24 +92,31 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
                 load_pair(p.gamma + c, gamma);
             }
         }
+        float y[4];
+        give(j, y);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float* const at = reinterpret_cast<float*>(mine + 8 * half * kPieceLine + 32 * k);
-            float y[2], other[2];
-            give(j, half, y);
-            if constexpr (GAMMA) {
-                y[0] = __fmul_rn(y[0], gamma[0]), y[1] = __fmul_rn(y[1], gamma[1]);
-            }
+            float other[2] = {0.0f, 0.0f};
             if constexpr (RESIDUAL || POSITION) {
                 load_pair(at, other);
-                y[0] = __fadd_rn(other[0], y[0]), y[1] = __fadd_rn(other[1], y[1]);
             }
-            if constexpr (HALVED) {
-                y[0] *= 0.5f, y[1] *= 0.5f;
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float& one = y[2 * half + e];
+                if constexpr (GAMMA) {
+                    one = __fmul_rn(one, gamma[e]);
+                }
+                if constexpr (RESIDUAL || POSITION) {
+                    one = __fadd_rn(other[e], one);
+                }
+                if constexpr (HALVED) {
+                    one *= 0.5f;
+                }
             }
-            *reinterpret_cast<float2*>(at) = {y[0], y[1]};
-            take(j, half, y);
+            *reinterpret_cast<float2*>(at) = {y[2 * half], y[2 * half + 1]};
         }
+        take(j, y);
     }
     __syncwarp();
     const unsigned char* const from = slot + lane / kAcross * kPieceLine + 16 * (lane % kAcross);
