@@ -12,7 +12,7 @@ constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
 // The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 152 : 112;
+constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 152 : 112;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
-            registers_down<40>();
+            registers_down<kGroups == 2 ? 24 : 40>();
         }
         if (warp == 4 * kGroups && lane == 0) {
             produce(p, of, range, tiles_n);
