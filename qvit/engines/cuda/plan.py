@@ -15,7 +15,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
-from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_whole_rows
+from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_floats, choose_whole_rows
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
 
@@ -208,6 +208,9 @@ class Plan(ABC):
             **values,
         }
         defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        if defines["STAGED"]:
+            assert values["ldo"] == layer.m
+            defines["LDO"] = layer.m
         blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
         self._add(Launch(tile.kernel, defines, (blocks, 1, 1), tile.threads(), tile.shared(layer.k), values))
 
@@ -252,6 +255,9 @@ class Plan(ABC):
             "HALVED": int(halved),
             "EVEN": int(layer.m % 2 == 0),
         }
+        if self._gpu.hopper and not (residual is not None and position is not None):
+            bits = isinstance(tile, HopperTile) and tile.bits
+            tile = choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits) or tile
         self._gemm(layer, defines, a, values, tile)
 
     def _linear_norm(

@@ -71,6 +71,7 @@ class MmaTile:
             "kStages": self.stages,
             "kWarpsM": self.warps_m,
             "kWarpsN": self.warps_n,
+            "STAGED": 0,
         }
 
     def tiles(self, m: int, n: int) -> int:
@@ -89,16 +90,27 @@ class HopperTile:
     Attributes:
         groups: warpgroups of a block, each with 64 rows.
         bn: columns at a time: 64, 128, 192 or 384.
-        stages: buffers for tiles of 128 bytes of k, or for tiles of all of k where products are of bits.
+        stages: buffers for b: tiles of 128 bytes of k of as many columns as an instruction has (192 of 384, else ``bn``), or
+            tiles of all of k where products are of bits.
+        row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
+        keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
         whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
         bits: one-bit products of the planes of two-bit codes.
+        piece: floats of a row that come and go through shared memory at a time, 32, 64 or 128; 0: no floats go out, or not so.
+        slots: pieces that a warp has room for; divides ``bn / piece``.
+        prefetch: what is added to the floats comes into the L2 cache while a tile is multiplied.
     """
 
     groups: int
     bn: int
     stages: int
+    row_stages: int = 3
     whole_rows: bool = False
     bits: bool = False
+    piece: int = 0
+    slots: int = 1
+    prefetch: bool = True
+    keeps_rows: bool = True
 
     kernel: ClassVar[str] = "gemm_hopper"
 
@@ -110,17 +122,26 @@ class HopperTile:
         return bit_chunks(k) if self.bits else chunks(k)
 
     def _resident(self, k: int) -> bool:
-        return self._chunks(k) <= _RESIDENT
+        return (self.keeps_rows or self.bits) and self._chunks(k) <= _RESIDENT
+
+    def _part(self) -> int:
+        """Columns of one instruction."""
+        return 192 if self.bn > 256 else self.bn
+
+    def _all_of_b(self, k: int) -> int:
+        """Buffers that hold ``bn`` columns."""
+        return 1 if self.bits else self._chunks(k) * (self.bn // self._part())
 
     def shared(self, k: int) -> int:
-        """Rows that are kept, buffers, codes on their way out, barriers."""
-        rows = TILE_ROWS * self.groups * CHUNK
-        held, stage = (self._chunks(k) * rows, 0) if self._resident(k) else (0, rows)
-        stage += (self._chunks(k) if self.bits else 1) * self.bn * CHUNK
-        out = self.bn if not self.whole_rows or self.bn <= 128 else 128 if self.bn % 128 == 0 else 64
-        lines = 4 * self.groups * 16 * (out + 16)
-        barriers = 8 * (2 * self.stages + _RESIDENT + 1)
-        return held + self.stages * stage + lines + barriers
+        """Rows, b, floats and codes on their way, constants, barriers."""
+        rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
+        stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
+        floats = 4 * self.groups * self.slots * 16 * (4 * self.piece + 32) if self.piece else 0
+        out = 64 if self.whole_rows else 0 if self.piece else self.bn
+        codes = 4 * self.groups * 16 * (out + 16) if out else 0
+        constants = 16 * self.bn if self.whole_rows else 0
+        barriers = 16 * (self.stages + max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
+        return rows + self.stages * stage + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
         """See `Tile`."""
@@ -128,9 +149,15 @@ class HopperTile:
             "kGroups": self.groups,
             "kBN": self.bn,
             "kStages": self.stages,
+            "kRowStages": self.row_stages,
             "DEPTH": pad(k, 256) // 4 if self.bits else k,
             "RESIDENT": int(self._resident(k)),
+            "B_STAYS": int(self.whole_rows and self.stages == self._all_of_b(k)),
             "BITS": int(self.bits),
+            "STAGED": int(self.piece > 0),
+            "kPiece": self.piece,
+            "kSlots": self.slots,
+            "PREFETCH": int(self.prefetch),
         }
 
     def tiles(self, m: int, n: int) -> int:
@@ -150,8 +177,37 @@ class HopperTile:
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))
 _BITS = tuple(HopperTile(*sizes, bits=True) for sizes in ((3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2)))
-# Widths of rows that a warpgroup's registers hold, for LayerNorm behind a product.
-_WHOLE_ROWS = (64, 128, 192, 384)
+# For floats: the same with room for what is added to them.
+_FLOATS = (
+    HopperTile(2, 384, 4, row_stages=3, piece=32, slots=4, keeps_rows=False),
+    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2),
+    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4),
+    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2),
+)
+_FLOATS_OF_BITS = (
+    HopperTile(3, 128, 2, bits=True, piece=32, slots=2),
+    HopperTile(2, 128, 2, bits=True, piece=32, slots=2),
+    HopperTile(2, 64, 2, bits=True, piece=32, slots=2),
+)
+# Rows with LayerNorm behind the product, by their width: as many as a warpgroup's registers hold.
+_WHOLE_ROWS = {
+    64: (HopperTile(2, 64, 3, row_stages=3, whole_rows=True, piece=32, slots=2),),
+    128: (HopperTile(2, 128, 3, row_stages=3, whole_rows=True, piece=32, slots=4),),
+    192: (HopperTile(2, 192, 4, row_stages=3, whole_rows=True, piece=32, slots=3, keeps_rows=False),),
+    384: (
+        HopperTile(2, 384, 4, row_stages=3, whole_rows=True, piece=32, slots=3, keeps_rows=False),
+        HopperTile(2, 384, 3, row_stages=2, whole_rows=True, piece=32, slots=2, keeps_rows=False),
+    ),
+}
+_WHOLE_ROWS_OF_BITS = {
+    64: (HopperTile(2, 64, 1, whole_rows=True, bits=True, piece=32, slots=2),),
+    128: (HopperTile(2, 128, 1, whole_rows=True, bits=True, piece=32, slots=4),),
+    192: (HopperTile(2, 192, 1, whole_rows=True, bits=True, piece=32, slots=3),),
+    384: (
+        HopperTile(2, 384, 1, whole_rows=True, bits=True, piece=32, slots=4),
+        HopperTile(2, 384, 1, whole_rows=True, bits=True, piece=16, slots=1),
+    ),
+}
 
 
 def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
@@ -177,9 +233,13 @@ def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | No
     return next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
 
 
+def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
+    """A tile for floats of rows a multiple of four wide, on Hopper; ``None`` where there is none, or too little work."""
+    tiles = (tile for tile in (_FLOATS_OF_BITS if bits else _FLOATS) if tile.bn < 256 or n % tile.bn == 0)
+    return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None) if n % 4 == 0 else None
+
+
 def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
     """A tile that is followed by LayerNorm, on Hopper; ``None`` where there is none, or too little work."""
-    if n not in _WHOLE_ROWS:
-        return None
-    tile = HopperTile(2, n, 3, whole_rows=True, bits=bits)
-    return tile if tile.suits(m, n, k, multiprocessors) else None
+    tiles = (_WHOLE_ROWS_OF_BITS if bits else _WHOLE_ROWS).get(n, ())
+    return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None)

@@ -243,6 +243,7 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     }
     return out;
 }
+inline int __ffs(int a) { return __builtin_ffs(a); }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline int atomicExch(int* to, int value) {
     const int old = *to;

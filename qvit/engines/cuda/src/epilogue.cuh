@@ -36,7 +36,7 @@ struct GemmArgs {
 };
 
 // Codes go out through shared memory, so many columns at a time; the padding of a row spreads banks.
-constexpr int kOut = EPILOGUE == 3 && kWN > 128 ? (kWN % 128 == 0 ? 128 : 64) : kWN;
+constexpr int kOut = EPILOGUE == 3 ? 64 : kWN;
 constexpr int kLine = kOut + 16;
 
 // y, in the reference engine's roundings. Half-step weights count twice: their codes are 2 c + 1 and the sums are halved.

@@ -2,8 +2,8 @@
 //
 // A block takes kGroups x 64 rows of a; each of its warpgroups computes 64 of them against kBN columns at a time. Blocks run as
 // many as there are multiprocessors; each has a range of tiles, row block by row block, so that a's rows stay in shared memory
-// (RESIDENT) while b's tiles stream past in kStages buffers. Warpgroups meet at barriers of buffers only: while one is busy with
-// its epilogue, others multiply.
+// (RESIDENT) while b's tiles stream past in kStages buffers, or b stays (B_STAYS) while rows stream past, or both stream.
+// Warpgroups meet at barriers of buffers only: while one is busy with its epilogue, others multiply.
 //
 // Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py`.
 constexpr int kBM = 64 * kGroups;
@@ -12,35 +12,44 @@ constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
 // The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 152 : 112;
+constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 152 : 112;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
-constexpr int kChunks = (DEPTH + kChunk - 1) / kChunk;   // of k
-constexpr int kBytesA = kBM * kChunk, kBytesB = kBN * kChunk;  // of a chunk
-// One-bit products go over all of k four times, so a stage is all of it.
-constexpr int kPerStage = BITS ? kChunks : 1;
-constexpr int kStage = kPerStage * kBytesB + (RESIDENT ? 0 : kBytesA);
+constexpr int kChunks = (DEPTH + kChunk - 1) / kChunk;  // of k
+constexpr int kBytesA = kBM * kChunk;                    // of a chunk
+// A buffer is for the columns of one instruction, 128 bytes of k; one-bit products go over all of k four times, so it is all of it.
+constexpr int kUnits = BITS ? 1 : kParts;  // buffers of a chunk of b
+constexpr int kBytesB = (BITS ? kBN : kPart) * kChunk;
+constexpr int kStage = (BITS ? kChunks : 1) * kBytesB;
 static_assert(RESIDENT || !BITS, "rows of one-bit products stay");
-constexpr int kHeld = RESIDENT ? kChunks * kBytesA : 0;
+static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b has its place");
+constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
 
 struct Barriers {
     Barrier full[kStages], empty[kStages];
-    Barrier rows_full[RESIDENT ? kChunks : 1], rows_empty;
+    Barrier rows_full[kRowBuffers], rows_empty[kRowBuffers];  // of these the first alone, where RESIDENT
 };
 
 struct Buffers {
-    unsigned char *held, *stages, *lines;
+    unsigned char *rows, *stages;
     Barriers* barriers;
 };
 
 // Counts through buffers; the phase turns with every round.
+template <int kCount>
 struct Cursor {
     int at = 0, phase = 0;
+    // Before a tile that goes through kTile buffers: where that is whole rounds, the compiler is told so.
+    template <int kTile>
+    __device__ __forceinline__ void begin() {
+        at = kTile % kCount == 0 ? 0 : at;
+        phase = kTile % (2 * kCount) == 0 ? 0 : phase;
+    }
     __device__ __forceinline__ void next() {
-        if (++at == kStages) {
+        if (++at == kCount) {
             at = 0;
             phase ^= 1;
         }
@@ -53,9 +62,9 @@ struct Range {
 };
 
 __device__ __forceinline__ Range range_of(int tiles) {
-    const long long blocks = gridDim.x;
-    return {static_cast<int>(tiles * static_cast<long long>(blockIdx.x) / blocks),
-            static_cast<int>(tiles * (static_cast<long long>(blockIdx.x) + 1) / blocks)};
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), some = tiles / blocks, more = tiles % blocks;
+    const int first = some * block + (block < more ? block : more);
+    return {first, first + some + (block < more)};
 }
 
 // Chunk `chunk` of `rows` rows from `row0` on, tile by tile.
@@ -66,36 +75,63 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, i
     }
 }
 
+// The residual of a tile, on its way into the L2 cache while the tile is multiplied.
+__device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, int column0) {
+#if STAGED
+    if (PREFETCH && RESIDUAL && SCATTER != 1) {
+        const int rows = p.m - row0 < kBM ? p.m - row0 : kBM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
+        const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
+        const int together = columns == p.ldo ? 16 : 1;
+        for (int r = 0; r < rows; r += together) {
+            const int count = rows - r < together ? rows - r : together;
+            prefetch(from + static_cast<size_t>(r) * p.ldo, count * columns * static_cast<int>(sizeof(float)));
+        }
+    }
+#endif
+}
+
 // The copying warpgroup's one lane.
 __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Range range, int tiles_n) {
-    Cursor cursor;
+    Cursor<kStages> cursor;
+    Cursor<kRowBuffers> row_cursor;
     int rows_phase = 0;
+    Barriers* const barriers = of.barriers;
     for (int tile = range.first; tile < range.last; tile++) {
         const int row0 = tile / tiles_n * kBM, column0 = tile % tiles_n * kBN;
         const bool fresh = tile == range.first || tile % tiles_n == 0;
+        prefetch_residual(p, row0, column0);
         for (int chunk = 0; chunk < kChunks; chunk++) {
-            if (RESIDENT && fresh) {
-                if (chunk == 0 && tile != range.first) {
-                    barrier_wait(&of.barriers->rows_empty, rows_phase);
+            if (!RESIDENT || fresh) {
+                // The first round finds its buffers empty: it waits for the phase before the first.
+                if (!RESIDENT) {
+                    barrier_wait(&barriers->rows_empty[row_cursor.at], row_cursor.phase ^ 1);
+                } else if (chunk == 0 && tile != range.first) {
+                    barrier_wait(&barriers->rows_empty[0], rows_phase);
                     rows_phase ^= 1;
                 }
-                Barrier* full = &of.barriers->rows_full[chunk];
+                Barrier* full = &barriers->rows_full[row_cursor.at];
                 barrier_expect(full, kBytesA);
-                copy_rows(of.held + chunk * kBytesA, p.a, row0, kBM, chunk, full);
+                copy_rows(of.rows + row_cursor.at * kBytesA, p.a, row0, kBM, chunk, full);
+                row_cursor.next();
             }
-            Barrier* full = &of.barriers->full[cursor.at];
-            unsigned char* stage = of.stages + cursor.at * kStage;
-            if (chunk % kPerStage == 0) {
-                // The first round finds its buffers empty: it waits for the phase before the first.
-                barrier_wait(&of.barriers->empty[cursor.at], cursor.phase ^ 1);
-                barrier_expect(full, kStage);
+            if (B_STAYS && tile != range.first) {
+                continue;
             }
-            copy_rows(stage + chunk % kPerStage * kBytesB, p.b, column0, kBN, chunk, full);
-            if (!RESIDENT) {
-                copy_rows(stage + kBytesB, p.a, row0, kBM, chunk, full);
-            }
-            if ((chunk + 1) % kPerStage == 0) {
-                cursor.next();
+            for (int unit = 0; unit < kUnits; unit++) {
+                Barrier* full = &barriers->full[cursor.at];
+                unsigned char* stage = of.stages + cursor.at * kStage;
+                if (!BITS || chunk == 0) {
+                    barrier_wait(&barriers->empty[cursor.at], cursor.phase ^ 1);
+                    barrier_expect(full, kStage);
+                }
+                if (BITS) {
+                    copy_rows(stage + chunk * kBytesB, p.b, column0, kBN, chunk, full);
+                } else {
+                    copy_rows(stage, p.b, column0 + unit * kPart, kPart, chunk, full);
+                }
+                if (!BITS || chunk == kChunks - 1) {
+                    cursor.next();
+                }
             }
         }
     }
@@ -113,26 +149,35 @@ __device__ __forceinline__ void settle(Sums& sums) {
     }
 }
 
-// Where a warpgroup is in its work: the buffer it reads, and what it has to say when it has been read.
+// Where a warpgroup is in its work: the buffers it reads, and what it has to say when they have been read.
 struct Reader {
     const Buffers& of;
     int group, lane;
     bool fresh;  // these rows are read for the first time
     int rows_phase = 1;
-    Cursor cursor;
+    Cursor<kStages> cursor;
+    Cursor<kRowBuffers> row_cursor;  // where rows do not stay
 
-    __device__ __forceinline__ void await_rows(int chunk) const {
-        if (RESIDENT && fresh) {
-            barrier_wait(&of.barriers->rows_full[chunk], rows_phase);
+    // This warpgroup's rows of a chunk.
+    __device__ __forceinline__ const unsigned char* await_rows(int chunk) const {
+        const int at = RESIDENT ? chunk : row_cursor.at;
+        if (!RESIDENT || fresh) {
+            barrier_wait(&of.barriers->rows_full[at], RESIDENT ? rows_phase : row_cursor.phase);
         }
+        return of.rows + at * kBytesA + group * kTileBytes;
     }
     __device__ __forceinline__ const unsigned char* await_stage() const {
-        barrier_wait(&of.barriers->full[cursor.at], cursor.phase);
+        barrier_wait(&of.barriers->full[cursor.at], B_STAYS ? 0 : cursor.phase);
         return of.stages + cursor.at * kStage;
     }
     __device__ __forceinline__ void release(int stage) const {
-        if (lane == 0) {
+        if (!B_STAYS && lane == 0) {
             barrier_arrive(&of.barriers->empty[stage]);
+        }
+    }
+    __device__ __forceinline__ void release_rows(int at) const {
+        if (lane == 0) {
+            barrier_arrive(&of.barriers->rows_empty[at]);
         }
     }
 };
@@ -177,7 +222,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
         reader.await_rows(chunk);
     }
     const unsigned char* stage = reader.await_stage();
-    const unsigned char* rows = reader.of.held + reader.group * kTileBytes;
+    const unsigned char* rows = reader.of.rows + reader.group * kTileBytes;
     multiply_planes(sums, rows, stage, 1, 1, false);
     change(sums, [](int x) { return 2 * x; });
     multiply_planes(sums, rows, stage, 0, 1, true);
@@ -192,54 +237,82 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 #else
 
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
-    int before = -1;
+    int before = -1, rows_before = -1;
+    reader.cursor.begin<kChunks * kUnits>();
+    reader.row_cursor.begin<kChunks>();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
-        reader.await_rows(chunk);
-        const unsigned char* stage = reader.await_stage();
-        const unsigned char* rows = RESIDENT ? reader.of.held + chunk * kBytesA : stage + kBytesB;
-        const Operand a = operand(rows + reader.group * kTileBytes), b = operand(stage);
-        settle(sums);
-        products_begin();
+        const Operand a = operand(reader.await_rows(chunk));
 #pragma unroll
-        for (int k = 0; k < kChunk; k += 32) {
-            if (chunk * kChunk + k < DEPTH) {
+        for (int part = 0; part < kParts; part++) {
+            const Operand b = operand(reader.await_stage());
+            settle(sums);
+            products_begin();
 #pragma unroll
-                for (int part = 0; part < kParts; part++) {
-                    warpgroup_multiply<kPart, A_SIGNED>(sums.parts[part], advance(a, k), advance(b, part * kPart * kChunk + k),
-                                                        chunk + k > 0);
+            for (int k = 0; k < kChunk; k += 32) {
+                if (chunk * kChunk + k < DEPTH) {
+                    warpgroup_multiply<kPart, A_SIGNED>(sums.parts[part], advance(a, k), advance(b, k), chunk + k > 0);
                 }
             }
+            products_end_group();
+            if (chunk + part > 0) {
+                products_wait<1>();  // those of the buffer before are done
+                reader.release(before);
+                if (!RESIDENT && part == 0) {
+                    reader.release_rows(rows_before);
+                }
+            }
+            before = reader.cursor.at;
+            reader.cursor.next();
         }
-        products_end_group();
-        if (before >= 0) {
-            products_wait<1>();  // those of the buffer before are done
-            reader.release(before);
-        }
-        before = reader.cursor.at;
-        reader.cursor.next();
+        rows_before = reader.row_cursor.at;
+        reader.row_cursor.next();
     }
     products_wait<0>();
     settle(sums);
     reader.release(before);
+    if (!RESIDENT) {
+        reader.release_rows(rows_before);
+    }
 }
 
 #endif
 
+// What is behind the buffers in shared memory.
+struct Behind {
+    unsigned char *lines, *slots;
+    float* constants;
+};
+
+#if !STAGED
+constexpr int kConstants = 0, kSlot = 0;
+#endif
+
 // A warpgroup's products and what follows them.
-__device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, Range range, int tiles_n, int group, int warp,
-                                        int lane) {
+__device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range, int tiles_n,
+                                        int group, int warp, int lane) {
     Reader reader = {of, group, lane, false};
     Sums sums;
+    unsigned char* const lines = behind.lines + warp * kWM * kLine;
+#if STAGED
+    const Room room = {behind.slots + warp * kSlots * kSlot, lines, behind.constants};
+    const auto place = [&](int tile) -> Place {
+        return {tile < range.last ? tile / tiles_n * kBM + 16 * warp : p.m, tile % tiles_n * kBN};
+    };
+    fetch_first(p, place(range.first), lane, room.slots);
+#endif
     for (int tile = range.first; tile < range.last; tile++) {
-        const int row0 = tile / tiles_n * kBM + 64 * group, column0 = tile % tiles_n * kBN;
         reader.fresh = tile == range.first || tile % tiles_n == 0;
         reader.rows_phase ^= static_cast<int>(reader.fresh);
         multiply_all(reader, sums);
-        if (RESIDENT && tile % tiles_n == tiles_n - 1 && lane == 0) {
-            barrier_arrive(&of.barriers->rows_empty);
+        if (RESIDENT && tile % tiles_n == tiles_n - 1) {
+            reader.release_rows(0);
         }
-        finish(p, row0 + 16 * (warp % 4), column0, lane, of.lines + warp * kWM * kLine, sums.fragments);
+#if STAGED
+        finish(p, place(tile), place(tile + 1), lane, room, sums.fragments);
+#else
+        finish(p, tile / tiles_n * kBM + 16 * warp, tile % tiles_n * kBN, lane, lines, sums.fragments);
+#endif
         __syncwarp();
     }
 }
@@ -247,31 +320,37 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, Ra
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, 1) kernel(const GemmArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Buffers of;
-    of.held = memory;
-    of.stages = memory + kHeld;
-    of.lines = of.stages + kStages * kStage;
-    of.barriers = reinterpret_cast<Barriers*>(of.lines + 4 * kGroups * kWM * kLine);
+    of.rows = memory;
+    of.stages = of.rows + kRowBuffers * kBytesA;
+    Behind behind;
+    behind.slots = of.stages + kStages * kStage;
+    behind.constants = reinterpret_cast<float*>(behind.slots + (STAGED ? 4 * kGroups * kSlots * kSlot : 0));
+    behind.lines = reinterpret_cast<unsigned char*>(behind.constants + kConstants);
+    of.barriers = reinterpret_cast<Barriers*>(behind.lines + (STAGED && EPILOGUE == 0 ? 0 : 4 * kGroups * kWM * kLine));
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
             barrier_init(&of.barriers->full[i], 1);
             barrier_init(&of.barriers->empty[i], 4 * kGroups);
         }
-        for (int i = 0; i < (RESIDENT ? kChunks : 1); i++) {
+        for (int i = 0; i < kRowBuffers; i++) {
             barrier_init(&of.barriers->rows_full[i], 1);
+            barrier_init(&of.barriers->rows_empty[i], 4 * kGroups);
         }
-        barrier_init(&of.barriers->rows_empty, 4 * kGroups);
         barriers_ready();
     }
+#if STAGED
+    load_constants(p, behind.constants);
+#endif
     __syncthreads();
-    const int tiles_n = (p.n + kBN - 1) / kBN;
+    const int tiles_n = EPILOGUE == 3 ? 1 : (p.n + kBN - 1) / kBN;
     const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
-            registers_down<40>();
+            registers_down<kGroups == 2 ? 24 : 40>();
         }
         if (warp == 4 * kGroups && lane == 0) {
             produce(p, of, range, tiles_n);
@@ -280,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const GemmArgs p) {
         if (kTradesRegisters) {
             registers_up<kRegisters>();
         }
-        consume(p, of, range, tiles_n, warp / 4, warp, lane);
+        consume(p, of, behind, range, tiles_n, warp / 4, warp, lane);
     }
 }
 

@@ -33,6 +33,7 @@ inline void barrier_wait(Barrier* b, int phase) {
         emulation::yield();
     }
 }
+inline void prefetch(const void*, int) {}
 inline void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
     memcpy(to, from, bytes);
     b->phase_and_bytes -= 2 * bytes;
@@ -110,6 +111,10 @@ __device__ __forceinline__ void barrier_wait(Barrier* b, int phase) {
         "}" ::"r"(shared_address(b)),
         "r"(phase)
         : "memory");
+}
+// Bytes, a multiple of 16, into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
