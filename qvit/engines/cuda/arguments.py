@@ -22,7 +22,7 @@ class GemmArgs(ctypes.Structure):
     """``src/epilogue.cuh``."""
 
     _fields_ = _fields(
-        p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine thresholds index",
+        p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine steps table index",
         i="m n k ldo rows_in rows_out row_first heads tokens chunks",
         f="low high margin low_k high_k margin_k low_v high_v",
         d="eps",

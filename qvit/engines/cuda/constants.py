@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled
-from qvit.engines.cuda.thresholds import activation_thresholds
+from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled, untiled
+from qvit.engines.cuda.step_tables import slots, step_table
+from qvit.engines.cuda.thresholds import activation_steps
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
@@ -146,14 +147,43 @@ class CodeConstants:
         )
 
 
-def thresholds_of(layer: ops.Linear, following: ops.Quantizer, activation: str, to: Constants) -> torch.Tensor | None:
-    """`activation_thresholds` on the device, int32 [M padded, 4]."""
-    found = activation_thresholds(layer, following, activation)
-    if found is None:
-        return None
-    padded = np.zeros((pad(len(found), COLUMN_PAD), 4), np.int32)
-    padded[: len(found)] = found
-    return to.array(padded)
+class ActivationConstants:
+    """A table for the codes behind an activation, and the weight in front of it in the order that the kernel wants.
+
+    Attributes:
+        cells: of a channel's table; 0 where there is no table.
+        why_not: why there is none.
+    """
+
+    def __init__(self, layer: ops.Linear, following: ops.Quantizer, activation: str, to: Constants) -> None:
+        steps = activation_steps(layer, following, activation)
+        table = steps if isinstance(steps, str) else step_table(steps)
+        self._table = None if isinstance(table, str) else table
+        self.why_not = table if isinstance(table, str) else None
+        self.cells = 0 if isinstance(table, str) else table.entries.shape[1]
+        self._to = to
+        self._kept: dict[tuple[int, bool], dict[str, torch.Tensor]] = {}
+
+    def arrays(self, layer: LinearConstants, width: int, bits: bool) -> dict[str, torch.Tensor]:
+        """``b``, ``steps`` int32 [M padded, 4] and ``table`` int32 [M padded / 2, cells] for warps of ``width`` columns."""
+        assert self._table is not None
+        if (width, bits) not in self._kept:
+            table, columns = self._table, slots(width, len(layer.b))
+            constants, entries = np.zeros((len(columns), 4), np.int32), np.zeros((len(columns), self.cells), np.uint16)
+            constants[: layer.m, :3] = np.stack([table.shift, table.most, table.factor], 1)
+            entries[: layer.m] = table.entries
+            # Two neighbours share words. The lane of a quad that reads them has its tables' place in u, beside the cell.
+            pairs = entries[columns].reshape(-1, 4, 2, self.cells).astype(np.int64)
+            pairs = (pairs - 256 * self.cells * np.arange(4)[:, None, None]) % 65536
+            words = (pairs[:, :, 0] | pairs[:, :, 1] << 16).astype(np.uint32)
+            b = layer.b_planes if bits else layer.b
+            assert b is not None
+            self._kept[width, bits] = {
+                "b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)]),
+                "steps": self._to.array(constants[columns]),
+                "table": self._to.array(words.reshape(-1).view(np.int32)),
+            }
+        return self._kept[width, bits]
 
 
 def activation_margin(quantizer: ops.Quantizer) -> float:

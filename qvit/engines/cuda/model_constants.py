@@ -50,7 +50,7 @@ class ModelConstants:
                     "fc1": c.LinearConstants.of(block.fc1, to),
                     "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
                     "fc2_margin": c.activation_margin(block.fc2.input),
-                    "thresholds": c.thresholds_of(block.fc1, block.fc2.input, a.activation, to),
+                    "activation": c.ActivationConstants(block.fc1, block.fc2.input, a.activation, to),
                     "fc2": c.LinearConstants.of(block.fc2, to),
                     "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
                 }

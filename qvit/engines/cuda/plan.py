@@ -326,16 +326,20 @@ class Plan(ABC):
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
-            "thresholds": block["thresholds"],
         }
-        kind = _ACTIVATIONS.index(self.model.architecture.activation)
+        layer, activation = block["fc1"], block["activation"]
         defines = {
             "EPILOGUE": _ACTIVATION,
-            "ACTIVATION": kind,
-            "THRESHOLDS": int(block["thresholds"] is not None),
+            "ACTIVATION": _ACTIVATIONS.index(self.model.architecture.activation),
+            "CELLS": activation.cells,
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
         }
-        self._gemm(block["fc1"], defines, a, values, self._bits(block["fc1"]))
+        bits = self._bits(layer)
+        tile = bits or choose(self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
+        if activation.cells:
+            cut = tile.defines(layer.k)
+            values |= activation.arrays(layer, cut["kBN"] // cut.get("kWarpsN", 1), bits is not None)
+        self._gemm(layer, defines, a, values, tile)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]

@@ -31,6 +31,9 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) int4 {
+    int x, y, z, w;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
@@ -227,6 +230,13 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     unsigned out = 0;
     for (int i = 0; i < 4; i++) {
         out |= static_cast<unsigned>(both >> (8 * (selector >> (4 * i) & 7)) & 0xFF) << (8 * i);
+    }
+    return out;
+}
+inline unsigned __vabsdiffu4(unsigned a, unsigned b) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i += 8) {
+        out |= static_cast<unsigned>(abs(static_cast<int>(a >> i & 0xFF) - static_cast<int>(b >> i & 0xFF))) << i;
     }
     return out;
 }
