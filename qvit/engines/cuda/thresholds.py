@@ -10,13 +10,14 @@ with thresholds that are found by halving on the function as the reference engin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from qvit.integer import ops
 from qvit.quantizers import exact_float
+from qvit.spec import QuantSpec
 
 CODES = 16  # thresholds are for four bits: beyond that they are too near to each other for a table
 # Where the activations are least.
@@ -61,10 +62,29 @@ def activation_steps(layer: ops.Linear, following: ops.Quantizer, activation: st
     spec = following.spec
     if spec.qp - spec.qn + 1 > CODES:
         return f"{spec.qp - spec.qn + 1} codes, more than {CODES}"
-    function = _Codes(layer, following, activation)
-    reach, channels = function.reach, len(function.scale)
+    function = _Codes(layer, slice(None), following.scale, following.offset, spec, activation)
+    reach = function.reach
     least = np.ceil((_LEAST_AT[activation] - function.bias.astype(np.float64)) / function.scale).clip(-reach, reach + 1)
-    least = least.astype(np.int64)
+    return _steps(function, least.astype(np.int64))
+
+
+def linear_steps(layer: ops.Linear, columns: slice, scale: np.ndarray, offset: np.ndarray, spec: QuantSpec) -> Steps | str:
+    """The same of some output channels with nothing between them and their codes; the lowest code of the grid counts as 0.
+
+    Args:
+        layer: in front of the codes.
+        columns: the channels.
+        scale, offset: of the codes, float32 [channels].
+        spec: their range.
+    """
+    function = _Codes(layer, columns, scale, offset, spec, None)
+    steps = _steps(function, np.full(len(function.scale), -function.reach))
+    return steps if isinstance(steps, str) else replace(steps, lowest=steps.lowest - spec.qn)
+
+
+def _steps(function: _Codes, least: np.ndarray) -> Steps | str:
+    """Steps of functions that fall up to ``least`` [M] and rise from there."""
+    reach, channels = function.reach, len(function.scale)
     lowest = np.minimum(function(least.clip(-reach, reach)), function((least - 1).clip(-reach, reach)))
     ends = np.broadcast_to(np.array([[-reach], [reach]]), (2, channels))
     most_falling, most_rising = (function(ends) - lowest).max(1)
@@ -82,24 +102,32 @@ def activation_steps(layer: ops.Linear, following: ops.Quantizer, activation: st
 class _Codes:
     """The function of each channel, in the reference engine's operations."""
 
-    def __init__(self, layer: ops.Linear, following: ops.Quantizer, activation: str) -> None:
+    def __init__(
+        self,
+        layer: ops.Linear,
+        columns: slice,
+        step: np.ndarray,
+        offset: np.ndarray | None,
+        spec: QuantSpec,
+        activation: str | None,
+    ) -> None:
         m, k = layer.weight.shape
-        half, spec = layer.weight.half_step, layer.weight.spec
-        largest = 2 * max(spec.qp, -spec.qn) + 1 if half else max(spec.qp, -spec.qn)
+        half, weights = layer.weight.half_step, layer.weight.spec
+        largest = 2 * max(weights.qp, -weights.qn) + 1 if half else max(weights.qp, -weights.qn)
         self.reach = k * max(layer.input.spec.qp, -layer.input.spec.qn) * largest
-        scale = np.broadcast_to(layer.input.scale * layer.weight.scale.reshape(-1), (m,)).astype(np.float32)
+        scale = np.broadcast_to(layer.input.scale * layer.weight.scale.reshape(-1), (m,)).astype(np.float32)[columns]
         self.scale = scale * np.float32(0.5) if half else scale  # exact, so it does not matter when sums are halved
         bias = layer.folded_bias()
-        self.bias = np.zeros(m, np.float32) if bias is None else bias
-        self._following, self._activation = following, activation
+        self.bias = (np.zeros(m, np.float32) if bias is None else bias)[columns]
+        self._step, self._offset, self._spec, self._activation = step, offset, spec, activation
 
     def __call__(self, sums: np.ndarray) -> np.ndarray:
         """Codes of sums [.., M]."""
-        y = sums.astype(np.float32) * self.scale + self.bias
-        x = exact_float.activation(torch.from_numpy(y), self._activation).numpy()
-        spec, offset = self._following.spec, self._following.offset
-        shifted = x if offset is None else x - offset
-        return np.rint(shifted / self._following.scale).clip(spec.qn, spec.qp).astype(np.int64)
+        x = sums.astype(np.float32) * self.scale + self.bias
+        if self._activation is not None:
+            x = exact_float.activation(torch.from_numpy(x), self._activation).numpy()
+        shifted = x if self._offset is None else x - self._offset
+        return np.rint(shifted / self._step).clip(self._spec.qn, self._spec.qp).astype(np.int64)
 
 
 def _first(holds: Callable[[np.ndarray], np.ndarray], low: np.ndarray, high: np.ndarray | int) -> np.ndarray:

@@ -25,7 +25,7 @@ def test_every_sum(
     (block,) = qvit.freeze(student).blocks
     steps = activation_steps(block.fc1, block.fc2.input, activation)
     assert isinstance(steps, Steps), steps
-    function = _Codes(block.fc1, block.fc2.input, activation)
+    function = _Codes(block.fc1, slice(None), block.fc2.input.scale, block.fc2.input.offset, block.fc2.input.spec, activation)
     sums = np.arange(-function.reach, function.reach + 1)[:, None].repeat(len(steps.lowest), 1)
     assert np.array_equal(steps(sums), function(sums))
 

@@ -24,7 +24,7 @@ struct GemmArgs {
     const float* shift;       // standardised: [N]
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
-    const int4* steps;        // activation, CELLS: [N padded], see `qvit/engines/cuda/step_tables.py`
+    const int4* steps;        // activation, CELLS: [N padded], see `qvit/engines/cuda/step_tables.py`; heads, PERMUTED
     const uint16_t* table;    // [N padded / 2, CELLS, 2]
     const int* index;         // floats, SCATTER: [M], where rows go: of floats and codes, or of codes alone where it is 2
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
@@ -33,6 +33,8 @@ struct GemmArgs {
     int chunks;                        // floats and codes: tiles that a row of codes has
     float low, high, margin;           // of the next codes
     float low_k, high_k, margin_k, low_v, high_v;
+    float slope, slope_k;              // heads, PERMUTED: what is added to the margins
+    uint32_t tokens_inverse;           // heads, PERMUTED: 2^32 / tokens
     double eps;                        // of the rectified heads
 };
 
