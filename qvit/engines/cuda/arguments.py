@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-_POINTER, _INT, _LONG, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_longlong, ctypes.c_float, ctypes.c_double
+_POINTER, _INT, _UNSIGNED, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_longlong
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 
 
 def _fields(**types: str) -> list[tuple[str, Any]]:
     """``type = "name name .."`` in the order of the struct."""
-    kinds = {"p": _POINTER, "i": _INT, "l": _LONG, "f": _FLOAT, "d": _DOUBLE}
+    kinds = {"p": _POINTER, "i": _INT, "u": _UNSIGNED, "l": _LONG, "f": _FLOAT, "d": _DOUBLE}
     return [(name, kinds[kind[0]]) for kind, names in types.items() for name in names.split()]
 
 
@@ -22,9 +23,10 @@ class GemmArgs(ctypes.Structure):
     """``src/epilogue.cuh``."""
 
     _fields_ = _fields(
-        p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine thresholds index",
+        p="a b scale bias out out_k out_v residual gamma position inverse offset step shift weight affine steps table index",
         i="m n k ldo rows_in rows_out row_first heads tokens chunks",
-        f="low high margin low_k high_k margin_k low_v high_v",
+        f="low high margin low_k high_k margin_k low_v high_v slope slope_k",
+        u="tokens_inverse",
         d="eps",
     )
 

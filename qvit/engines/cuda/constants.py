@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled
-from qvit.engines.cuda.thresholds import activation_thresholds
+from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled, untiled
+from qvit.engines.cuda.ramps import ramps
+from qvit.engines.cuda.step_tables import slots, step_table
+from qvit.engines.cuda.thresholds import activation_steps, linear_steps
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
 from qvit.integer import ops
@@ -149,14 +151,75 @@ class CodeConstants:
         )
 
 
-def thresholds_of(layer: ops.Linear, following: ops.Quantizer, activation: str, to: Constants) -> torch.Tensor | None:
-    """`activation_thresholds` on the device, int32 [M padded, 4]."""
-    found = activation_thresholds(layer, following, activation)
-    if found is None:
-        return None
-    padded = np.zeros((pad(len(found), COLUMN_PAD), 4), np.int32)
-    padded[: len(found)] = found
-    return to.array(padded)
+class Permuted:
+    """What an epilogue reads of each column in the order that its kernel wants, and the weight in the same order.
+
+    Args:
+        steps: int32 [M, 4].
+        table: uint16 [M, cells], for `qvit.engines.cuda.step_tables`.
+    """
+
+    def __init__(self, to: Constants, steps: np.ndarray, table: np.ndarray | None = None) -> None:
+        self._to, self._steps, self._table = to, steps, table
+        self._kept: dict[tuple[int, bool], dict[str, torch.Tensor]] = {}
+
+    def arrays(self, layer: LinearConstants, width: int, bits: bool) -> dict[str, torch.Tensor]:
+        """The kernel's ``b``, ``steps`` int32 [M padded, 4] and ``table`` int32 [M padded / 2, cells].
+
+        Args:
+            layer: whose columns they are.
+            width: columns of which a lane has a quarter, one after the other.
+            bits: whether the product is of planes of bits.
+        """
+        if (width, bits) not in self._kept:
+            b = layer.b_planes if bits else layer.b
+            assert b is not None
+            columns = slots(width, len(b))
+            out = {"b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)]), "steps": self._moved(self._steps, columns)}
+            if self._table is not None:
+                out["table"] = self._to.array(_pairs(self._table, columns))
+            self._kept[width, bits] = out
+        return self._kept[width, bits]
+
+    def _moved(self, steps: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+        padded = np.zeros((len(columns), steps.shape[1]), steps.dtype)
+        padded[: len(steps)] = steps
+        return self._to.array(padded[columns])
+
+
+def _pairs(table: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Tables of two neighbouring columns share words; a lane of a quad finds its tables' place in u, beside the cell."""
+    cells = table.shape[1]
+    padded = np.zeros((len(columns), cells), np.int64)
+    padded[: len(table)] = table
+    pairs = padded[columns].reshape(-1, 4, 2, cells) - 256 * cells * np.arange(4)[:, None, None]
+    pairs %= 1 << 16
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 16).astype(np.uint32).reshape(-1).view(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationConstants:
+    """The table of the codes behind an activation.
+
+    Attributes:
+        cells: of a channel's table; 0 where there is no table.
+        permuted: the table; ``None`` where there is none.
+        why_not: why there is none.
+    """
+
+    cells: int
+    permuted: Permuted | None
+    why_not: str | None = None
+
+    @classmethod
+    def of(cls, layer: ops.Linear, following: ops.Quantizer, activation: str, to: Constants) -> ActivationConstants:
+        """The table for a layer, an activation and the quantizer of what leaves it."""
+        steps = activation_steps(layer, following, activation)
+        table = steps if isinstance(steps, str) else step_table(steps)
+        if isinstance(table, str):
+            return cls(0, None, table)
+        of_columns = np.stack([table.shift, table.most, table.factor, 0 * table.shift], 1).astype(np.int32)
+        return cls(table.entries.shape[1], Permuted(to, of_columns, table.entries))
 
 
 def activation_margin(quantizer: ops.Quantizer) -> float:
@@ -224,6 +287,9 @@ class HeadConstants:
         rectify: whether there is IRM.
         eps: of the standardisation.
         doubled: whether q is stored as ``2 c + 1``.
+        permuted: constants of the columns as `src/epilogue_heads.cuh` wants them; ``None`` where it computes the other way.
+        why_not: why it does.
+        permuted_margins: margins of q and k that way, and what is added to them.
     """
 
     gain: torch.Tensor
@@ -237,10 +303,13 @@ class HeadConstants:
     rectify: bool
     eps: float
     doubled: bool
+    permuted: Permuted | None
+    why_not: str | None
+    permuted_margins: tuple[tuple[float, float], ...]
 
     @classmethod
-    def of(cls, attention: ops.Attention, to: Constants) -> HeadConstants:
-        """The constants of a block's attention."""
+    def of(cls, attention: ops.Attention, layer: ops.Linear, to: Constants) -> HeadConstants:
+        """The constants of a block's attention behind ``layer``."""
         shape, columns = (attention.heads, attention.head_dim), attention.heads * attention.head_dim
         arrays: dict[str, list[np.ndarray]] = {key: [] for key in ("gain", "shift", "weight", "affine", "offset", "step")}
         margins = []
@@ -271,7 +340,11 @@ class HeadConstants:
             key: to.floats(np.concatenate(parts), 3 * columns, padded, 1.0 if key == "step" else 0.0)
             for key, parts in arrays.items()
         }
+        steps = _head_steps(attention, layer, {key: np.concatenate(parts) for key, parts in arrays.items()})
         return cls(
+            permuted=None if isinstance(steps, str) else Permuted(to, steps),
+            why_not=steps if isinstance(steps, str) else None,
+            permuted_margins=tuple(_row_margins(quantizer, rectify) for quantizer, rectify in parts[:2]),
             **moved,
             ranges=tuple((float(s.spec.qn), float(s.spec.qp)) for s in (attention.q, attention.k, attention.v)),
             margins=tuple(margins[:2]),
@@ -279,6 +352,56 @@ class HeadConstants:
             eps=attention.rectify_q.eps if attention.rectify_q is not None else 0.0,
             doubled=doubles_q(attention),
         )
+
+
+_RECTIFIED_CODES = 128  # of a rectified q or k: more do not leave 16 bits behind the point
+
+
+def _head_steps(attention: ops.Attention, layer: ops.Linear, arrays: dict[str, np.ndarray]) -> np.ndarray | str:
+    """int32 [3 C, 4] as `src/epilogue_heads.cuh` wants them, or why there are none."""
+    width = attention.heads * attention.head_dim
+    out = np.zeros((3 * width, 4), np.int32)
+    half = _F32(0.5 if layer.weight.half_step else 1.0)
+    scale = np.broadcast_to(layer.input.scale * layer.weight.scale.reshape(-1), (3 * width,)).astype(_F32) * half
+    for index, (quantizer, rectify) in enumerate(
+        ((attention.q, attention.rectify_q), (attention.k, attention.rectify_k), (attention.v, None))
+    ):
+        columns, spec = slice(index * width, (index + 1) * width), quantizer.spec
+        if rectify is None:
+            steps = linear_steps(layer, columns, arrays["step"][columns], arrays["offset"][columns], spec)
+            lowest = 0 if index == 0 and doubles_q(attention) else spec.qn
+            found = steps if isinstance(steps, str) else ramps(steps, scale[columns] / arrays["step"][columns], lowest)
+            if isinstance(found, str):
+                return f"{'qkv'[index]}: {found}"
+            out[columns] = found.astype(np.uint32).view(np.int32)
+            continue
+        if spec.qp - spec.qn >= _RECTIFIED_CODES:
+            return f"{'qkv'[index]}: {spec.qp - spec.qn + 1} codes behind a standardisation, more than {_RECTIFIED_CODES}"
+        folded = layer.folded_bias()
+        bias = np.zeros(width, _F32) if folded is None else folded[columns]
+        codes = spec.qp - spec.qn
+        shift = (arrays["affine"][columns] - arrays["offset"][columns].astype(np.float64)) / arrays["step"][columns] - spec.qn
+        gain = arrays["weight"][columns] / arrays["step"][columns].astype(np.float64) / codes
+        numbers = np.stack([scale[columns], bias, gain, shift / codes], 1).astype(_F32).reshape(-1, 2, 2, 2)
+        out[columns] = numbers.transpose(0, 2, 1, 3).reshape(-1, 4).view(np.int32)
+    return out
+
+
+def _row_margins(quantizer: ops.Quantizer, rectify: ops.Rectify | None) -> tuple[float, float]:
+    """How far a code between two neighbours is from what the rectified kernel computes, at most: a + b E[y^2] / Var[y]."""
+    if rectify is None:
+        return 0.0, 0.0
+    spec, step, ulp = quantizer.spec, quantizer.scale.astype(np.float64), _ULPS / 16
+    offset = np.zeros(1) if quantizer.offset is None else quantizer.offset.astype(np.float64)
+    codes = spec.qp - spec.qn + 1
+    shapes = (rectify.weight[:, None], rectify.bias[:, None])
+    gain, shift = float(np.abs(shapes[0] / step).max()), float(np.abs((shapes[1] - offset) / step - spec.qn).max())
+    reach = codes + shift  # of the product with gain, where the sum is within the range of the codes
+    # Roundings: mean and E[y^2] are sums with 8 behind each other; rsqrt has two; the others one each, here and in the reference.
+    return (
+        2.0**-17 + ulp * (10 * reach + float(np.abs(offset / step).max()) + shift + 4 * codes),
+        ulp * (12 * reach + 10 * gain),
+    )
 
 
 def doubles_q(attention: ops.Attention) -> bool:

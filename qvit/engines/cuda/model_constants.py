@@ -41,7 +41,7 @@ class ModelConstants:
                     "windows": None if windows is None else WindowConstants.of(windows, to),
                     "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
                     "qkv": c.LinearConstants.of(block.qkv, to),
-                    "heads": c.HeadConstants.of(block.attention, to),
+                    "heads": c.HeadConstants.of(block.attention, block.qkv, to),
                     "attention": c.AttentionConstants.of(block.attention, to),
                     "values": c.ValueConstants.of(block.attention, block.proj.input, to),
                     "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
@@ -51,7 +51,7 @@ class ModelConstants:
                     "fc1": c.LinearConstants.of(block.fc1, to),
                     "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
                     "fc2_margin": c.activation_margin(block.fc2.input),
-                    "thresholds": c.thresholds_of(block.fc1, block.fc2.input, a.activation, to),
+                    "activation": c.ActivationConstants.of(block.fc1, block.fc2.input, a.activation, to),
                     "fc2": c.LinearConstants.of(block.fc2, to),
                     "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
                 }

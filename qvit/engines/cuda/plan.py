@@ -333,16 +333,25 @@ class Plan(ABC):
             "low": codes.low,
             "high": codes.high,
             "margin": block["fc2_margin"],
-            "thresholds": block["thresholds"],
         }
-        kind = _ACTIVATIONS.index(self.model.architecture.activation)
+        layer, activation = block["fc1"], block["activation"]
         defines = {
             "EPILOGUE": _ACTIVATION,
-            "ACTIVATION": kind,
-            "THRESHOLDS": int(block["thresholds"] is not None),
+            "ACTIVATION": _ACTIVATIONS.index(self.model.architecture.activation),
+            "CELLS": activation.cells,
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
         }
-        self._gemm(block["fc1"], defines, a, values, self._bits(block["fc1"]))
+        tile, bits = self._tile(layer)
+        if activation.permuted is not None:
+            cut = tile.defines(layer.k)
+            values |= activation.permuted.arrays(layer, cut["kBN"] // cut.get("kWarpsN", 1), bits)
+        self._gemm(layer, defines, a, values, tile)
+
+    def _tile(self, layer: c.LinearConstants) -> tuple[Tile, bool]:
+        """How a layer of a block is computed, and whether that is with one-bit products."""
+        if (bits := self._bits(layer)) is not None:
+            return bits, True
+        return choose(self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper), False
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
@@ -371,13 +380,21 @@ class Plan(ABC):
             "high_v": high_v,
             "eps": heads.eps,
         }
+        layer: c.LinearConstants = block["qkv"]
+        tile, bits = self._tile(layer)
+        if heads.permuted is not None:
+            (margin, slope), (margin_k, slope_k) = heads.permuted_margins
+            values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
+            values |= {"tokens_inverse": min(2**32 // shape.tokens, 2**32 - 1)}
+            values |= heads.permuted.arrays(layer, shape.head_dim, bits)
         defines = {
             "EPILOGUE": _HEADS,
+            "PERMUTED": int(heads.permuted is not None),
             "HEAD_DIM": shape.head_dim,
             "RECTIFY": int(heads.rectify),
             "Q_DOUBLED": int(heads.doubled),
         }
-        self._gemm(block["qkv"], defines, a, values, self._bits(block["qkv"]))
+        self._gemm(layer, defines, a, values, tile)
         for part, codes, (least, _) in zip(("q", "k", "v"), out, heads.ranges, strict=True):
             doubled = part == "q" and heads.doubled
             self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)

@@ -16,6 +16,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __restrict__
 #define __launch_bounds__(...)
 
@@ -30,6 +31,9 @@ struct alignas(16) float4 {
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+    int x, y, z, w;
 };
 struct alignas(8) uint2 {
     unsigned x, y;
@@ -188,14 +192,14 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-    struct Sent {
+T __shfl_sync(unsigned, T value, int source) {
+    struct In {
         T value;
-        int lane;
+        int source;
     };
-    return emulation::together<Sent, T>(Sent{value, lane}, [](const Sent* in, T* out) {
+    return emulation::together<In, T>({value, source}, [](const In* in, T* out) {
         for (int i = 0; i < 32; i++) {
-            out[i] = in[in[i].lane].value;
+            out[i] = in[in[i].source % 32].value;
         }
     });
 }
@@ -235,6 +239,11 @@ inline int __float_as_int(float a) {
     memcpy(&b, &a, 4);
     return b;
 }
+inline float __int_as_float(int a) {
+    float b;
+    memcpy(&b, &a, 4);
+    return b;
+}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
     unsigned out = 0;
@@ -243,7 +252,19 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     }
     return out;
 }
+inline float __saturatef(float a) { return a > 0.0f ? a < 1.0f ? a : 1.0f : 0.0f; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 inline int __ffs(int a) { return __builtin_ffs(a); }
+inline unsigned __vminu2(unsigned a, unsigned b) {
+    return (a >> 16 < b >> 16 ? a >> 16 : b >> 16) << 16 | ((a & 0xFFFF) < (b & 0xFFFF) ? a & 0xFFFF : b & 0xFFFF);
+}
+inline unsigned __vabsdiffu4(unsigned a, unsigned b) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i += 8) {
+        out |= static_cast<unsigned>(abs(static_cast<int>(a >> i & 0xFF) - static_cast<int>(b >> i & 0xFF))) << i;
+    }
+    return out;
+}
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline int atomicExch(int* to, int value) {
     const int old = *to;

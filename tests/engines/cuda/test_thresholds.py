@@ -1,4 +1,4 @@
-"""Comparisons give the codes of the function that they stand for, on every sum."""
+"""Step functions give the codes of the function that they stand for, on every sum."""
 
 from __future__ import annotations
 
@@ -9,31 +9,27 @@ import numpy as np
 import pytest
 
 import qvit
-from qvit.engines.cuda.thresholds import _Codes, activation_thresholds, compare
+from qvit.engines.cuda.thresholds import Steps, _Codes, activation_steps
 from qvit.spec import ModelSpec
 
 Factory = Callable[..., Any]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("changes", [{}, {"weight_quantizer": "statsq"}, {"overrides": {"*.fc2.input": {"offset": "none"}}}])
 def test_every_sum(
-    activation: str, changes: dict[str, Any], make_student: Factory, small_vit: Factory, perturb: Factory
+    activation: str, bits: int, changes: dict[str, Any], make_student: Factory, small_vit: Factory, perturb: Factory
 ) -> None:
-    student = perturb(make_student(small_vit(embed_dim=32, num_heads=1, depth=2), spec=ModelSpec.of_bits(2, **changes)))
-    seen = 0
-    for block in qvit.freeze(student).blocks:
-        thresholds = activation_thresholds(block.fc1, block.fc2.input, activation)
-        if thresholds is None:
-            continue
-        seen += 1
-        function = _Codes(block.fc1, block.fc2.input, activation)
-        for total in range(-function.reach, function.reach + 1):
-            sums = np.full(len(thresholds), total)
-            assert np.array_equal(compare(thresholds, sums) + block.fc2.input.spec.qn, function(sums)), total
-    assert seen
+    student = perturb(make_student(small_vit(embed_dim=32, num_heads=1, depth=1), spec=ModelSpec.of_bits(bits, **changes)))
+    (block,) = qvit.freeze(student).blocks
+    steps = activation_steps(block.fc1, block.fc2.input, activation)
+    assert isinstance(steps, Steps), steps
+    function = _Codes(block.fc1, slice(None), block.fc2.input.scale, block.fc2.input.offset, block.fc2.input.spec, activation)
+    sums = np.arange(-function.reach, function.reach + 1)[:, None].repeat(len(steps.lowest), 1)
+    assert np.array_equal(steps(sums), function(sums))
 
 
 def test_not_for_more_codes(make_student: Factory, small_vit: Factory) -> None:
-    (block,) = qvit.freeze(make_student(small_vit(embed_dim=32, num_heads=1, depth=1), spec=ModelSpec.of_bits(3))).blocks
-    assert activation_thresholds(block.fc1, block.fc2.input, "gelu") is None
+    (block,) = qvit.freeze(make_student(small_vit(embed_dim=32, num_heads=1, depth=1), spec=ModelSpec.of_bits(8))).blocks
+    assert activation_steps(block.fc1, block.fc2.input, "gelu") == "256 codes, more than 16"

@@ -24,7 +24,8 @@ struct GemmArgs {
     const float* shift;       // standardised: [N]
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
-    const uint4* thresholds;  // activation, THRESHOLDS: [N padded], see `qvit/engines/cuda/thresholds.py`
+    const int4* steps;        // activation, CELLS: [N padded], see `qvit/engines/cuda/step_tables.py`; heads, PERMUTED
+    const uint16_t* table;    // [N padded / 2, CELLS, 2]
     const int* index;         // floats, SCATTER: [M], where rows go: of floats and codes, or of codes alone where it is 2
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
     int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in
@@ -32,6 +33,8 @@ struct GemmArgs {
     int chunks;                        // floats and codes: tiles that a row of codes has
     float low, high, margin;           // of the next codes
     float low_k, high_k, margin_k, low_v, high_v;
+    float slope, slope_k;              // heads, PERMUTED: what is added to the margins
+    uint32_t tokens_inverse;           // heads, PERMUTED: 2^32 / tokens
     double eps;                        // of the rectified heads
 };
 
@@ -43,6 +46,38 @@ constexpr int kLine = kOut + 16;
 __device__ __forceinline__ float affine(int sum, float scale, float bias) {
     const float whole = __int2float_rn(sum);
     return __fadd_rn(__fmul_rn(W_HALF ? 0.5f * whole : whole, scale), bias);
+}
+
+// min(max(sum + shift, 0), most), one instruction on Hopper.
+__device__ __forceinline__ int clamp_sum(int sum, int shift, int most) {
+#ifdef QVIT_EMULATION
+    return max(min(sum + shift, most), 0);
+#else
+    return __viaddmin_s32_relu(sum, shift, most);
+#endif
+}
+
+// What no kernel writes.
+template <class T>
+__device__ __forceinline__ T load_constant(const T* from) {
+#ifdef QVIT_EMULATION
+    return *from;
+#else
+    return __ldg(from);
+#endif
+}
+
+// Makes the compiler have a value in a register as it is, so that addresses are sums of a base, an index and a constant.
+template <class T>
+__device__ __forceinline__ void keep(const T*& address) {
+#ifndef QVIT_EMULATION
+    asm("" : "+l"(address));
+#endif
+}
+__device__ __forceinline__ void keep(uint32_t& index) {
+#ifndef QVIT_EMULATION
+    asm("" : "+r"(index));
+#endif
 }
 
 // Two neighbouring constants.

@@ -5,6 +5,233 @@
 
 constexpr int kHeadColumns = HEAD_DIM / 8;  // fragments
 
+#if PERMUTED
+
+// Columns are permuted within heads (`slots` in `qvit/engines/cuda/step_tables.py`): a lane's HEAD_DIM / 4 codes of a row lie next
+// to each other and go out from registers. `p.steps` has four numbers a column: of a linear one (`ramps.py`)
+//     code = byte 3 of min(max(sum + [0], 0), [1]) * [2] + [3],
+// and of two rectified ones scale, bias, scale, bias; gain, shift, gain, shift, which lead to codes between 0 and 1.
+constexpr int kWords = HEAD_DIM / 16;  // of codes that a lane has in a row
+constexpr int kFraction = 16;          // bits behind the point of a rectified code
+
+// Packed bytes of `low` .. from those of 0 ..; twice and one more where `doubled`. No byte carries into the next.
+__device__ __forceinline__ uint32_t shifted(uint32_t codes, int low, bool doubled) {
+    const uint32_t first = static_cast<uint32_t>(doubled ? 129 + 2 * low : 128 + low);
+    return (codes * (doubled ? 2u : 1u) + first * 0x01010101u) ^ 0x80808080u;
+}
+
+// Standardised (row by row) and rounded as defined: a warp computes one row of a head, HEAD_DIM / 32 columns a lane. `own` has the
+// lane's values of its quad's row, and the row that is computed is `quad`'s. Returns the codes of a row that are the lane's, with
+// the lowest as 0.
+struct RowCodes {
+    uint32_t at[kWords];
+};
+
+__device__ __noinline__ RowCodes exact_row(int quad, const float* weight, const float* affine, const float* offset, const float* step,
+                                           double eps, float low, float high, RowCodes own0, RowCodes own1, RowCodes own2,
+                                           RowCodes own3) {
+    constexpr int kEach = HEAD_DIM / 32;
+    const int lane = threadIdx.x % 32;
+    float y[kEach] = {};
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 4; i++) {  // column HEAD_DIM / 4 t + i is lane t's of the quad, and goes to lane column / kEach
+        const RowCodes& from = i / kWords == 0 ? own0 : i / kWords == 1 ? own1 : i / kWords == 2 ? own2 : own3;
+        const uint32_t value = __shfl_sync(kAll, from.at[i % kWords], 4 * quad + lane / 8);
+        if (lane % 8 == i / kEach) {
+            y[i % kEach] = __int_as_float(static_cast<int>(value));
+        }
+    }
+    double sum = 0.0, squares = 0.0;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+        sum += static_cast<double>(y[e]);
+    }
+    const double mean = warp_sum(sum) / HEAD_DIM;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+        const double d = static_cast<double>(y[e]) - mean;
+        squares += d * d;
+    }
+    const double rstd = 1.0 / sqrt(warp_sum(squares) / HEAD_DIM + eps);
+    uint32_t codes = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+        const int c = kEach * lane + e;
+        const float z = __double2float_rn((static_cast<double>(y[e]) - mean) * rstd);
+        const float x = __fadd_rn(__fmul_rn(z, weight[c]), affine[c]);
+        codes |= static_cast<uint32_t>(exact_code(x, offset[c], step[c], low, high) - static_cast<int>(low)) << (8 * e);
+    }
+    // Four codes a lane, then the words of each lane of a quad.
+    if (kEach == 2) {
+        codes |= __shfl_xor_sync(kAll, codes, 1) << 16;
+    } else {
+        codes |= __shfl_xor_sync(kAll, codes, 1) << 8;
+        codes |= __shfl_xor_sync(kAll, codes, 2) << 16;
+    }
+    RowCodes out;
+#pragma unroll
+    for (int w = 0; w < kWords; w++) {
+        out.at[w] = __shfl_sync(kAll, codes, lane % 4 * 8 + w * (4 / kEach));
+    }
+    return out;
+}
+
+// Two rows of one head that a quad holds, from sums to codes with the lowest as 0.
+__device__ __forceinline__ void rectified(const GemmArgs& p, const int (&sums)[kColumns][4], int first_fragment, int first, int part,
+                                          int lane, uint32_t (&codes)[2][kWords]) {
+    const float low = part == 0 ? p.low : p.low_k, high = part == 0 ? p.high : p.high_k;
+    const int4* constants = p.steps + first + 2 * (lane % 4);
+    float y[kHeadColumns][4];
+    float sum[2][4] = {}, squares[2][4] = {};  // four of each, so that few roundings are one after the other
+#pragma unroll
+    for (int j = 0; j < kHeadColumns; j++) {
+        const int4 s = load_constant(constants + 8 * j);
+        const float scale[2] = {__int_as_float(s.x), __int_as_float(s.z)}, bias[2] = {__int_as_float(s.y), __int_as_float(s.w)};
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float v = __fadd_rn(__fmul_rn(__int2float_rn(sums[first_fragment + j][e]), scale[e % 2]), bias[e % 2]);
+            y[j][e] = v;
+            sum[e / 2][j % 2 * 2 + e % 2] += v;
+            squares[e / 2][j % 2 * 2 + e % 2] = fmaf(v, v, squares[e / 2][j % 2 * 2 + e % 2]);
+        }
+    }
+    float rstd[2], shift[2], whole[2];
+    uint32_t reach[2], least[2] = {0xFFFFFFFFu, 0xFFFFFFFFu};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const float(&s)[4] = sum[half], (&q)[4] = squares[half];
+        const float mean = quad_sum((s[0] + s[1]) + (s[2] + s[3])) * (1.0f / HEAD_DIM);
+        const float square = quad_sum((q[0] + q[1]) + (q[2] + q[3])) * (1.0f / HEAD_DIM);
+        rstd[half] = rsqrtf(fmaxf(fmaf(-mean, mean, square), 0.0f) + static_cast<float>(p.eps));
+        shift[half] = -mean * rstd[half];
+        // Where the mean is large beside the deviation, its square takes digits from the variance.
+        const float margin = part == 0 ? fmaf(p.slope, square * rstd[half] * rstd[half], p.margin)
+                                       : fmaf(p.slope_k, square * rstd[half] * rstd[half], p.margin_k);
+        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes.
+        const float units = ceilf(fminf(margin * (1 << kFraction), 16384.0f));
+        reach[half] = 2 * static_cast<uint32_t>(units);
+        whole[half] = 8388608.0f + (1 << (kFraction - 1)) + units;
+    }
+    const float most = (high - low) * (1 << kFraction);
+#pragma unroll
+    for (int j = 0; j < kHeadColumns; j++) {
+        const int4 s = load_constant(constants + 8 * j + 1);
+        const float gain[2] = {__int_as_float(s.x), __int_as_float(s.z)}, offset[2] = {__int_as_float(s.y), __int_as_float(s.w)};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t u[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float z = fmaf(y[j][2 * half + e], rstd[half], shift[half]);
+                u[e] = static_cast<uint32_t>(__float_as_int(fmaf(__saturatef(fmaf(z, gain[e], offset[e])), most, whole[half])));
+            }
+            least[half] = __vminu2(least[half], __byte_perm(u[0], u[1], 0x5410));
+            const uint32_t pair = __byte_perm(u[0], u[1], 0x0062);
+            uint32_t& word = codes[half][j / 2];
+            word = j % 2 == 0 ? pair : __byte_perm(word, pair, 0x5410);
+        }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const uint32_t nearest = min(least[half] & 0xFFFFu, least[half] >> 16);
+        unsigned doubts = __ballot_sync(kAll, nearest <= reach[half] || reach[half] >= 32768u);
+        while (doubts != 0) {
+            const int quad = (__ffs(static_cast<int>(doubts)) - 1) / 4;
+            doubts &= ~(0xFu << (4 * quad));
+            RowCodes own[4] = {};
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 4; i++) {
+                own[i / kWords].at[i % kWords] = static_cast<uint32_t>(__float_as_int(y[i / 2][2 * half + i % 2]));
+            }
+            const RowCodes right = exact_row(quad, p.weight + first, p.affine + first, p.offset + first, p.step + first, p.eps, low,
+                                             high, own[0], own[1], own[2], own[3]);
+            if (lane / 4 == quad) {
+#pragma unroll
+                for (int w = 0; w < kWords; w++) {
+                    codes[half][w] = right.at[w];
+                }
+            }
+        }
+    }
+}
+
+// The same of columns whose codes follow from the sum alone.
+__device__ __forceinline__ void linear(const GemmArgs& p, const int (&sums)[kColumns][4], int first_fragment, int first, int lane,
+                                       uint32_t (&codes)[2][kWords]) {
+    const int4* constants = p.steps + first + 2 * (lane % 4);
+#pragma unroll
+    for (int j = 0; j < kHeadColumns; j++) {
+        const int4 ramp[2] = {load_constant(constants + 8 * j), load_constant(constants + 8 * j + 1)};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t u[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const uint32_t w = static_cast<uint32_t>(clamp_sum(sums[first_fragment + j][2 * half + e], ramp[e].x, ramp[e].y));
+                u[e] = w * static_cast<uint32_t>(ramp[e].z) + static_cast<uint32_t>(ramp[e].w);
+            }
+            const uint32_t pair = __byte_perm(u[0], u[1], 0x0073);
+            uint32_t& word = codes[half][j / 2];
+            word = j % 2 == 0 ? pair : __byte_perm(word, pair, 0x5410);
+        }
+    }
+}
+
+__device__ __forceinline__ void store(unsigned char* to, const uint32_t (&words)[kWords]) {
+#if HEAD_DIM == 64
+    *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
+#else
+    *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+#endif
+}
+
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
+                                       int (&sums)[kRows][kColumns][4]) {
+    const int width = p.heads * HEAD_DIM;
+    int part = column0 / width, head = (column0 - part * width) / HEAD_DIM;
+#pragma unroll
+    for (int h = 0; h < kWN / HEAD_DIM; h++) {
+        const bool doubled = Q_DOUBLED && part == 0;
+        unsigned char* out = static_cast<unsigned char*>(part == 0 ? p.out : part == 1 ? p.out_k : p.out_v);
+#pragma unroll
+        for (int i = 0; i < kRows; i++) {
+            uint32_t codes[2][kWords];
+            if (RECTIFY && part < 2) {
+                rectified(p, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, part, lane, codes);
+            } else {
+                linear(p, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, lane, codes);
+            }
+            const bool moves = doubled || (RECTIFY && part < 2);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = row0 + 16 * i + 8 * half + lane / 4;
+                if (moves) {
+#pragma unroll
+                    for (int w = 0; w < kWords; w++) {
+                        codes[half][w] = shifted(codes[half][w], static_cast<int>(part == 0 ? p.low : p.low_k), doubled);
+                    }
+                }
+                if (row < p.m && part < 3) {
+                    int image = static_cast<int>(__umulhi(static_cast<uint32_t>(row), p.tokens_inverse));
+                    int token = row - image * p.tokens;
+                    if (token >= p.tokens) {  // the product with the inverse is at most one too low
+                        image++;
+                        token -= p.tokens;
+                    }
+                    const size_t line = static_cast<size_t>(image * p.heads + head) * p.tokens + token;
+                    store(out + line * HEAD_DIM + lane % 4 * (HEAD_DIM / 4), codes[half]);
+                }
+            }
+        }
+        if (++head == p.heads) {
+            head = 0;
+            part++;
+        }
+    }
+}
+
+#else
+
 // The two rows of one head that a quad holds, from sums to codes.
 __device__ __forceinline__ void rectified(const GemmArgs& p, float (&y)[kHeadColumns][4], int c0, float low, float high,
                                           float margin, int (&codes)[kHeadColumns][4]) {
@@ -120,3 +347,5 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
         return static_cast<unsigned char*>(to) + line * HEAD_DIM + c % HEAD_DIM;
     });
 }
+
+#endif
