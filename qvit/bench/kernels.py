@@ -172,6 +172,7 @@ def _unknown(launch: Launch) -> Work:
 
 _WORK: dict[str, Callable[[Launch], Work]] = {
     "gemm": _gemm,
+    "gemm_few": _gemm,
     "gemm_hopper": _gemm,
     "attention": _attention,
     "norm": _norm,

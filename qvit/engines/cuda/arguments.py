@@ -63,6 +63,7 @@ class PoolArgs(ctypes.Structure):
 
 ARGUMENTS = {
     "gemm": GemmArgs,
+    "gemm_few": GemmArgs,
     "gemm_hopper": GemmArgs,
     "attention": AttentionArgs,
     "norm": NormArgs,

@@ -13,6 +13,7 @@ import torch
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
+from qvit.engines.cuda.few_tiles import choose_few
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_whole_rows
@@ -195,6 +196,9 @@ class Plan(ABC):
     ) -> None:
         rows = values.pop("rows")
         bits = isinstance(tile, HopperTile) and tile.bits
+        if tile is None:
+            part = epilogue.get("HEAD_DIM") or (8 if epilogue["EPILOGUE"] == _FLOATS else 32 if epilogue["OUT_BITS"] else 16)
+            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         values = {
             "a": a,

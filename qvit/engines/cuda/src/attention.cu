@@ -335,6 +335,7 @@ struct Rows {
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, kBlocks) kernel(const AttentionArgs p) {
+    await_former_kernel();
     QVIT_SHARED(memory);
     unsigned char *keys = memory, *values = memory + kKeyBytes;
     int* key_sums = reinterpret_cast<int*>(memory + kKeyBytes + kValueBytes);

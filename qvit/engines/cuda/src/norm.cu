@@ -57,6 +57,7 @@ __device__ __forceinline__ float exact_value(const NormArgs& p, const Moments& o
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
+    await_former_kernel();
     const int lane = threadIdx.x % 32;
     const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
     if (row >= p.rows) {

@@ -1,0 +1,194 @@
+// Products of codes with few rows, as of one image: many small blocks, none of which waits twice for memory.
+//
+//     sums[M, N] = a[M, K] b[N, K]^T,   y = sums * scale[n] + bias[n]
+//
+// A block computes a tile of kBM x kBN sums. Its kSplit x kWarpsN warps share out k and the columns among themselves; each loads
+// what it needs straight into registers, all at once, and b, which no kernel writes, even before the kernel before has ended.
+// The sums of all shares of k meet in shared memory, and each warp takes parts of the tile through the epilogue.
+//
+// The order of k does not matter as long as a and b have the same. So a lane takes 16 neighbouring bytes of a row, four lanes
+// a unit of 64, and the words of these are operands of two products:
+//
+//     unit:     bytes 16t .. 16t + 3 | 16t + 4 ..  | 16t + 8 ..  | 16t + 12 ..      of lane t of a row's four
+//     product:  first, low half      | high half   | second, low | high half
+//
+// Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py`.
+
+constexpr int kWarps = kSplit * kWarpsN;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kPN = kBN / kWarpsN;                    // columns that a warp multiplies
+constexpr int kUnit = 64;                             // bytes of k; a warp has kUnits at a time
+constexpr int kEightsA = kBM / 8, kEightsB = kPN / 8; // eights of rows of a and of b
+constexpr int kWM = 16, kWN = kPart;                  // a warp's part of the epilogue
+constexpr int kRows = 1, kColumns = kWN / 8;          // in fragments
+constexpr int kParts = kBM / kWM * (kBN / kWN);
+static_assert(kBN % kWarpsN == 0 && kPN % 8 == 0 && kBM % 16 == 0 && kBN % kPart == 0, "tiles are cut evenly");
+
+#include "epilogue.cuh"
+
+constexpr int kSumBytes = 4 * kSplit * kBM * kBN;
+
+struct Share {
+    uint4 a[kUnits][kEightsA], b[kUnits][kEightsB];
+};
+
+// A lane's 16 bytes of eight rows' unit.
+__device__ __forceinline__ uint4 piece_of(const void* codes, int row, int unit, int lane, int chunks) {
+    const unsigned char* from = static_cast<const unsigned char*>(codes);
+    return *reinterpret_cast<const uint4*>(from + code_at(row + lane / 4, kUnit * unit + lane % 4 * 16, chunks));
+}
+
+template <int kCount>
+__device__ __forceinline__ void fetch(const void* codes, int row, int unit, int units, int lane, int chunks,
+                                      uint4 (&to)[kUnits][kCount]) {
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+#pragma unroll
+        for (int i = 0; i < kCount; i++) {
+            to[u][i] = {0u, 0u, 0u, 0u};
+            if (unit + u < units) {
+                to[u][i] = piece_of(codes, row + 8 * i, unit + u, lane, chunks);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA / 2][kEightsB][4]) {
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+#pragma unroll
+        for (int i = 0; i < kEightsA / 2; i++) {
+            const uint4 &up = of.a[u][2 * i], &down = of.a[u][2 * i + 1];
+            const uint32_t first[4] = {up.x, down.x, up.y, down.y}, second[4] = {up.z, down.z, up.w, down.w};
+#pragma unroll
+            for (int j = 0; j < kEightsB; j++) {
+                const uint32_t b_first[2] = {of.b[u][j].x, of.b[u][j].y}, b_second[2] = {of.b[u][j].z, of.b[u][j].w};
+                multiply<A_SIGNED>(sums[i][j], first, b_first);
+                multiply<A_SIGNED>(sums[i][j], second, b_second);
+            }
+        }
+    }
+}
+
+// What the epilogue is going to read comes into the first-level cache while operands are under way; `place`: 16 bytes to no use.
+struct Toucher {
+    unsigned char* place;
+
+    __device__ __forceinline__ void columns(const void* from, int bytes, int column0) const {
+        if (from) {
+            for (int i = threadIdx.x; i < kBN * bytes / 16; i += kThreads) {
+                touch(place, static_cast<const unsigned char*>(from) + column0 * bytes + 16 * i);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void constants(const GemmArgs& p, int column0) const {
+#if EPILOGUE == 1 && THRESHOLDS
+        columns(p.thresholds, 16, column0);
+#else
+        columns(p.scale, 4, column0);
+        columns(p.bias, 4, column0);
+#endif
+#if EPILOGUE == 1 && !THRESHOLDS
+        columns(p.inverse, 4, column0);
+        columns(p.offset, 4, column0);
+#elif EPILOGUE == 2
+        columns(p.inverse, 4, column0);
+        columns(p.shift, 4, column0);
+        columns(p.offset, 4, column0);
+        columns(p.step, 4, column0);
+#endif
+    }
+
+#if EPILOGUE == 0 && (RESIDUAL || POSITION)
+    __device__ __forceinline__ void rows(const GemmArgs& p, int row0, int column0) const {
+        if (p.ldo % 4 || p.n % 4) {
+            return;  // rows begin anywhere
+        }
+        for (int i = threadIdx.x; i < kBM * (kBN / 4); i += kThreads) {
+            const int r = row0 + i / (kBN / 4), c = column0 + i % (kBN / 4) * 4;
+            if (r < p.m && c < p.n) {
+                const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
+                if constexpr (RESIDUAL) {
+                    touch(place, p.residual + static_cast<size_t>(to) * p.ldo + c);
+                }
+                if constexpr (POSITION) {
+                    touch(place, p.position + static_cast<size_t>(to % p.rows_out) * p.n + c);
+                }
+            }
+        }
+    }
+#endif
+};
+
+#ifndef QVIT_EMULATION
+extern "C"
+#endif
+__global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
+    QVIT_SHARED(memory);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int tiles_n = (p.n + kBN - 1) / kBN, chunks = (p.k + kChunk - 1) / kChunk, units = (p.k + kUnit - 1) / kUnit;
+    const int row0 = blockIdx.x / tiles_n * kBM, column0 = blockIdx.x % tiles_n * kBN;
+    const int share = warp / kWarpsN, part0 = warp % kWarpsN * kPN;
+    uint4* const meeting = reinterpret_cast<uint4*>(memory);  // [kSplit][kBM / 16][kBN / 8][32], a fragment's sums of each lane
+    unsigned char* const lines = memory + kSumBytes;
+
+    Share of;
+    fetch(p.b, column0 + part0, share * kUnits, units, lane, chunks, of.b);
+    await_former_kernel();
+    fetch(p.a, row0, share * kUnits, units, lane, chunks, of.a);
+#if TOUCH
+    const Toucher toucher = {lines + 16 * lane};
+    toucher.constants(p, column0);
+#if EPILOGUE == 0 && (RESIDUAL || POSITION)
+    toucher.rows(p, row0, column0);
+#endif
+    copies_end_group();
+#endif
+    {
+        int sums[kEightsA / 2][kEightsB][4] = {};
+        accumulate(of, sums);
+#pragma unroll 1
+        for (int unit = (kSplit + share) * kUnits; unit < units; unit += kSplit * kUnits) {
+            fetch(p.b, column0 + part0, unit, units, lane, chunks, of.b);
+            fetch(p.a, row0, unit, units, lane, chunks, of.a);
+            accumulate(of, sums);
+        }
+#pragma unroll
+        for (int i = 0; i < kEightsA / 2; i++) {
+#pragma unroll
+            for (int j = 0; j < kEightsB; j++) {
+                const int (&s)[4] = sums[i][j];
+                meeting[((share * (kBM / 16) + i) * (kBN / 8) + part0 / 8 + j) * 32 + lane] = {
+                    static_cast<uint32_t>(s[0]), static_cast<uint32_t>(s[1]), static_cast<uint32_t>(s[2]),
+                    static_cast<uint32_t>(s[3])};
+            }
+        }
+    }
+#if TOUCH
+    copies_wait<0>();  // lines are used below
+#endif
+    __syncthreads();
+#pragma unroll 1
+    for (int part = warp; part < kParts; part += kWarps) {
+        const int i = part / (kBN / kWN), j0 = part % (kBN / kWN) * kColumns;
+        int sums[kRows][kColumns][4] = {};
+#pragma unroll
+        for (int s = 0; s < kSplit; s++) {
+#pragma unroll
+            for (int j = 0; j < kColumns; j++) {
+                const uint4 one = meeting[((s * (kBM / 16) + i) * (kBN / 8) + j0 + j) * 32 + lane];
+                sums[0][j][0] += static_cast<int>(one.x), sums[0][j][1] += static_cast<int>(one.y);
+                sums[0][j][2] += static_cast<int>(one.z), sums[0][j][3] += static_cast<int>(one.w);
+            }
+        }
+        finish(p, row0 + kWM * i, column0 + 8 * j0, lane, lines + warp * kWM * kLine, sums);
+        __syncwarp();  // codes have left their lines
+    }
+}
+
+#ifdef QVIT_EMULATION
+extern "C" void emulate(const void* args, int x, int y, int z, int threads, int bytes) {
+    emulation::launch([](const void* a) { kernel(*static_cast<const GemmArgs*>(a)); }, args, x, y, z, threads, bytes);
+}
+#endif
