@@ -83,6 +83,9 @@ class Launch:
         threads: of a block.
         shared: bytes of shared memory of a block.
         values: field -> number or tensor (its memory is kept as long as the launch).
+        packed: the arguments; changes to its fields are seen by later launches.
+        arguments: address of an array of the arguments' addresses, of which there is one.
+        code: names the kernel and what it is compiled and loaded with.
     """
 
     kernel: str
@@ -91,7 +94,10 @@ class Launch:
     threads: int
     shared: int
     values: Mapping[str, Any]
-    packed: ctypes.Structure = field(init=False)
+    packed: Any = field(init=False)
+    arguments: int = field(init=False)
+    code: str = field(init=False)
+    _addresses: Any = field(init=False)
 
     def __post_init__(self) -> None:
         packed = ARGUMENTS[self.kernel]()
@@ -99,4 +105,8 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 value = value.data_ptr()
             setattr(packed, name, value)
+        addresses = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "_addresses", addresses)  # kept as long as `arguments`
+        object.__setattr__(self, "arguments", ctypes.addressof(addresses))
+        object.__setattr__(self, "code", f"{self.kernel} {sorted(self.defines.items())} {self.shared}")

@@ -44,7 +44,10 @@ class FewTile:
 
     def defines(self, k: int) -> dict[str, int]:
         """See `qvit.engines.cuda.tiles.Tile`."""
+        units, at_once = -(-k // _UNIT), self.split * self.units
         return {
+            "kRounds": -(-units // at_once),
+            "kEven": int(units % at_once == 0),
             "kBM": self.bm,
             "kBN": self.bn,
             "kSplit": self.split,

@@ -17,7 +17,7 @@
 constexpr int kWarps = kSplit * kWarpsN;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPN = kBN / kWarpsN;                    // columns that a warp multiplies
-constexpr int kUnit = 64;                             // bytes of k; a warp has kUnits at a time
+constexpr int kUnit = 64;                             // bytes of k; a warp has kUnits at a time, kRounds times (kEven: all are there)
 constexpr int kEightsA = kBM / 8, kEightsB = kPN / 8; // eights of rows of a and of b
 constexpr int kWM = 16, kWN = kPart;                  // a warp's part of the epilogue
 constexpr int kRows = 1, kColumns = kWN / 8;          // in fragments
@@ -32,26 +32,37 @@ struct Share {
     uint4 a[kUnits][kEightsA], b[kUnits][kEightsB];
 };
 
-// A lane's 16 bytes of eight rows' unit.
-__device__ __forceinline__ uint4 piece_of(const void* codes, int row, int unit, int lane, int chunks) {
-    const unsigned char* from = static_cast<const unsigned char*>(codes);
-    return *reinterpret_cast<const uint4*>(from + code_at(row + lane / 4, kUnit * unit + lane % 4 * 16, chunks));
-}
+// Where a lane's 16 bytes of a unit are: `first` of its warp's units, of all `units`, of eights of rows from `row` on. The places
+// of `layout.cuh`, in parts: eights of rows are 1024 bytes, and units of odd numbers are the others' places with one bit turned.
+template <int kEights>
+struct Places {
+    unsigned rows[kEights], lane_place;
 
-template <int kCount>
-__device__ __forceinline__ void fetch(const void* codes, int row, int unit, int units, int lane, int chunks,
-                                      uint4 (&to)[kUnits][kCount]) {
+    __device__ __forceinline__ Places(int row, int lane, int chunks) {
+        const int g = lane / 4, t = lane % 4;
+        lane_place = g * kChunk + (t ^ g) * 16;
 #pragma unroll
-    for (int u = 0; u < kUnits; u++) {
+        for (int i = 0; i < kEights; i++) {
+            const int eight = row / 8 + i;
+            rows[i] = eight / 8 * chunks * kTileBytes + eight % 8 * 1024;
+        }
+    }
+
+    __device__ __forceinline__ void fetch(const void* codes, int first, int units, uint4 (&to)[kUnits][kEights]) const {
 #pragma unroll
-        for (int i = 0; i < kCount; i++) {
-            to[u][i] = {0u, 0u, 0u, 0u};
-            if (unit + u < units) {
-                to[u][i] = piece_of(codes, row + 8 * i, unit + u, lane, chunks);
+        for (int u = 0; u < kUnits; u++) {
+            const int unit = first + u;
+            const unsigned at = unit / 2 * kTileBytes + (lane_place ^ unit % 2 * kUnit);
+#pragma unroll
+            for (int i = 0; i < kEights; i++) {
+                to[u][i] = {0u, 0u, 0u, 0u};
+                if (kEven || unit < units) {
+                    to[u][i] = *reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(codes) + (rows[i] + at));
+                }
             }
         }
     }
-}
+};
 
 __device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA / 2][kEightsB][4]) {
 #pragma unroll
@@ -74,29 +85,39 @@ __device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA
 struct Toucher {
     unsigned char* place;
 
-    __device__ __forceinline__ void columns(const void* from, int bytes, int column0) const {
-        if (from) {
-            for (int i = threadIdx.x; i < kBN * bytes / 16; i += kThreads) {
-                touch(place, static_cast<const unsigned char*>(from) + column0 * bytes + 16 * i);
+    // Each of kCount things by a thread.
+    template <int kCount, class Do>
+    __device__ __forceinline__ static void share_out(const Do& each) {
+#pragma unroll
+        for (int first = 0; first < kCount; first += kThreads) {
+            const int i = first + threadIdx.x;
+            if (i < kCount) {
+                each(i);
             }
         }
     }
 
+    template <class T>
+    __device__ __forceinline__ void columns(const T* from, int column0) const {
+        constexpr int kEach = 16 / sizeof(T);
+        share_out<kBN / kEach>([&](int i) { touch(place, from + column0 + kEach * i); });
+    }
+
     __device__ __forceinline__ void constants(const GemmArgs& p, int column0) const {
 #if EPILOGUE == 1 && THRESHOLDS
-        columns(p.thresholds, 16, column0);
+        columns(p.thresholds, column0);
 #else
-        columns(p.scale, 4, column0);
-        columns(p.bias, 4, column0);
+        columns(p.scale, column0);
+        columns(p.bias, column0);
 #endif
 #if EPILOGUE == 1 && !THRESHOLDS
-        columns(p.inverse, 4, column0);
-        columns(p.offset, 4, column0);
+        columns(p.inverse, column0);
+        columns(p.offset, column0);
 #elif EPILOGUE == 2
-        columns(p.inverse, 4, column0);
-        columns(p.shift, 4, column0);
-        columns(p.offset, 4, column0);
-        columns(p.step, 4, column0);
+        columns(p.inverse, column0);
+        columns(p.shift, column0);
+        columns(p.offset, column0);
+        columns(p.step, column0);
 #endif
     }
 
@@ -105,7 +126,7 @@ struct Toucher {
         if (p.ldo % 4 || p.n % 4) {
             return;  // rows begin anywhere
         }
-        for (int i = threadIdx.x; i < kBM * (kBN / 4); i += kThreads) {
+        share_out<kBM * (kBN / 4)>([&](int i) {
             const int r = row0 + i / (kBN / 4), c = column0 + i % (kBN / 4) * 4;
             if (r < p.m && c < p.n) {
                 const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
@@ -116,7 +137,7 @@ struct Toucher {
                     touch(place, p.position + static_cast<size_t>(to % p.rows_out) * p.n + c);
                 }
             }
-        }
+        });
     }
 #endif
 };
@@ -133,10 +154,13 @@ __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
     uint4* const meeting = reinterpret_cast<uint4*>(memory);  // [kSplit][kBM / 16][kBN / 8][32], a fragment's sums of each lane
     unsigned char* const lines = memory + kSumBytes;
 
+    const Places<kEightsA> rows(row0, lane, chunks);
+    const Places<kEightsB> columns(column0 + part0, lane, chunks);
     Share of;
-    fetch(p.b, column0 + part0, share * kUnits, units, lane, chunks, of.b);
+    columns.fetch(p.b, share * kUnits, units, of.b);
     await_former_kernel();
-    fetch(p.a, row0, share * kUnits, units, lane, chunks, of.a);
+    rows.fetch(p.a, share * kUnits, units, of.a);
+    __syncwarp();  // the compiler is to load here, not where products begin
 #if TOUCH
     const Toucher toucher = {lines + 16 * lane};
     toucher.constants(p, column0);
@@ -149,9 +173,10 @@ __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
         int sums[kEightsA / 2][kEightsB][4] = {};
         accumulate(of, sums);
 #pragma unroll 1
-        for (int unit = (kSplit + share) * kUnits; unit < units; unit += kSplit * kUnits) {
-            fetch(p.b, column0 + part0, unit, units, lane, chunks, of.b);
-            fetch(p.a, row0, unit, units, lane, chunks, of.a);
+        for (int round = 1; round < kRounds; round++) {
+            const int unit = (kSplit * round + share) * kUnits;
+            columns.fetch(p.b, unit, units, of.b);
+            rows.fetch(p.a, unit, units, of.a);
             accumulate(of, sums);
         }
 #pragma unroll
