@@ -13,7 +13,7 @@ _MOST_PIECES = 24  # of 16 bytes that a lane holds
 _LEAST_WARPS, _MOST_WARPS = 6, 16  # of a block
 _WIDEST = 40  # columns that a warp multiplies
 _ROWS, _COLUMNS = (16, 32), (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
-_MOST_ROWS = 1024  # with more, products are bound by throughput
+_MOST_SUMS = 6144  # of a multiprocessor: with more, products are bound by throughput
 _COLUMN_PAD = 256  # of constants
 # Clocks of a multiprocessor a byte that it loads, a multiplication, and an element of the epilogue.
 _CLOCKS = (1 / 64, 1 / 2048, 1 / 2)
@@ -78,14 +78,14 @@ class FewTile:
 
 @cache
 def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int) -> FewTile | None:
-    """The tile that takes least; ``None`` where there are rows for larger ones.
+    """The tile that takes least; ``None`` where there is work for larger ones.
 
     Args:
         m, n, k: the product [m, k] x [k, n].
         part: columns that a warp has at least in the epilogue: 8, or more where they belong together.
         multiprocessors: of the GPU.
     """
-    if m > _MOST_ROWS:
+    if m * n > _MOST_SUMS * multiprocessors:
         return None
     tiles = [
         tile
