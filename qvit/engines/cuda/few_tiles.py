@@ -15,8 +15,9 @@ _WIDEST = 40  # columns that a warp multiplies
 _ROWS, _COLUMNS = (16, 32), (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 _MOST_SUMS = 6144  # of a multiprocessor: with more, products are bound by throughput
 _COLUMN_PAD = 256  # of constants
-# Clocks of a multiprocessor a byte that it loads, a multiplication, and an element of the epilogue.
-_CLOCKS = (1 / 64, 1 / 2048, 1 / 2)
+# Clocks of a multiprocessor a byte that it loads, a multiplication, an element of the epilogue, and one of a LayerNorm.
+_CLOCKS = (1 / 64, 1 / 2048, 1 / 2, 1 / 4)
+_MOST_NORMED = 1024  # channels of a LayerNorm
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class FewTile:
         units: of 64 bytes of k that a warp loads at once.
         part: columns of a warp's part of the epilogue; it has 16 rows.
         touch: whether what the epilogue reads is brought near beforehand.
+        normed: whether a block makes the codes of its rows itself, by their LayerNorm.
     """
 
     bm: int
@@ -39,6 +41,7 @@ class FewTile:
     units: int
     part: int
     touch: bool = True
+    normed: bool = False
 
     kernel: ClassVar[str] = "gemm_few"
 
@@ -55,6 +58,8 @@ class FewTile:
             "kUnits": self.units,
             "kPart": self.part,
             "TOUCH": int(self.touch),
+            "NORM": int(self.normed),
+            **({"CHANNELS": k} if self.normed else {}),
         }
 
     def blocks(self, m: int, n: int, multiprocessors: int) -> int:
@@ -66,37 +71,42 @@ class FewTile:
         return 32 * self.split * self.warps_n
 
     def shared(self, k: int) -> int:
-        """The sums of all shares, and the codes on their way out."""
-        return 4 * self.split * self.bm * self.bn + self.threads() // 32 * 16 * (self.part + 16)
+        """The sums of all shares, the codes on their way out, and those of a LayerNorm."""
+        codes = self.bm * (pad(k, 128) + 64) if self.normed else 0
+        return 4 * self.split * self.bm * self.bn + self.threads() // 32 * 16 * (self.part + 16) + codes
 
     def clocks(self, m: int, n: int, k: int, multiprocessors: int) -> float:
         """What the busiest multiprocessor takes, roughly; ranks tiles."""
-        load, product, element = _CLOCKS
+        load, product, element, normed = _CLOCKS
         one = load * (self.bm + self.bn) * k + product * self.bm * self.bn * k + element * self.bm * self.bn
+        one += normed * self.bm * k if self.normed else 0
         return -(-self.blocks(m, n, multiprocessors) // multiprocessors) * one
 
 
 @cache
-def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int) -> FewTile | None:
+def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int, normed: bool = False) -> FewTile | None:
     """The tile that takes least; ``None`` where there is work for larger ones.
 
     Args:
         m, n, k: the product [m, k] x [k, n].
         part: columns that a warp has at least in the epilogue: 8, or more where they belong together.
         multiprocessors: of the GPU.
+        normed: whether a LayerNorm's floats come in, and no codes.
     """
+    if normed and k > _MOST_NORMED:
+        return None
     if m * n > _MOST_SUMS * multiprocessors:
         return None
     tiles = [
         tile
         for bm in _ROWS
         for bn in _COLUMNS
-        if bn % part == 0 and pad(n, bn) <= pad(n, _COLUMN_PAD) and (tile := _cut(bm, bn, k, part)) is not None
+        if bn % part == 0 and pad(n, bn) <= pad(n, _COLUMN_PAD) and (tile := _cut(bm, bn, k, part, normed)) is not None
     ]
     return min(tiles, key=lambda tile: tile.clocks(m, n, k, multiprocessors), default=None)
 
 
-def _cut(bm: int, bn: int, k: int, part: int) -> FewTile | None:
+def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
     """A tile's warps: shares of k that are even and fit the registers at once, else those that come nearest to it."""
     parts_n = next((n for n in range(1, bn // 8 + 1) if bn % (8 * n) == 0 and bn // n <= _WIDEST), None)
     if parts_n is None:
@@ -112,4 +122,4 @@ def _cut(bm: int, bn: int, k: int, part: int) -> FewTile | None:
 
     split = min(splits, key=rank)
     rounds = rank(split)[0]
-    return FewTile(bm, bn, split, parts_n, -(-units // (split * rounds)), part)
+    return FewTile(bm, bn, split, parts_n, -(-units // (split * rounds)), part, normed=normed)

@@ -16,7 +16,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import cache_folder, compile_kernel
 from qvit.errors import MissingDependencyError, UnsupportedModelError
 
-EVERY = ("attention", "gemm_few", "norm", "pixels")
+EVERY = ("attention", "gemm_few", "pixels")
 # GPU, model, width, patches along a side, and the kernels that another case does not have. One block and patches of 2 pixels
 # are enough: the kernels are compiled for a number of tokens, and do not depend on the number of blocks, heads and classes.
 CASES: dict[str, tuple[str, str, int, int, tuple[str, ...]]] = {

@@ -12,6 +12,8 @@
 //     unit:     bytes 16t .. 16t + 3 | 16t + 4 ..  | 16t + 8 ..  | 16t + 12 ..      of lane t of a row's four
 //     product:  first, low half      | high half   | second, low | high half
 //
+// NORM: a is no codes but floats, and every block makes the codes of their LayerNorm itself, in shared memory.
+//
 // Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py`.
 
 constexpr int kWarps = kSplit * kWarpsN;
@@ -25,6 +27,21 @@ constexpr int kParts = kBM / kWM * (kBN / kWN);
 static_assert(kBN % kWarpsN == 0 && kPN % 8 == 0 && kBM % 16 == 0 && kBN % kPart == 0, "tiles are cut evenly");
 
 #include "epilogue.cuh"
+
+#if NORM
+constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
+#include "norm_row.cuh"
+
+constexpr int kCodeLine = (CHANNELS + 127) / 128 * 128 + 64;  // two rows' units are in different banks
+constexpr int kMine = (kBM + kWarps - 1) / kWarps;  // rows of a warp
+static_assert(kLanes <= 32, "doubts are bits of a word");
+
+struct FewArgs : GemmArgs {
+    NormArgs norm;
+};
+#else
+typedef GemmArgs FewArgs;
+#endif
 
 constexpr int kSumBytes = 4 * kSplit * kBM * kBN;
 
@@ -142,10 +159,95 @@ struct Toucher {
 #endif
 };
 
+#if NORM
+
+// The codes in doubt of a row that has just been read, as they are defined; `doubts`: a bit for each of the lane's values.
+#ifndef QVIT_EMULATION
+__noinline__
+#endif
+__device__ inline void codes_again(const NormArgs& p, const float* row, int lane, uint32_t doubts, unsigned char* codes) {
+    float x[kLanes];
+    load_row([&](int c) { return row + c; }, lane, x);
+    const Moments of = exact_moments(x, lane, p.eps);
+#pragma unroll 1
+    for (int i = 0; i < kLanes; i++) {
+        if (doubts >> i & 1) {
+            const int c = channel(i, lane);
+            codes[c] = static_cast<unsigned char>(exact_code(exact_value(p, of, row[c], c), p.offset[c], p.step[c], p.low, p.high));
+        }
+    }
+}
+
+// A block's rows of codes; each warp's rows are under way together.
+struct Normer {
+    const FewArgs& p;
+    unsigned char* codes;
+    int row0, warp, lane;
+    float gain[kLanes], shift[kLanes];
+
+    __device__ __forceinline__ Normer(const FewArgs& p, unsigned char* codes, int row0, int warp, int lane)
+        : p(p), codes(codes), row0(row0), warp(warp), lane(lane) {
+        load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
+        load_row([&](int c) { return p.norm.shift + c; }, lane, shift);
+    }
+
+    __device__ __forceinline__ const float* row(int i) const {
+        const int r = row0 + warp + kWarps * i;
+        return p.norm.x + (r < p.m ? r : p.m - 1) * p.norm.ldx;
+    }
+
+    __device__ __forceinline__ void fetch(float (&x)[kMine][kLanes]) const {
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            const float* from = row(i);
+            load_row([&](int c) { return from + c; }, lane, x[i]);
+        }
+    }
+
+    __device__ __forceinline__ void write(const float (&x)[kMine][kLanes]) const {
+        int code[kMine][kLanes];
+        uint32_t doubts[kMine] = {};
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            row_codes(
+                p.norm, x[i], [&](int k) { return gain[k]; }, [&](int k) { return shift[k]; }, lane, code[i],
+                [&](int k) { doubts[i] |= 1u << k; });
+        }
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            if (warp + kWarps * i < kBM) {
+                unsigned char* line = codes + (warp + kWarps * i) * kCodeLine;
+                store_row([&](int c) { return line + c; }, lane, code[i]);
+                if (__any_sync(kAll, doubts[i] != 0)) {
+                    __syncwarp();
+                    codes_again(p.norm, row(i), lane, doubts[i], line);
+                }
+            }
+        }
+    }
+};
+
+// A lane's pieces of codes in shared memory; as `Places::fetch`.
+__device__ __forceinline__ void read(const unsigned char* codes, int first, int units, int lane, uint4 (&to)[kUnits][kEightsA]) {
+#pragma unroll
+    for (int u = 0; u < kUnits; u++) {
+#pragma unroll
+        for (int i = 0; i < kEightsA; i++) {
+            to[u][i] = {0u, 0u, 0u, 0u};
+            if (kEven || first + u < units) {
+                const int at = (8 * i + lane / 4) * kCodeLine + kUnit * (first + u) + lane % 4 * 16;
+                to[u][i] = *reinterpret_cast<const uint4*>(codes + at);
+            }
+        }
+    }
+}
+
+#endif
+
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
+__global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p) {
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles_n = (p.n + kBN - 1) / kBN, chunks = (p.k + kChunk - 1) / kChunk, units = (p.k + kUnit - 1) / kUnit;
@@ -154,12 +256,22 @@ __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
     uint4* const meeting = reinterpret_cast<uint4*>(memory);  // [kSplit][kBM / 16][kBN / 8][32], a fragment's sums of each lane
     unsigned char* const lines = memory + kSumBytes;
 
-    const Places<kEightsA> rows(row0, lane, chunks);
     const Places<kEightsB> columns(column0 + part0, lane, chunks);
     Share of;
     columns.fetch(p.b, share * kUnits, units, of.b);
+#if NORM
+    unsigned char* const codes = lines + kWarps * kWM * kLine;
+    const Normer normer(p, codes, row0, warp, lane);
+    const auto fetch_rows = [&](int unit) { read(codes, unit, units, lane, of.a); };
+    float x[kMine][kLanes];
     await_former_kernel();
-    rows.fetch(p.a, share * kUnits, units, of.a);
+    normer.fetch(x);
+#else
+    const Places<kEightsA> rows(row0, lane, chunks);
+    const auto fetch_rows = [&](int unit) { rows.fetch(p.a, unit, units, of.a); };
+    await_former_kernel();
+    fetch_rows(share * kUnits);
+#endif
     __syncwarp();  // the compiler is to load here, not where products begin
 #if TOUCH
     const Toucher toucher = {lines + 16 * lane};
@@ -169,6 +281,11 @@ __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
 #endif
     copies_end_group();
 #endif
+#if NORM
+    normer.write(x);
+    __syncthreads();
+    fetch_rows(share * kUnits);
+#endif
     {
         int sums[kEightsA / 2][kEightsB][4] = {};
         accumulate(of, sums);
@@ -176,7 +293,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
         for (int round = 1; round < kRounds; round++) {
             const int unit = (kSplit * round + share) * kUnits;
             columns.fetch(p.b, unit, units, of.b);
-            rows.fetch(p.a, unit, units, of.a);
+            fetch_rows(unit);
             accumulate(of, sums);
         }
 #pragma unroll
@@ -214,6 +331,6 @@ __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
 
 #ifdef QVIT_EMULATION
 extern "C" void emulate(const void* args, int x, int y, int z, int threads, int bytes) {
-    emulation::launch([](const void* a) { kernel(*static_cast<const GemmArgs*>(a)); }, args, x, y, z, threads, bytes);
+    emulation::launch([](const void* a) { kernel(*static_cast<const FewArgs*>(a)); }, args, x, y, z, threads, bytes);
 }
 #endif

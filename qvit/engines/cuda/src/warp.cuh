@@ -14,6 +14,7 @@
 #ifdef QVIT_EMULATION
 #include "emulation.h"
 #define QVIT_SHARED(name) unsigned char* const name = emulation::shared
+#define QVIT_CONSTANT
 #else
 typedef unsigned char uint8_t;
 typedef signed char int8_t;
@@ -21,6 +22,7 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef int int32_t;
 typedef unsigned long long uint64_t;
+#define QVIT_CONSTANT __grid_constant__  // arguments that are read where they are, also by functions that are not inlined
 #define QVIT_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define INFINITY __int_as_float(0x7f800000)
 #endif
