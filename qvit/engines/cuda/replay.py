@@ -14,7 +14,8 @@ from qvit.engines.cuda.plan import Plan
 class Replay:
     """Runs a plan again and again, with as little work on the CPU as there can be.
 
-    The images lie elsewhere every time, so the launch that reads them goes before the graph of all others.
+    The images lie elsewhere every time, and so do the logits, which are the caller's to keep: the first launch and the last one
+    have their addresses changed and stay outside of the graph.
 
     Args:
         plan: the launches.
@@ -29,6 +30,8 @@ class Replay:
         self.plan = plan
         self._gpu, self._overlap = gpu, overlap
         self._first: dict[torch.dtype, Launch] = {}
+        *self._steps, self._last = (step.launch for step in plan.steps)
+        assert self._last.values["out"] is plan.logits
         self._graph = self._recorded() if gpu.device.type == "cuda" else None
 
     def run(self, images: torch.Tensor) -> torch.Tensor:
@@ -42,16 +45,19 @@ class Replay:
             self._queue()
         else:
             self._graph.replay()
-        return self.plan.logits.clone()
+        logits = torch.empty_like(self.plan.logits)
+        self._last.packed.out = logits.data_ptr()
+        self._gpu.launch(self._last)
+        return logits
 
     def _queue(self) -> None:
         behind = False
-        for step in self.plan.steps:
-            self._gpu.launch(step.launch, behind)
+        for launch in self._steps:
+            self._gpu.launch(launch, behind)
             behind = self._overlap
 
     def _recorded(self) -> Any:
-        """The plan's launches as a CUDA graph; compiles them first."""
+        """The launches in between as a CUDA graph; compiles them first."""
         device = self._gpu.device
         with torch.cuda.device(device):
             self._queue()

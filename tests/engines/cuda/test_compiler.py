@@ -114,6 +114,15 @@ def test_swins_kernels_compile(make_student: Callable[..., Any], small_swin: Cal
         assert compile_kernel(kernel, defines, "sm_90a").startswith(b"\x7fELF")
 
 
+def test_every_kernel_awaits_the_one_before() -> None:
+    """One that did not would end before the one before it, and what follows could begin too early."""
+    for path in compiler.SOURCES.glob("*.cu"):
+        body = path.read_text().split("__global__")[1]
+        awaits, leaves = body.find("await_former_kernel();"), body.find("return;")
+        assert awaits > 0, path.name
+        assert leaves < 0 or awaits < leaves, path.name
+
+
 @pytest.mark.usefixtures("nvrtc")
 def test_what_is_compiled_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QVIT_CACHE", str(tmp_path / "kernels"))
