@@ -7,7 +7,7 @@ GELU, rectify) are the correctly rounded ones (`qvit.quantizers.exact_float`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.plan import Plan
 from qvit.engines.cuda.plan_swin import SwinPlan
 from qvit.engines.cuda.plan_vit import VitPlan
+from qvit.engines.cuda.replay import Replay
 from qvit.errors import InputError
 from qvit.integer.model import IntegerModel
 
@@ -37,6 +38,7 @@ class CudaEngine:
         model: the frozen model.
         device: ``cuda`` or ``cuda:<n>``, or what runs launches in its place.
         one_bit: on Hopper, multiply two-bit codes as planes of bits; else as bytes, with the same result.
+        overlap: on Hopper and later, let a kernel load its constants while the one before it still runs.
 
     Raises:
         MissingDependencyError: cuda-bindings or NVRTC is not installed.
@@ -48,18 +50,23 @@ class CudaEngine:
     takes_pixels = True  # uint8 images as they are: they are the codes of the patch embedding
     takes_tensors = True  # images on the device, logits on the device
 
-    def __init__(self, model: IntegerModel, device: str | torch.device | Device = "cuda", one_bit: bool = True) -> None:
+    def __init__(
+        self,
+        model: IntegerModel,
+        device: str | torch.device | Device = "cuda",
+        one_bit: bool = True,
+        overlap: bool = True,
+    ) -> None:
         check(model)
         if isinstance(device, (str, torch.device)):
             from qvit.engines.cuda.device import Gpu
 
             device = Gpu(device)
         self.model = model
-        self._gpu, self._one_bit = device, one_bit
+        self._gpu, self._one_bit, self._overlap = device, one_bit, overlap
         self.device = device.device
-        self._on_gpu = self.device.type == "cuda"
         self._constants = ModelConstants.of(model, self.device)
-        self._plans: OrderedDict[int, tuple[Plan, Any]] = OrderedDict()
+        self._plans: OrderedDict[int, Replay] = OrderedDict()
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images [B, C, H, W], uint8 pixels or normalised float32 -> logits [B, classes], float32.
@@ -84,9 +91,11 @@ class CudaEngine:
             return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
         try:
             if codes is not None:
-                plan, logits = self._shown(images, codes)
+                plan = self._plan(len(images), with_map=True)
+                logits = self._shown(plan, images, codes)
             else:
-                plan, logits = self._replayed(images)
+                replay = self._replay(len(images))
+                plan, logits = replay.plan, replay.run(images)
         except torch.OutOfMemoryError:
             self._plans.clear()
             raise InputError(
@@ -110,45 +119,22 @@ class CudaEngine:
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
         kind = SwinPlan if isinstance(self.model.architecture, SwinArchitecture) else VitPlan
-        return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=not self._on_gpu)
+        return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=self.device.type != "cuda")
 
-    def _shown(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> tuple[Plan, torch.Tensor]:
-        plan = self._plan(len(images), with_map=True)
+    def _shown(self, plan: Plan, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> torch.Tensor:
         self._gpu.launch(plan.pixels(images))
         codes["patch_embed.proj.input"] = plan.patch_tap()
         for step in plan.steps:
             self._gpu.launch(step.launch)
             for name, read in step.taps.items():
                 codes[name] = read()
-        return plan, plan.logits
+        return plan.logits
 
-    def _replayed(self, images: torch.Tensor) -> tuple[Plan, torch.Tensor]:
-        batch = len(images)
-        if batch not in self._plans:
+    def _replay(self, batch: int) -> Replay:
+        replay = self._plans.get(batch)
+        if replay is None:
             while len(self._plans) >= _PLANS_KEPT:
                 self._plans.popitem(last=False)
-            plan = self._plan(batch)
-            self._plans[batch] = plan, self._recorded(plan)
+            replay = self._plans[batch] = Replay(self._plan(batch), self._gpu, self._overlap)
         self._plans.move_to_end(batch)
-        plan, graph = self._plans[batch]
-        self._gpu.launch(plan.pixels(images))
-        if graph is None:
-            for step in plan.steps:
-                self._gpu.launch(step.launch)
-        else:
-            graph.replay()
-        return plan, plan.logits.clone()
-
-    def _recorded(self, plan: Plan) -> Any:
-        """The plan's launches as a CUDA graph; compiles them first."""
-        if not self._on_gpu:
-            return None
-        with torch.cuda.device(self.device):
-            for step in plan.steps:
-                self._gpu.launch(step.launch)
-            torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for step in plan.steps:
-                    self._gpu.launch(step.launch)
-        return graph
+        return replay

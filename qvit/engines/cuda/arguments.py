@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -47,6 +47,12 @@ class NormArgs(ctypes.Structure):
     _fields_ = _fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps")
 
 
+class FewArgs(GemmArgs):
+    """``src/gemm_few.cu``."""
+
+    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs)]
+
+
 class PixelArgs(ctypes.Structure):
     """``src/pixels.cu``."""
 
@@ -65,6 +71,7 @@ class PoolArgs(ctypes.Structure):
 
 ARGUMENTS = {
     "gemm": GemmArgs,
+    "gemm_few": FewArgs,
     "gemm_hopper": GemmArgs,
     "attention": AttentionArgs,
     "norm": NormArgs,
@@ -83,7 +90,10 @@ class Launch:
         grid: blocks in x, y, z.
         threads: of a block.
         shared: bytes of shared memory of a block.
-        values: field -> number or tensor (its memory is kept as long as the launch).
+        values: field -> number, tensor (its memory is kept as long as the launch), or fields of a struct within.
+        packed: the arguments; changes to its fields are seen by later launches.
+        arguments: address of an array of the arguments' addresses, of which there is one.
+        code: names the kernel and what it is compiled and loaded with.
     """
 
     kernel: str
@@ -92,12 +102,24 @@ class Launch:
     threads: int
     shared: int
     values: Mapping[str, Any]
-    packed: ctypes.Structure = field(init=False)
+    packed: Any = field(init=False)
+    arguments: int = field(init=False)
+    code: str = field(init=False)
+    _addresses: Any = field(init=False)
 
     def __post_init__(self) -> None:
         packed = ARGUMENTS[self.kernel]()
-        for name, value in self.values.items():
-            if isinstance(value, torch.Tensor):
-                value = value.data_ptr()
-            setattr(packed, name, value)
+        _fill(packed, self.values)
+        addresses = (ctypes.c_void_p * 1)(ctypes.addressof(packed))
         object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "_addresses", addresses)  # kept as long as `arguments`
+        object.__setattr__(self, "arguments", ctypes.addressof(addresses))
+        object.__setattr__(self, "code", f"{self.kernel} {sorted(self.defines.items())} {self.shared}")
+
+
+def _fill(packed: ctypes.Structure, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _fill(getattr(packed, name), value)
+        else:
+            setattr(packed, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)

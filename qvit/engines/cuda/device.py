@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +11,7 @@ from qvit.engines.cuda.compiler import compile_kernel
 from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
 
 _SHARED_BY_DEFAULT = 48 * 1024
+_OVERLAP_CAPABILITY, _OVERLAP_DRIVER = 9, 12030  # what programmatic dependent launch in a CUDA graph needs at least
 
 
 class Device(Protocol):
@@ -21,8 +21,13 @@ class Device(Protocol):
     multiprocessors: int
     hopper: bool  # has warpgroup products and bulk copies (compute capability 9)
 
-    def launch(self, launch: Launch) -> None:
-        """Runs a kernel, or queues it."""
+    def launch(self, launch: Launch, behind: bool = False) -> None:
+        """Runs a kernel, or queues it.
+
+        Args:
+            launch: the kernel.
+            behind: whether it may begin before the kernel queued before it has ended, which must be one of ``src``.
+        """
         ...
 
 
@@ -63,38 +68,54 @@ class Gpu:
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         torch.zeros(1, device=self.device)  # makes PyTorch's context
         self._driver = driver
-        self._functions: dict[tuple[Any, ...], Any] = {}
+        self._overlaps = major >= _OVERLAP_CAPABILITY and driver.cuDriverGetVersion()[1] >= _OVERLAP_DRIVER
+        self._functions: dict[str, Any] = {}
 
     @property
     def name(self) -> str:
         """The GPU's name, as its driver gives it."""
         return torch.cuda.get_device_name(self.device)
 
-    def launch(self, launch: Launch) -> None:
-        """Queues a kernel on the current stream."""
-        function = self._function(launch)
-        address = ctypes.c_void_p(ctypes.addressof(launch.packed))
+    def launch(self, launch: Launch, behind: bool = False) -> None:
+        """Queues a kernel on the current stream; see `Device`."""
+        function = self._functions.get(launch.code) or self._load(launch)
         stream = torch.cuda.current_stream(self.device).cuda_stream
-        (status,) = self._driver.cuLaunchKernel(
-            function, *launch.grid, launch.threads, 1, 1, launch.shared, stream, ctypes.addressof(address), 0
-        )
+        if behind and self._overlaps:
+            (status,) = self._driver.cuLaunchKernelEx(self._overlapping(launch, stream), function, launch.arguments, 0)
+        else:
+            (status,) = self._driver.cuLaunchKernel(
+                function, *launch.grid, launch.threads, 1, 1, launch.shared, stream, launch.arguments, 0
+            )
         self._check(status, launch.kernel)
 
-    def _function(self, launch: Launch) -> Any:
-        key = (launch.kernel, *sorted(launch.defines.items()), launch.shared)
-        if key not in self._functions:
-            with torch.cuda.device(self.device):
-                code = compile_kernel(launch.kernel, launch.defines, self.architecture)
-                status, module = self._driver.cuModuleLoadData(code)
+    def _overlapping(self, launch: Launch, stream: int) -> Any:
+        """How a kernel is launched that waits by itself for the one before (`await_former_kernel` in ``src/warp.cuh``)."""
+        driver = self._driver
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value = value
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes, config.hStream = launch.shared, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
+
+    def _load(self, launch: Launch) -> Any:
+        with torch.cuda.device(self.device):
+            code = compile_kernel(launch.kernel, launch.defines, self.architecture)
+            status, module = self._driver.cuModuleLoadData(code)
+            self._check(status, launch.kernel)
+            status, function = self._driver.cuModuleGetFunction(module, b"kernel")
+            self._check(status, launch.kernel)
+            if launch.shared > _SHARED_BY_DEFAULT:
+                attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                (status,) = self._driver.cuFuncSetAttribute(function, attribute, launch.shared)
                 self._check(status, launch.kernel)
-                status, function = self._driver.cuModuleGetFunction(module, b"kernel")
-                self._check(status, launch.kernel)
-                if launch.shared > _SHARED_BY_DEFAULT:
-                    attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    (status,) = self._driver.cuFuncSetAttribute(function, attribute, launch.shared)
-                    self._check(status, launch.kernel)
-            self._functions[key] = function
-        return self._functions[key]
+        self._functions[launch.code] = function
+        return function
 
     def _check(self, status: Any, kernel: str) -> None:
         if int(status) != 0:

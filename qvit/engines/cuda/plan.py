@@ -13,6 +13,7 @@ import torch
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
+from qvit.engines.cuda.few_tiles import FewTile, choose_few
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_floats, choose_whole_rows
@@ -93,6 +94,9 @@ class Plan(ABC):
         self._device = constants.patch.b.device
         a = model.architecture
         self.steps: list[Step] = []
+        # Norms whose codes the next launch may make itself, by where they would be; codes that are to be seen are always there.
+        self._late: dict[int, Launch] = {}
+        self._may_be_late = not with_map
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
         self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
         self.logits = self._floats(batch, a.num_classes)
@@ -196,6 +200,18 @@ class Plan(ABC):
     ) -> None:
         rows = values.pop("rows")
         bits = isinstance(tile, HopperTile) and tile.bits
+        late = self._late.pop(a.data_ptr(), None)
+        if tile is None:
+            part = epilogue.get("HEAD_DIM") or (8 if epilogue["EPILOGUE"] == _FLOATS else 32 if epilogue["OUT_BITS"] else 16)
+            if late is not None:
+                tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, normed=True)
+            if tile is None:
+                tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors)
+        if late is not None:
+            if isinstance(tile, FewTile) and tile.normed:
+                values["norm"] = late.values
+            else:
+                self._add(late)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         values = {
             "a": a,
@@ -513,7 +529,12 @@ class Plan(ABC):
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
             "GATHER": pieces,
         }
-        self._add(Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values))
+        launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
+        plain = isinstance(norm, c.NormConstants) and codes is not None and not pieces and not defines["OUT_BITS"]
+        if plain and self._may_be_late:
+            self._late[out.data_ptr()] = launch
+        else:
+            self._add(launch)
 
     def _average(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """The final norm of every token, if there is one, and the average of an image's tokens from ``first`` on."""

@@ -38,7 +38,7 @@ class Emulated:
         self._folder.mkdir(exist_ok=True)
         self._libraries: dict[Path, Any] = {}
 
-    def launch(self, launch: Launch) -> None:
+    def launch(self, launch: Launch, behind: bool = False) -> None:
         self._library(launch).emulate(ctypes.byref(launch.packed), *launch.grid, launch.threads, launch.shared)
 
     def _library(self, launch: Launch) -> Any:

@@ -23,6 +23,7 @@ __noinline__
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant__ AttentionArgs p) {
+    await_former_kernel();
     QVIT_SHARED(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x % p.heads;
     const int first_image = blockIdx.x / p.heads * p.pack, count = min(p.pack, p.images - first_image);

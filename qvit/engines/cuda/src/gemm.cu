@@ -66,6 +66,7 @@ __device__ __forceinline__ void accumulate(const unsigned char* stage, int warp_
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads) kernel(const GemmArgs p) {
+    await_former_kernel();
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles_n = (p.n + kBN - 1) / kBN;

@@ -321,6 +321,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
+    await_former_kernel();
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Buffers of;

@@ -17,6 +17,7 @@ struct PixelArgs {
 extern "C"
 #endif
 __global__ void kernel(const PixelArgs p) {
+    await_former_kernel();
     const int image = blockIdx.x / p.patches, patch = blockIdx.x % p.patches;
     const int row0 = patch / p.columns * p.patch_height, column0 = patch % p.columns * p.patch_width;
     const int area = p.patch_height * p.patch_width;

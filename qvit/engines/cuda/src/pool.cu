@@ -11,6 +11,7 @@ struct PoolArgs {
 extern "C"
 #endif
 __global__ void kernel(const PoolArgs p) {
+    await_former_kernel();
     for (int c = blockIdx.y * blockDim.x + threadIdx.x; c < p.channels; c += gridDim.y * blockDim.x) {
         const float* x = p.x + static_cast<size_t>(blockIdx.x) * p.tokens * p.channels + c;
         double sum = 0.0;

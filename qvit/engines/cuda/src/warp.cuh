@@ -84,6 +84,10 @@ inline int byte_product(uint32_t a, uint32_t b) {
 inline void copy_async(void* to, const void* from, bool wanted) {
     wanted ? memcpy(to, from, 16) : memset(to, 0, 16);
 }
+inline void touch(void*, const void* from) {
+    unsigned char sixteen[16];
+    memcpy(sixteen, from, 16);
+}
 inline void copies_end_group() {}
 template <int kLeft>
 inline void copies_wait() {}
@@ -151,6 +155,10 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool want
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(wanted ? 16 : 0)
                  : "memory");
 }
+// The same for the first-level cache's sake: what is at `from` will soon be loaded, and `to` is of no use.
+__device__ __forceinline__ void touch(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kLeft groups of copies are under way.
 template <int kLeft>
@@ -169,6 +177,17 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 }
 
 #endif
+
+// First of all in every thread of every kernel: until the kernel before has ended, and what it wrote can be read. Launches of one
+// forward pass may overlap (programmatic dependent launch, compute capability 9): the next kernel's blocks come as soon as this
+// one's have all come here, and wait here themselves. So only constants may be read before it. Without it in a single kernel, a
+// kernel could still write what the one after the next has begun to read.
+__device__ __forceinline__ void await_former_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 // Over the four lanes that hold one row of a fragment.
 template <class T>
