@@ -116,9 +116,10 @@ def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
     if not most or not splits:
         return None
 
-    def rank(split: int) -> tuple[int, bool, int]:
+    def rank(split: int) -> tuple[int, ...]:
+        """Rounds, warps that are wanting, units that are not there, warps."""
         share = -(-units // split)
-        return -(-share // most), split * parts_n < _LEAST_WARPS, (share * split - units) * 100 + split
+        return -(-share // most), max(0, _LEAST_WARPS - split * parts_n), share * split - units, split
 
     split = min(splits, key=rank)
     rounds = rank(split)[0]
