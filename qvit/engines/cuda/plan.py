@@ -200,13 +200,9 @@ class Plan(ABC):
     ) -> None:
         rows = values.pop("rows")
         bits = isinstance(tile, HopperTile) and tile.bits
-        late = self._late.pop(a.data_ptr(), None)
         if tile is None:
-            part = epilogue.get("HEAD_DIM") or (8 if epilogue["EPILOGUE"] == _FLOATS else 32 if epilogue["OUT_BITS"] else 16)
-            if late is not None:
-                tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, normed=True)
-            if tile is None:
-                tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors)
+            tile = self._few(layer, a, rows, 8)
+        late = self._late.pop(a.data_ptr(), None)
         if late is not None:
             if isinstance(tile, FewTile) and tile.normed:
                 values["norm"] = late.values
@@ -224,7 +220,7 @@ class Plan(ABC):
             **values,
         }
         defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
-        if defines["STAGED"]:
+        if defines.get("STAGED"):
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m
         blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
@@ -271,8 +267,11 @@ class Plan(ABC):
             "HALVED": int(halved),
             "EVEN": int(layer.m % 2 == 0),
         }
-        if self._gpu.hopper and not (residual is not None and position is not None):
-            bits = isinstance(tile, HopperTile) and tile.bits
+        bits = isinstance(tile, HopperTile) and tile.bits
+        few = None if bits else self._few(layer, a, rows, 8)
+        if few is not None:
+            tile = few
+        elif self._gpu.hopper and not (residual is not None and position is not None):
             tile = choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits) or tile
         self._gemm(layer, defines, a, values, tile)
 
@@ -357,17 +356,27 @@ class Plan(ABC):
             "CELLS": activation.cells,
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
         }
-        tile, bits = self._tile(layer)
+        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16)
         if activation.permuted is not None:
             cut = tile.defines(layer.k)
-            values |= activation.permuted.arrays(layer, cut["kBN"] // cut.get("kWarpsN", 1), bits)
+            width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
+            values |= activation.permuted.arrays(layer, width, bits)
         self._gemm(layer, defines, a, values, tile)
 
-    def _tile(self, layer: c.LinearConstants) -> tuple[Tile, bool]:
-        """How a layer of a block is computed, and whether that is with one-bit products."""
+    def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int) -> tuple[Tile, bool]:
+        """How a layer of a block is computed from ``a``, and whether with one-bit products; ``part``: see `choose_few`."""
         if (bits := self._bits(layer)) is not None:
             return bits, True
-        return choose(self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper), False
+        rows = self._shape.rows
+        few = self._few(layer, a, rows, part)
+        return few or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper), False
+
+    def _few(self, layer: c.LinearConstants, a: torch.Tensor, rows: int, part: int) -> FewTile | None:
+        """A tile for few rows; one with the LayerNorm of its rows, where that has been put off for ``a``."""
+        tile = None
+        if a.data_ptr() in self._late:
+            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, normed=True)
+        return tile or choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
@@ -397,7 +406,7 @@ class Plan(ABC):
             "eps": heads.eps,
         }
         layer: c.LinearConstants = block["qkv"]
-        tile, bits = self._tile(layer)
+        tile, bits = self._tile(layer, a, shape.head_dim)
         if heads.permuted is not None:
             (margin, slope), (margin_k, slope_k) = heads.permuted_margins
             values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}

@@ -121,13 +121,13 @@ struct Toucher {
     }
 
     __device__ __forceinline__ void constants(const GemmArgs& p, int column0) const {
-#if EPILOGUE == 1 && THRESHOLDS
-        columns(p.thresholds, column0);
+#if EPILOGUE == 1 && CELLS
+        columns(p.steps, column0);
 #else
         columns(p.scale, column0);
         columns(p.bias, column0);
 #endif
-#if EPILOGUE == 1 && !THRESHOLDS
+#if EPILOGUE == 1 && !CELLS
         columns(p.inverse, column0);
         columns(p.offset, column0);
 #elif EPILOGUE == 2
