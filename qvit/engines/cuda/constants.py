@@ -463,11 +463,13 @@ class PixelConstants:
 
     Attributes:
         codes: uint8 [channels, 256].
+        identity: whether pixels are their own codes.
         std, offset: float32 [channels].
         step, high: of the codes.
     """
 
     codes: torch.Tensor
+    identity: bool
     std: torch.Tensor
     offset: torch.Tensor
     step: float
@@ -479,8 +481,10 @@ class PixelConstants:
         patch, preprocessing, channels = model.patch.input, model.preprocessing, model.architecture.in_chans
         assert patch.offset is not None
         offset = patch.offset.reshape(channels, -1)[:, 0]
+        codes = pixel_codes(model)
         return cls(
-            codes=to.array(pixel_codes(model)),
+            codes=to.array(codes),
+            identity=bool((codes == np.arange(256)).all()),
             std=to.array(np.asarray(preprocessing.std, _F32)),
             offset=to.array(offset),
             step=float(patch.scale[0]),
