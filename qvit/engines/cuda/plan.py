@@ -345,7 +345,7 @@ class Plan(ABC):
         tile, bits = self._tile(layer)
         if activation.permuted is not None:
             cut = tile.defines(layer.k)
-            values |= activation.permuted.arrays(layer, cut["kBN"] // cut.get("kWarpsN", 1), bits)
+            values |= activation.permuted.arrays(layer, cut["kBN"] // cut.get("kWarpsN", 1), bits, bool(defines["OUT_BITS"]))
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants) -> tuple[Tile, bool]:
