@@ -153,9 +153,9 @@ def _bytes(tensor: torch.Tensor | None) -> int:
 
 
 def _pixels(launch: Launch) -> Work:
-    images, values = launch.values["images"], launch.values
-    patch = values["channels"] * values["patch_height"] * values["patch_width"]
-    moved = images.numel() * images.element_size() + len(images) * values["patches"] * patch
+    images, of = launch.values["images"], launch.defines
+    patch = of["CHANNELS"] * of["PATCH_HEIGHT"] * of["PATCH_WIDTH"]
+    moved = images.numel() * images.element_size() + launch.values["rows"] * patch
     return Work(" x ".join(map(str, images.shape)), 0, moved)
 
 

@@ -58,7 +58,7 @@ class PixelArgs(ctypes.Structure):
 
     _fields_ = _fields(
         p="images codes std offset out strange",
-        i="channels height width patch_height patch_width columns patches ldo",
+        i="rows",
         f="step high",
     )
 

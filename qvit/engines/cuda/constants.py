@@ -161,25 +161,27 @@ class Permuted:
 
     def __init__(self, to: Constants, steps: np.ndarray, table: np.ndarray | None = None) -> None:
         self._to, self._steps, self._table = to, steps, table
-        self._kept: dict[tuple[int, bool], dict[str, torch.Tensor]] = {}
+        self._kept: dict[tuple[int, bool, bool], dict[str, torch.Tensor]] = {}
 
-    def arrays(self, layer: LinearConstants, width: int, bits: bool) -> dict[str, torch.Tensor]:
+    def arrays(self, layer: LinearConstants, width: int, bits: bool, planes: bool = False) -> dict[str, torch.Tensor]:
         """The kernel's ``b``, ``steps`` int32 [M padded, 4] and ``table`` int32 [M padded / 2, cells].
 
         Args:
             layer: whose columns they are.
             width: columns of which a lane has a quarter, one after the other.
             bits: whether the product is of planes of bits.
+            planes: whether codes go out as such.
         """
-        if (width, bits) not in self._kept:
+        key = width, bits, planes
+        if key not in self._kept:
             b = layer.b_planes if bits else layer.b
             assert b is not None
-            columns = slots(width, len(b))
+            columns = slots(width, len(b), planes)
             out = {"b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)]), "steps": self._moved(self._steps, columns)}
             if self._table is not None:
                 out["table"] = self._to.array(_pairs(self._table, columns))
-            self._kept[width, bits] = out
-        return self._kept[width, bits]
+            self._kept[key] = out
+        return self._kept[key]
 
     def _moved(self, steps: np.ndarray, columns: np.ndarray) -> torch.Tensor:
         padded = np.zeros((len(columns), steps.shape[1]), steps.dtype)
@@ -397,7 +399,7 @@ def _row_margins(quantizer: ops.Quantizer, rectify: ops.Rectify | None) -> tuple
     shapes = (rectify.weight[:, None], rectify.bias[:, None])
     gain, shift = float(np.abs(shapes[0] / step).max()), float(np.abs((shapes[1] - offset) / step - spec.qn).max())
     reach = codes + shift  # of the product with gain, where the sum is within the range of the codes
-    # Roundings: mean and E[y^2] are sums with 8 behind each other; rsqrt has two; the others one each, here and in the reference.
+    # Roundings: mean and E[y^2] are sums of 8 behind each other, rsqrt has two, the others one each; the reference has its own.
     return (
         2.0**-17 + ulp * (10 * reach + float(np.abs(offset / step).max()) + shift + 4 * codes),
         ulp * (12 * reach + 10 * gain),
@@ -536,11 +538,13 @@ class PixelConstants:
 
     Attributes:
         codes: uint8 [channels, 256].
+        identity: whether pixels are their own codes.
         std, offset: float32 [channels].
         step, high: of the codes.
     """
 
     codes: torch.Tensor
+    identity: bool
     std: torch.Tensor
     offset: torch.Tensor
     step: float
@@ -552,8 +556,10 @@ class PixelConstants:
         patch, preprocessing, channels = model.patch.input, model.preprocessing, model.architecture.in_chans
         assert patch.offset is not None
         offset = patch.offset.reshape(channels, -1)[:, 0]
+        codes = pixel_codes(model)
         return cls(
-            codes=to.array(pixel_codes(model)),
+            codes=to.array(codes),
+            identity=bool((codes == np.arange(256)).all()),
             std=to.array(np.asarray(preprocessing.std, _F32)),
             offset=to.array(offset),
             step=float(patch.scale[0]),

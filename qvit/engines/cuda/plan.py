@@ -22,6 +22,7 @@ from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
+_PIECE = 16  # bytes that a lane copies at a time
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
@@ -117,19 +118,26 @@ class Plan(ABC):
             "offset": p.offset,
             "out": self._patches,
             "strange": self.strange,
-            "channels": a.in_chans,
-            "height": a.img_size[0],
-            "width": a.img_size[1],
-            "patch_height": a.patch_size[0],
-            "patch_width": a.patch_size[1],
-            "columns": a.img_size[1] // a.patch_size[1],
-            "patches": a.num_patches,
-            "ldo": chunks(a.patch_features),
+            "rows": self.batch * a.num_patches,
             "step": p.step,
             "high": p.high,
         }
-        defines = {"FLOATS": int(images.dtype != torch.uint8)}
-        return Launch("pixels", defines, (self.batch * a.num_patches, 1, 1), 128, 0, values)
+        (height, width), (patch_height, patch_width) = a.img_size, a.patch_size
+        floats = images.dtype != torch.uint8
+        unit = math.gcd(_PIECE, patch_width, width, 0 if floats else images.data_ptr())
+        defines = {
+            "FLOATS": int(floats),
+            "IDENTITY": int(p.identity),
+            "CHANNELS": a.in_chans,
+            "HEIGHT": height,
+            "WIDTH": width,
+            "PATCH_HEIGHT": patch_height,
+            "PATCH_WIDTH": patch_width,
+            "UNIT": unit,
+        }
+        # A warp a chunk of four patches.
+        warps = -(-self.batch * a.num_patches // 4) * chunks(a.patch_features)
+        return Launch("pixels", defines, (-(-warps // 4), 1, 1), 128, 0, values)
 
     def patch_tap(self) -> torch.Tensor:
         """Codes of the patches, int16 [B, patches, K]."""
@@ -360,7 +368,7 @@ class Plan(ABC):
         if activation.permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
-            values |= activation.permuted.arrays(layer, width, bits)
+            values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int) -> tuple[Tile, bool]:

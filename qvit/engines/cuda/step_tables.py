@@ -119,12 +119,17 @@ def _is_right(table: StepTable, steps: Steps) -> np.ndarray:
     return np.asarray((table(sums) == steps(sums)).all(0))
 
 
-def slots(width: int, columns: int) -> np.ndarray:
+def slots(width: int, columns: int, planes: bool = False) -> np.ndarray:
     """The column of each place in a product whose columns are permuted, int64 [columns].
 
     A lane of a warp has two neighbouring columns of every eight. Permuted, those that it has of ``width`` columns are a
-    quarter of them, one after the other, so that its codes go out as they are.
+    quarter of them, one after the other, so that its codes go out as they are; as planes of bits, in the order in which
+    ``src/epilogue_activation.cuh`` joins bits.
     """
     place = np.arange(columns)
-    within = place % width
-    return place - within + within % 8 // 2 * (width // 4) + within // 8 * 2 + within % 2
+    fragment, lane, second = place % width // 8, place % 8 // 2, place % 2
+    own = 2 * fragment + second
+    if planes:
+        half = width // 16  # fragments of a group
+        own = half * (2 * (fragment % 2) + second) + 2 * (fragment % half // 2) + fragment // half
+    return place - place % width + lane * (width // 4) + own

@@ -63,7 +63,8 @@ def test_every_sum(rising: list[int], falling: list[int], cells: int) -> None:
     steps = steps_of([rising], [falling], 3)
     table = step_table(steps)
     assert is_right(steps, table)
-    assert isinstance(table, StepTable) and table.entries.shape == (1, cells)
+    assert isinstance(table, StepTable)
+    assert table.entries.shape == (1, cells)
 
 
 def test_wider_cells_where_the_narrowest_do_not_separate_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +94,10 @@ def test_slots_put_a_lanes_columns_next_to_each_other(width: int) -> None:
         for lane in range(4):
             own = columns[start : start + width].reshape(-1, 4, 2)[:, lane].reshape(-1)
             assert np.array_equal(own, start + lane * width // 4 + np.arange(width // 4))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_slots_of_planes_are_within_the_lanes_columns(width: int) -> None:
+    columns = slots(width, 256, planes=True)
+    assert np.array_equal(np.sort(columns), np.arange(256))
+    assert np.array_equal(columns // (width // 4), slots(width, 256) // (width // 4))

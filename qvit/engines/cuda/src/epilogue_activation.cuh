@@ -6,9 +6,10 @@
 #if CELLS
 
 // Columns are permuted (`slots` in `qvit/engines/cuda/step_tables.py`): a lane's kWN / 4 columns lie next to each other, and its
-// codes go out from registers, a group of fragments at a time.
-constexpr int kGroup = kColumns < 8 ? kColumns : 8;
-static_assert(kWN % 32 == 0 && kColumns % kGroup == 0, "a lane has a multiple of eight codes");
+// codes go out from registers, a group of fragments at a time. As planes of bits, the two groups take turns: their bits of 2 x 2
+// codes a byte end up in the order of the columns.
+constexpr int kGroup = OUT_BITS ? kColumns / 2 : kColumns < 8 ? kColumns : 8;
+static_assert(kWN % 32 == 0 && kColumns % kGroup == 0 && (!OUT_BITS || kWN >= 64), "a lane has whole words of codes, or of bits");
 
 // 128 more or less than a sum's code, in the second byte; `quad`: lane of the quad and 24 zeros behind.
 __device__ __forceinline__ uint32_t step_of(int sum, const int4& step, const unsigned char* table, int column, uint32_t quad) {
@@ -20,27 +21,53 @@ __device__ __forceinline__ uint32_t step_of(int sum, const int4& step, const uns
     return load_constant(reinterpret_cast<const uint16_t*>(entry)) + (u >> 16);
 }
 
-// The codes of 2 or 4 fragments that a lane has next to each other in a row.
-template <int N>
+// Four codes from what `step_of` gives.
+__device__ __forceinline__ uint32_t codes_of(const uint32_t (&x)[4]) {
+    return __vabsdiffu4(__byte_perm(__byte_perm(x[0], x[1], 0x51), __byte_perm(x[2], x[3], 0x51), 0x5410), 0x80808080u);
+}
+
+// Codes of kGroup fragments that a lane has next to each other in a row.
 struct Words {
-    uint32_t at[N];
+    uint32_t at[kGroup / 2];
 };
 
-__device__ __forceinline__ void store(unsigned char* to, const Words<2>& w) {
-    *reinterpret_cast<uint2*>(to) = {w.at[0], w.at[1]};
-}
-__device__ __forceinline__ void store(unsigned char* to, const Words<4>& w) {
-    *reinterpret_cast<uint4*>(to) = {w.at[0], w.at[1], w.at[2], w.at[3]};
+#if OUT_BITS
+// One of two bits of each byte's codes, from a lane's two groups.
+__device__ __forceinline__ uint32_t plane_of(uint32_t first, uint32_t second) {
+    return (first & 0x55555555u) | (second & 0xAAAAAAAAu);
 }
 
-#if OUT_BITS
-__device__ __forceinline__ void store_plane(unsigned char* to, const Words<2>& w, int plane) {
-    *to = static_cast<uint8_t>(four_bits(w.at[0], plane) | four_bits(w.at[1], plane) << 4);
+// A lane's bits of a plane, kWN / 4 columns.
+__device__ __forceinline__ void store_plane(unsigned char* to, uint32_t bits) {
+    if (kWN / 4 == 32) {
+        *reinterpret_cast<uint32_t*>(to) = bits;
+    } else {  // four a byte
+        bits |= bits >> 4;
+        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(__byte_perm(bits, 0, 0x4420));
+    }
 }
-__device__ __forceinline__ void store_plane(unsigned char* to, const Words<4>& w, int plane) {
-    const uint32_t low = four_bits(w.at[0], plane) | four_bits(w.at[1], plane) << 4;
-    const uint32_t high = four_bits(w.at[2], plane) | four_bits(w.at[3], plane) << 4;
-    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(low | high << 8);
+
+__device__ __forceinline__ void store(const GemmArgs& p, int row, int c, const Words (&groups)[2]) {
+    uint32_t codes[2] = {};
+#pragma unroll
+    for (int g = 0; g < 2; g++) {
+#pragma unroll
+        for (int q = 0; q < kGroup / 2; q++) {
+            codes[g] += groups[g].at[q] << (2 * q);
+        }
+    }
+    unsigned char* out = static_cast<unsigned char*>(p.out);
+    store_plane(out + code_at(row, bit_at(c, 1), p.ldo), plane_of(codes[0] >> 1, codes[1]));
+    store_plane(out + code_at(row, bit_at(c, 0), p.ldo), plane_of(codes[0], codes[1] << 1));
+}
+#else
+__device__ __forceinline__ void store(const GemmArgs& p, int row, int c, const Words (&groups)[1]) {
+    unsigned char* to = static_cast<unsigned char*>(p.out) + code_at(row, c, p.ldo);
+    if constexpr (kGroup == 8) {
+        *reinterpret_cast<uint4*>(to) = {groups[0].at[0], groups[0].at[1], groups[0].at[2], groups[0].at[3]};
+    } else {
+        *reinterpret_cast<uint2*>(to) = {groups[0].at[0], groups[0].at[1]};
+    }
 }
 #endif
 
@@ -51,29 +78,32 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
     const int4* steps = p.steps + column0 + 2 * t;
     const unsigned char* table = reinterpret_cast<const unsigned char*>(p.table + column0 * CELLS);
     keep(table);
+    constexpr int kTogether = OUT_BITS ? 2 : 1;  // groups that go out together
 #pragma unroll
-    for (int g = 0; g < kColumns / kGroup; g++) {
-        Words<kGroup / 2> words[kRows][2];
+    for (int first = 0; first < kColumns / kGroup; first += kTogether) {
+        Words words[kRows][2][kTogether];
 #pragma unroll
-        for (int q = 0; q < kGroup / 2; q++) {
-            const int j = g * kGroup + 2 * q;
-            const int4 step[4] = {load_constant(steps + 8 * j), load_constant(steps + 8 * j + 1), load_constant(steps + 8 * j + 8),
-                                  load_constant(steps + 8 * j + 9)};
+        for (int g = 0; g < kTogether; g++) {
 #pragma unroll
-            for (int i = 0; i < kRows; i++) {
+            for (int q = 0; q < kGroup / 2; q++) {
+                const int j = (first + g) * kGroup + 2 * q;
+                const int4 step[4] = {load_constant(steps + 8 * j), load_constant(steps + 8 * j + 1),
+                                      load_constant(steps + 8 * j + 8), load_constant(steps + 8 * j + 9)};
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint32_t x[4];
+                for (int i = 0; i < kRows; i++) {
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        x[e] = step_of(sums[i][j + e / 2][2 * half + e % 2], step[e], table, 8 * (j + e / 2) + e % 2, quad);
+                    for (int half = 0; half < 2; half++) {
+                        uint32_t x[4];
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            x[e] = step_of(sums[i][j + e / 2][2 * half + e % 2], step[e], table, 8 * (j + e / 2) + e % 2, quad);
+                        }
+                        words[i][half][g].at[q] = codes_of(x);
                     }
-                    words[i][half].at[q] =
-                        __vabsdiffu4(__byte_perm(__byte_perm(x[0], x[1], 0x51), __byte_perm(x[2], x[3], 0x51), 0x5410), 0x80808080u);
                 }
             }
         }
-        const int c = column0 + t * (kWN / 4) + 2 * kGroup * g;
+        const int c = column0 + t * (kWN / 4) + 2 * kGroup * first;
         if (c < p.n) {
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
@@ -81,13 +111,7 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
                 for (int half = 0; half < 2; half++) {
                     const int row = row0 + 16 * i + 8 * half + lane / 4;
                     if (row < p.m) {
-                        unsigned char* out = static_cast<unsigned char*>(p.out);
-#if OUT_BITS
-                        store_plane(out + code_at(row, bit_at(c, 1), p.ldo), words[i][half], 1);
-                        store_plane(out + code_at(row, bit_at(c, 0), p.ldo), words[i][half], 0);
-#else
-                        store(out + code_at(row, c, p.ldo), words[i][half]);
-#endif
+                        store(p, row, c, words[i][half]);
                     }
                 }
             }

@@ -177,6 +177,17 @@ __device__ __forceinline__ void linear(const GemmArgs& p, const int (&sums)[kCol
     }
 }
 
+// Where the first head's line of a row is, or -1 behind the last row.
+__device__ __forceinline__ int line_of(const GemmArgs& p, int row) {
+    int image = static_cast<int>(__umulhi(static_cast<uint32_t>(row), p.tokens_inverse));
+    int token = row - image * p.tokens;
+    if (token >= p.tokens) {  // the product with the inverse is at most one too low
+        image++;
+        token -= p.tokens;
+    }
+    return row < p.m ? image * p.heads * p.tokens + token : -1;
+}
+
 __device__ __forceinline__ void store(unsigned char* to, const uint32_t (&words)[kWords]) {
 #if HEAD_DIM == 64
     *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
@@ -189,6 +200,14 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
                                        int (&sums)[kRows][kColumns][4]) {
     const int width = p.heads * HEAD_DIM;
     int part = column0 / width, head = (column0 - part * width) / HEAD_DIM;
+    int at[kRows][2];
+#pragma unroll
+    for (int i = 0; i < kRows; i++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            at[i][half] = line_of(p, row0 + 16 * i + 8 * half + lane / 4);
+        }
+    }
 #pragma unroll
     for (int h = 0; h < kWN / HEAD_DIM; h++) {
         const bool doubled = Q_DOUBLED && part == 0;
@@ -204,21 +223,14 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
             const bool moves = doubled || (RECTIFY && part < 2);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int row = row0 + 16 * i + 8 * half + lane / 4;
                 if (moves) {
 #pragma unroll
                     for (int w = 0; w < kWords; w++) {
                         codes[half][w] = shifted(codes[half][w], static_cast<int>(part == 0 ? p.low : p.low_k), doubled);
                     }
                 }
-                if (row < p.m && part < 3) {
-                    int image = static_cast<int>(__umulhi(static_cast<uint32_t>(row), p.tokens_inverse));
-                    int token = row - image * p.tokens;
-                    if (token >= p.tokens) {  // the product with the inverse is at most one too low
-                        image++;
-                        token -= p.tokens;
-                    }
-                    const size_t line = static_cast<size_t>(image * p.heads + head) * p.tokens + token;
+                if (at[i][half] >= 0 && part < 3) {
+                    const size_t line = static_cast<size_t>(at[i][half]) + head * p.tokens;
                     store(out + line * HEAD_DIM + lane % 4 * (HEAD_DIM / 4), codes[half]);
                 }
             }

@@ -1,39 +1,84 @@
-// Images to codes of patches [B * patches, C * height * width], the input of the patch embedding; a block a patch.
+// Images to codes of patches [B * patches, CHANNELS * PATCH_HEIGHT * PATCH_WIDTH], the input of the patch embedding.
+//
+// A warp makes a chunk of four patches' codes, 16 a lane. Pixels of a patch's row come UNIT at a time: so many lie next to each
+// other in the image and in the codes, wherever a lane begins.
 #include "layout.cuh"
 #include "rounding.cuh"
 
 struct PixelArgs {
-    const void* images;    // uint8 or float32 [B, C, H, W]
-    const uint8_t* codes;  // of uint8 pixels: [C, 256]
-    const float* std;      // of floats: [C], and offsets [C]
+    const void* images;    // uint8 or float32 [B, CHANNELS, HEIGHT, WIDTH]
+    const uint8_t* codes;  // of uint8 pixels: [CHANNELS, 256]; the pixels are the codes where IDENTITY
+    const float* std;      // of floats: [CHANNELS], and offsets [CHANNELS]
     const float* offset;
-    uint8_t* out;          // [B * patches, C * height * width], ldo tiles a row
-    int* strange;          // set to 1 where a float is not finite
-    int channels, height, width, patch_height, patch_width, columns, patches, ldo;
+    uint8_t* out;
+    int* strange;  // set to 1 where a float is not finite
+    int rows;      // B * patches
     float step, high;
 };
+
+constexpr int kArea = PATCH_HEIGHT * PATCH_WIDTH, kFeatures = CHANNELS * kArea, kChunks = (kFeatures + kChunk - 1) / kChunk;
+constexpr int kAcross = WIDTH / PATCH_WIDTH, kPatches = HEIGHT / PATCH_HEIGHT * kAcross;
+
+union Piece {
+    uint8_t codes[16];
+    uint4 whole;
+};
+
+// UNIT pixels from `at` on, of one channel.
+__device__ __forceinline__ void convert(const PixelArgs& p, size_t at, int channel, uint8_t* codes) {
+#if FLOATS
+#pragma unroll
+    for (int i = 0; i < UNIT; i++) {
+        const float x = static_cast<const float*>(p.images)[at + i];
+        if (!(fabsf(x) < INFINITY)) {
+            atomicExch(p.strange, 1);
+        }
+        codes[i] = static_cast<uint8_t>(exact_code(__fmul_rn(x, p.std[channel]), p.offset[channel], p.step, 0.0f, p.high));
+    }
+#else
+    const uint8_t* from = static_cast<const uint8_t*>(p.images) + at;
+    Piece pixels;
+#if UNIT == 16
+    pixels.whole = *reinterpret_cast<const uint4*>(from);
+#elif UNIT == 8
+    *reinterpret_cast<uint2*>(pixels.codes) = *reinterpret_cast<const uint2*>(from);
+#elif UNIT == 4
+    *reinterpret_cast<uint32_t*>(pixels.codes) = *reinterpret_cast<const uint32_t*>(from);
+#elif UNIT == 2
+    *reinterpret_cast<uint16_t*>(pixels.codes) = *reinterpret_cast<const uint16_t*>(from);
+#else
+    pixels.codes[0] = *from;
+#endif
+#pragma unroll
+    for (int i = 0; i < UNIT; i++) {
+        codes[i] = IDENTITY ? pixels.codes[i] : p.codes[256 * channel + pixels.codes[i]];
+    }
+#endif
+}
 
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
 __global__ void kernel(const PixelArgs p) {
     await_former_kernel();
-    const int image = blockIdx.x / p.patches, patch = blockIdx.x % p.patches;
-    const int row0 = patch / p.columns * p.patch_height, column0 = patch % p.columns * p.patch_width;
-    const int area = p.patch_height * p.patch_width;
-    for (int i = threadIdx.x; i < p.channels * area; i += blockDim.x) {
-        const int channel = i / area, row = row0 + i % area / p.patch_width, column = column0 + i % p.patch_width;
-        const size_t at = (static_cast<size_t>(image * p.channels + channel) * p.height + row) * p.width + column;
-#if FLOATS
-        const float x = static_cast<const float*>(p.images)[at];
-        if (!(fabsf(x) < INFINITY)) {
-            atomicExch(p.strange, 1);
-        }
-        p.out[code_at(blockIdx.x, i, p.ldo)] = static_cast<uint8_t>(exact_code(__fmul_rn(x, p.std[channel]), p.offset[channel], p.step, 0.0f, p.high));
-#else
-        p.out[code_at(blockIdx.x, i, p.ldo)] = p.codes[256 * channel + static_cast<const uint8_t*>(p.images)[at]];
-#endif
+    const int lane = threadIdx.x % 32, warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    const int chunk = warp % kChunks, row = warp / kChunks * 4 + lane / 8;
+    const int first = chunk * kChunk + lane % 8 * 16;
+    if (row >= p.rows || first >= kFeatures) {
+        return;
     }
+    const int image = row / kPatches, patch = row % kPatches;
+    const int top = patch / kAcross * PATCH_HEIGHT, left = patch % kAcross * PATCH_WIDTH;
+    Piece piece = {};
+#pragma unroll
+    for (int i = 0; i < 16; i += UNIT) {
+        const int feature = first + i, channel = feature / kArea, y = feature % kArea / PATCH_WIDTH, x = feature % PATCH_WIDTH;
+        if (feature < kFeatures) {
+            convert(p, (static_cast<size_t>(image * CHANNELS + channel) * HEIGHT + top + y) * WIDTH + left + x, channel,
+                    piece.codes + i);
+        }
+    }
+    *reinterpret_cast<uint4*>(p.out + code_at(row, first, kChunks)) = piece.whole;
 }
 
 #ifdef QVIT_EMULATION
