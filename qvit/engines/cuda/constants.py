@@ -482,7 +482,7 @@ class ValueConstants:
     shift: torch.Tensor
     low: int
     high: int
-    terms: tuple[float, float, float]
+    terms: tuple[float, ...]
     binary_places: int
 
     @classmethod

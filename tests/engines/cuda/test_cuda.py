@@ -21,6 +21,7 @@ from tests.engines.cuda.emulator import open_gpu
 Factory = Callable[..., Any]
 # Heads that the kernels know, in models small enough for emulation.
 SMALL = cases.SMALL | {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8}
+CPU = constants.Constants(torch.device("cpu"))
 UNKNOWN = ("per token", "q, k offset", "q offset per channel", "map per row", "q unsigned half step")
 
 
@@ -143,6 +144,30 @@ def test_where_every_value_is_in_doubt(
     monkeypatch.setattr(constants, "_ULPS", 1.0)
     options = SMALL | {"depth": 2, "mlp_ratio": 0.5, "img_size": 16}
     check(qvit.freeze(perturb(make_student(small_vit(**options), spec=ModelSpec.of_bits(bits)))), either, 27)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_where_many_boundaries_of_the_map_are_next_to_a_score(
+    bits: int, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With margins of some hundredths of the distance of scores: such scores are decided, not their rows computed again."""
+    student = perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))
+    model = qvit.freeze(student)
+    least = min(float(constants.AttentionConstants.of(block.attention, CPU).score_scale.min()) for block in model.blocks)
+    monkeypatch.setattr(constants, "_ULPS", 1e-6 * 2**24 * least / 600)
+    assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(1) if one.kernel == "attention")
+    check(model, gpu)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_scores_beyond_the_range_of_float32s_exponentials(
+    bits: int, gpu: Any, make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    """Sums of exponentials would overflow in some rows, and vanish in others."""
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits))))
+    for block in model.blocks:
+        object.__setattr__(block.attention, "factor", 100.0 * block.attention.factor)
+    check(model, gpu)
 
 
 def test_what_is_not_finite_or_not_there(gpu: Any, make_student: Factory, small_vit: Factory) -> None:

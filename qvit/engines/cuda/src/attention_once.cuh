@@ -83,7 +83,7 @@ struct Once {
         const float level = fabsf(log2_fast(total));
         of.step = __fmul_rn(total, rows.head.step);
         of.inverse = reciprocal_fast(__fmul_rn(of.step, kMapHigh));
-        of.near = kRoundings + kEach * (level + fminf(kLogTokens, 1.07f * TOKENS * reciprocal_fast(total)));
+        of.near = kRoundings + kEach * (level + fabsf(shift) + fminf(kLogTokens, 1.07f * TOKENS * reciprocal_fast(total)));
         of.lost = !(total > 1e-18f && total < 1e36f);
 #if ROW_CHECK
         // The nearest score of a boundary must be the only one that can be in doubt, and be found in float32.
@@ -96,12 +96,19 @@ struct Once {
     }
 
 #if ROW_CHECK
-    // The exponential of the score next to the boundary below code `upper`, of a row; whether its code is in doubt.
-    __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary, float& e) const {
-        const float y = log_step + log2_fast(boundary);
-        e = exponential(fmaf(y - shift, inverse_factor, kWhole));
-        const float off = fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
-        return fabsf(off) <= rows.p.map_unit * fmaf(kEach, fabsf(y), of.near) * boundary;
+    // The score next to a boundary between codes of a row, as a float's bits have it.
+    __device__ __forceinline__ float score_at(float log_step, float boundary) const {
+        return fmaf(log_step + log2_fast(boundary), inverse_factor, kWhole);
+    }
+
+    // log2 of a row's step, less r: from this and a boundary's logarithm the score follows.
+    __device__ __forceinline__ float log_step(const Row& of) const { return log2_fast(of.step) - shift; }
+
+    // Whether the score next to a boundary would be in doubt.
+    __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary) const {
+        const float y = log_step + log2_fast(boundary), unit = rows.p.map_unit;  // |r| is in `near`
+        const float e = exponential(score_at(log_step, boundary)), off = fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
+        return fabsf(off) <= fmaf(kEach * unit, fabsf(y), of.near * unit) * boundary;
     }
 #endif
 
@@ -132,12 +139,11 @@ struct Once {
         unsigned suspects = 0;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float log_step = log2_fast(of[half].step);
+            const float log = log_step(of[half]);
 #pragma unroll
             for (int k = 0; k < kChecks; k++) {
                 const float boundary = 4 * k + 0.5f + rows.lane % 4;
-                float unused;
-                if (suspect(of[half], log_step, boundary, unused) && boundary < kMapHigh) {
+                if (suspect(of[half], log, boundary) && boundary < kMapHigh) {
                     suspects |= 1u << (2 * k + half);
                 }
             }
@@ -204,8 +210,7 @@ struct Once {
             const int leader = first_bit(lanes);
             const int bit = __shfl_sync(kAll, suspects != 0 ? first_bit(suspects) : 0, leader), half = bit % 2;
             const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
-            const float step = half ? of[1].step : of[0].step;
-            const float score = fmaf(log2_fast(step) + log2_fast(boundary) - shift, inverse_factor, kWhole);
+            const float step = half ? of[1].step : of[0].step, score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
             const float wanted = exponential(score);
             bool found = false;
             if (rows.lane / 4 == leader / 4) {
