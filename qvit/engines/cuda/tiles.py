@@ -136,7 +136,7 @@ class HopperTile:
         """Rows, b, floats and codes on their way, constants, barriers."""
         rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
-        floats = 4 * self.groups * self.slots * 16 * (4 * self.piece + 32) if self.piece else 0
+        floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
         out = 64 if self.whole_rows else 0 if self.piece else self.bn
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.whole_rows else 0
