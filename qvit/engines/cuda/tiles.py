@@ -96,7 +96,7 @@ class HopperTile:
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
         whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
         bits: one-bit products of the planes of two-bit codes.
-        piece: floats of a row that come and go through shared memory at a time, 32, 64 or 128; 0: no floats go out, or not so.
+        piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
         prefetch: what is added to the floats comes into the L2 cache while a tile is multiplied.
     """
@@ -136,7 +136,7 @@ class HopperTile:
         """Rows, b, floats and codes on their way, constants, barriers."""
         rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
-        floats = 4 * self.groups * self.slots * 16 * (4 * self.piece + 32) if self.piece else 0
+        floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
         out = 64 if self.whole_rows else 0 if self.piece else self.bn
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.whole_rows else 0
@@ -180,11 +180,13 @@ _BITS = tuple(HopperTile(*sizes, bits=True) for sizes in ((3, 128, 4), (3, 128, 
 # For floats: the same with room for what is added to them.
 _FLOATS = (
     HopperTile(2, 384, 4, row_stages=3, piece=32, slots=4, keeps_rows=False),
+    HopperTile(2, 192, 4, row_stages=3, piece=32, slots=3, keeps_rows=False),
     HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2),
     HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4),
     HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2),
 )
 _FLOATS_OF_BITS = (
+    HopperTile(2, 384, 1, bits=True, piece=16, slots=2),
     HopperTile(3, 128, 2, bits=True, piece=32, slots=2),
     HopperTile(2, 128, 2, bits=True, piece=32, slots=2),
     HopperTile(2, 64, 2, bits=True, piece=32, slots=2),
@@ -235,7 +237,7 @@ def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | No
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
     """A tile for floats of rows a multiple of four wide, on Hopper; ``None`` where there is none, or too little work."""
-    tiles = (tile for tile in (_FLOATS_OF_BITS if bits else _FLOATS) if tile.bn < 256 or n % tile.bn == 0)
+    tiles = (tile for tile in (_FLOATS_OF_BITS if bits else _FLOATS) if n % tile.bn == 0 or tile.bn % 192 != 0)
     return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None) if n % 4 == 0 else None
 
 

@@ -115,7 +115,7 @@ def test_odd_shapes(options: dict[str, Any], gpu: Any, make_student: Factory, sm
     check(qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3)))), gpu, 1)
 
 
-@pytest.mark.parametrize(("width", "bits"), [(64, 3), (192, 2)])
+@pytest.mark.parametrize(("width", "bits"), [(64, 3), (192, 2), (384, 4)])
 def test_more_rows_than_tiles(
     width: int, bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory
 ) -> None:

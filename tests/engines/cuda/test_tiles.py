@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
-from qvit.engines.cuda.tiles import _MOST_SHARED, HopperTile, MmaTile, choose, choose_bits, choose_whole_rows
+from qvit.engines.cuda.tiles import (
+    _MOST_SHARED,
+    HopperTile,
+    MmaTile,
+    choose,
+    choose_bits,
+    choose_floats,
+    choose_whole_rows,
+)
 
 MULTIPROCESSORS = 132
 WIDTHS = (192, 384, 768)
@@ -21,7 +29,9 @@ def test_every_product_of_deit(width: int, batch: int) -> None:
             assert tile.shared(k) <= _MOST_SHARED
             assert tile.threads() <= 1024
             assert isinstance(tile, MmaTile) or hopper
-        found = [choose_bits(rows, n, k, MULTIPROCESSORS), choose_whole_rows(rows, n, k, MULTIPROCESSORS, bits=False)]
+        found = [choose_bits(rows, n, k, MULTIPROCESSORS)]
+        for bits in (False, True):
+            found += [choose(rows, n, k, MULTIPROCESSORS, bits) for choose in (choose_floats, choose_whole_rows)]
         for special in found:
             assert special is None or (special.shared(k) <= _MOST_SHARED and special.tiles(rows, n) >= MULTIPROCESSORS)
 
@@ -34,6 +44,12 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
     assert choose_bits(197, 1152, 384, MULTIPROCESSORS) is None
     assert choose_whole_rows(256 * 197, 384, 384, MULTIPROCESSORS, bits=False) is not None
     assert choose_whole_rows(256 * 197, 768, 768, MULTIPROCESSORS, bits=False) is None
+    for k in (384, 1536):  # two-bit weights of all of a DeiT-S layer stay in shared memory
+        planes = choose_whole_rows(256 * 197, 384, k, MULTIPROCESSORS, bits=True)
+        assert planes is not None
+        assert planes.defines(k)["B_STAYS"] == 1
+    assert choose_floats(256 * 197, 1001, 384, MULTIPROCESSORS, bits=False) is None  # rows do not begin at 16 bytes
+    assert choose_floats(256 * 197, 384, 1536, MULTIPROCESSORS, bits=False) is not None
 
 
 def test_rows_stay_where_k_is_short() -> None:

@@ -12,7 +12,7 @@ constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
 // The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 152 : 112;
+constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
@@ -282,10 +282,11 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 struct Behind {
     unsigned char *lines, *slots;
     float* constants;
+    int* moved;
 };
 
 #if !STAGED
-constexpr int kConstants = 0, kSlot = 0;
+constexpr int kConstants = 0, kSlot = 0, kMovedRows = 0;
 #endif
 
 // A warpgroup's products and what follows them.
@@ -296,14 +297,19 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
 #if STAGED
     const Room room = {behind.slots + warp * kSlots * kSlot, lines, behind.constants};
+    int* const moved = behind.moved + warp * kMovedRows;
     const auto place = [&](int tile) -> Place {
-        return {tile < range.last ? tile / tiles_n * kBM + 16 * warp : p.m, tile % tiles_n * kBN};
+        return {tile < range.last ? tile / tiles_n * kBM + 16 * warp : p.m, tile % tiles_n * kBN, moved + tile % 2 * 16};
     };
+    move_rows(p, place(range.first), lane);
     fetch_first(p, place(range.first), lane, room.slots);
 #endif
     for (int tile = range.first; tile < range.last; tile++) {
         reader.fresh = tile == range.first || tile % tiles_n == 0;
         reader.rows_phase ^= static_cast<int>(reader.fresh);
+#if STAGED
+        move_rows(p, place(tile + 1), lane);
+#endif
         multiply_all(reader, sums);
         if (RESIDENT && tile % tiles_n == tiles_n - 1) {
             reader.release_rows(0);
@@ -330,7 +336,8 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     Behind behind;
     behind.slots = of.stages + kStages * kStage;
     behind.constants = reinterpret_cast<float*>(behind.slots + (STAGED ? 4 * kGroups * kSlots * kSlot : 0));
-    behind.lines = reinterpret_cast<unsigned char*>(behind.constants + kConstants);
+    behind.moved = reinterpret_cast<int*>(behind.constants + kConstants);
+    behind.lines = reinterpret_cast<unsigned char*>(behind.moved + 4 * kGroups * kMovedRows);
     of.barriers = reinterpret_cast<Barriers*>(behind.lines + (STAGED && EPILOGUE == 0 ? 0 : 4 * kGroups * kWM * kLine));
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
@@ -351,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
-            registers_down<kGroups == 2 ? 24 : 40>();
+            registers_down<24>();
         }
         if (warp == 4 * kGroups && lane == 0) {
             produce(p, of, range, tiles_n);

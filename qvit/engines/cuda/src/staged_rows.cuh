@@ -10,9 +10,13 @@ constexpr int kPieces = kBN / kPiece, kPieceLine = 4 * kPiece + 32, kSlot = 16 *
 static_assert(kBN % kPiece == 0 && kPieces % kSlots == 0 && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
-// The first row and column of a warp's part of a tile; the row is p.m or more where there is none.
+constexpr bool kMoved = SCATTER == 1 || POSITION;  // rows go elsewhere than where they are in the product
+constexpr int kMovedRows = kMoved ? 64 : 0;       // of this tile and the next: where they go, and rows of `position`
+
+// The first row and column of a warp's part of a tile; the row is p.m or more where there is none. `moved`: where its rows go.
 struct Place {
     int row, column;
+    int* moved;
 };
 
 // What a warp has of shared memory.
@@ -22,12 +26,19 @@ struct Room {
 };
 
 constexpr int kAcross = kPiece / 4, kAtOnce = 32 / kAcross;   // a lane moves 16 bytes; rows that a warp moves at once
-constexpr bool kMoved = SCATTER == 1 || POSITION;           // rows go elsewhere than where they are in the product
 constexpr bool kFullColumns = EPILOGUE == 3 || LDO % kBN == 0;
 
-// The row of `out` that row r goes to.
-__device__ __forceinline__ int row_out(const GemmArgs& p, int r) {
-    return POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
+// Looks up where a part's rows go; a division or a load a row, so once.
+__device__ __forceinline__ void move_rows(const GemmArgs& p, const Place& of, int lane) {
+    if constexpr (kMoved) {
+        const int r = of.row + lane;
+        if (lane < 16 && r < p.m) {
+            const int row = POSITION ? p.row_first + r % p.rows_in : 0;
+            of.moved[lane] = POSITION ? r / p.rows_in * p.rows_out + row : float_row(p, r);
+            of.moved[32 + lane] = row;
+        }
+        __syncwarp();
+    }
 }
 
 // Calls `each(i, row, c)` for this lane's units of a piece: the i-th of its rows, where it goes, and the column.
@@ -38,7 +49,7 @@ __device__ __forceinline__ void for_units(const GemmArgs& p, const Place& of, in
 #pragma unroll
         for (int i = 0; i < 16 / kAtOnce; i++) {
             if (i * kAtOnce < left) {
-                each(i, kMoved ? row_out(p, first + i * kAtOnce) : first, c);
+                each(i, kMoved ? of.moved[lane / kAcross + i * kAtOnce] : first, c);
             }
         }
     }
@@ -55,7 +66,7 @@ __device__ __forceinline__ void fetch_piece(const GemmArgs& p, const Place& of, 
     if constexpr (RESIDUAL || POSITION) {
         for_units(p, of, piece, lane, [&](int i, int row, int c) {
             const float* from = RESIDUAL ? p.residual + unit_at(i, row, c)
-                                         : p.position + static_cast<size_t>(row % p.rows_out) * LDO + c;
+                                         : p.position + static_cast<size_t>(of.moved[32 + lane / kAcross + i * kAtOnce]) * LDO + c;
             copy_async(to + i * kAtOnce * kPieceLine, from, true);
         });
         copies_end_group();
