@@ -22,7 +22,7 @@ import numpy as np
 
 from qvit.engines.cuda.thresholds import Steps
 
-CELLS = (8, 16, 32, 64, 128)  # a channel; the fewest that do
+CELLS = (8, 16, 32, 64)  # a channel; the fewest that do
 _SHIFT, _PLACE = 24, 16  # of u: the cell, the place in the cell in steps of 1/256
 _TRIES = 48  # widths of a cell that are tried
 _HOPELESS = 4  # one part in so many channels that are wrong at first
