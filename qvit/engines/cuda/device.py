@@ -8,6 +8,7 @@ import torch
 
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import compile_kernel
+from qvit.engines.cuda.tuned import Tuned, tuned_for
 from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
 
 _SHARED_BY_DEFAULT = 48 * 1024
@@ -20,6 +21,7 @@ class Device(Protocol):
     device: torch.device
     multiprocessors: int
     hopper: bool  # has warpgroup products and bulk copies (compute capability 9)
+    tuned: Tuned  # tiles that are the fastest on it
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
         """Runs a kernel, or queues it.
@@ -66,6 +68,7 @@ class Gpu:
         self.hopper = major == 9
         self.architecture = f"sm_{major}{minor}{'a' if self.hopper else ''}"
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.tuned = tuned_for(self.name)
         torch.zeros(1, device=self.device)  # makes PyTorch's context
         self._driver = driver
         self._overlaps = major >= _OVERLAP_CAPABILITY and driver.cuDriverGetVersion()[1] >= _OVERLAP_DRIVER

@@ -192,7 +192,11 @@ class Plan(ABC):
         """How a layer of a block is computed with one-bit products; ``None`` where it is not."""
         if layer.b_planes is None or not (self._gpu.hopper and self._one_bit):
             return None
-        return choose_bits(self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors)
+        rows = self._shape.rows
+        choice = self._gpu.tuned.find("planes", rows, layer.m, layer.k, True)
+        if choice is not None:
+            return choice.tile if isinstance(choice.tile, HopperTile) else None
+        return choose_bits(rows, layer.m, layer.k, self._gpu.multiprocessors)
 
     def _chunks(self, layer: c.LinearConstants) -> int:
         """Tiles that a row of what a layer of a block reads has."""
@@ -280,7 +284,9 @@ class Plan(ABC):
         if few is not None:
             tile = few
         elif self._gpu.hopper and not (residual is not None and position is not None):
-            tile = choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits) or tile
+            choice = self._gpu.tuned.find("floats", rows, layer.m, layer.k, bits)
+            found = choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+            tile = found or tile
         self._gemm(layer, defines, a, values, tile)
 
     def _linear_norm(
@@ -303,7 +309,9 @@ class Plan(ABC):
         rows, width = self._shape.rows, out.shape[1]
         tile = None
         if following is not None and self._gpu.hopper:
-            tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, self._bits(layer) is not None)
+            bits = self._bits(layer) is not None
+            choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
+            tile = choice.tile if choice else choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
         if following is None or tile is None:
             to = None if gather is not None else index
             self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer))
@@ -376,8 +384,12 @@ class Plan(ABC):
         if (bits := self._bits(layer)) is not None:
             return bits, True
         rows = self._shape.rows
-        few = self._few(layer, a, rows, part)
-        return few or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper), False
+        if (few := self._few(layer, a, rows, part)) is not None:
+            return few, False
+        choice = self._gpu.tuned.find("codes", rows, layer.m, layer.k, False)
+        if choice is not None and choice.tile is not None:
+            return choice.tile, False
+        return choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper), False
 
     def _few(self, layer: c.LinearConstants, a: torch.Tensor, rows: int, part: int) -> FewTile | None:
         """A tile for few rows; one with the LayerNorm of its rows, where that has been put off for ``a``."""

@@ -17,6 +17,7 @@ import torch
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import SOURCES
 from qvit.engines.cuda.device import Gpu
+from qvit.engines.cuda.tuned import Tuned
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -29,6 +30,7 @@ class Emulated:
 
     device = torch.device("cpu")
     multiprocessors = 2
+    tuned = Tuned()
 
     def __init__(self, hopper: bool = False) -> None:
         self.hopper = hopper
@@ -65,4 +67,5 @@ def open_gpu(hopper: bool) -> Any:
     if hopper and not gpu.hopper:
         pytest.skip("the GPU is no Hopper")
     gpu.hopper = hopper
+    gpu.tuned = Tuned()  # the rules are what is tested
     return gpu

@@ -1,0 +1,72 @@
+"""Choices that were measured: found by shape, kept in files, and taken by plans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qvit
+from qvit.engines.cuda import CudaEngine, tuned
+from qvit.engines.cuda.tiles import HopperTile, MmaTile
+from qvit.engines.cuda.tuned import FILES, Choice, Tuned, file_name, tuned_for, write
+from qvit.spec import ModelSpec
+from tests.engines.cuda.emulator import Emulated
+
+CHOICES = [
+    Choice("codes", 50432, 1536, 384, False, MmaTile(128, 128, 64, 4, 2, 2)),
+    Choice("codes", 197, 1536, 384, False, HopperTile(2, 64, 4)),
+    Choice("rows", 50432, 384, 384, True, None),
+]
+
+
+def test_the_nearest_number_of_rows_counts() -> None:
+    known = Tuned(CHOICES)
+    assert known.find("codes", 50432, 1536, 384, False) == CHOICES[0]
+    assert known.find("codes", 45000, 1536, 384, False) == CHOICES[0]
+    assert known.find("codes", 160, 1536, 384, False) == CHOICES[1]
+    assert known.find("codes", 4000, 1536, 384, False) is None
+    assert known.find("codes", 50432, 1536, 384, True) is None
+    assert known.find("rows", 50432, 384, 384, True) == CHOICES[2]
+    assert Tuned().find("rows", 1, 1, 1, False) is None
+
+
+def test_a_file_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "FILES", tmp_path)
+    assert tuned_for("NVIDIA X1 80GB").all() == []
+    write(tmp_path / "nvidia-x1-80gb.json", "NVIDIA X1 80GB", CHOICES, {"torch": "2"})
+    assert sorted(map(repr, tuned_for("NVIDIA X1 80GB").all())) == sorted(map(repr, CHOICES))
+
+
+def test_files_of_the_package_are_readable() -> None:
+    for path in FILES.glob("*.json"):
+        content = json.loads(path.read_text())
+        assert file_name(content["gpu"]) == path.stem
+        assert len(tuned_for(content["gpu"]).all()) == len(content["choices"])
+
+
+def test_plans_take_them(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> None:
+    small = {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8, "depth": 2}
+    model = qvit.freeze(make_student(small_vit(**small), spec=ModelSpec.of_bits(2)))
+    gpu = Emulated(hopper=True)
+    gpu.multiprocessors = 1
+
+    def used(*choices: Choice) -> list[tuple[str, int, int]]:
+        gpu.tuned = Tuned(choices)
+        launches = CudaEngine(model, gpu).launches(700)
+        return [(one.kernel, one.defines["BITS"], one.defines["kBN"]) for one in launches if one.kernel == "gemm_hopper"]
+
+    rows = 700 * 10
+    plain = used()
+    assert any(bits for _, bits, _ in plain)
+    without = used(*(Choice("planes", rows, n, k, True, None) for n, k in ((192, 64), (64, 64), (256, 64), (64, 256))))
+    assert not any(bits for _, bits, _ in without)
+    narrow = used(Choice("planes", rows, 192, 64, True, HopperTile(1, 64, 2, bits=True)))
+    assert narrow != plain
+    assert len(narrow) == len(plain)
+    apart = CudaEngine(model, gpu)
+    gpu.tuned = Tuned([Choice("rows", rows, 64, k, True, None) for k in (64, 256)])
+    assert sum(one.kernel == "norm" for one in apart.launches(700)) > 2
