@@ -37,12 +37,13 @@ def token_layouts(model: Any) -> list[TokenLayout]:
     """What leaves each block of a timm ViT or Swin Transformer, quantized or not; empty for another model."""
     blocks: list[Any] = transformer_blocks(model)
     if all(hasattr(block, "input_resolution") for block in blocks):
-        return [TokenLayout(0, False, *block.input_resolution, block.dim) for block in blocks]
+        maps = [(block.input_resolution, block.dim) for block in blocks]
+        return [TokenLayout(0, False, rows, columns, width) for (rows, columns), width in maps]
     if not hasattr(model, "num_prefix_tokens"):
         return []
     has_class_token = getattr(model, "cls_token", None) is not None
-    layout = TokenLayout(model.num_prefix_tokens, has_class_token, *model.patch_embed.grid_size, model.embed_dim)
-    return [layout] * len(blocks)
+    rows, columns = model.patch_embed.grid_size
+    return [TokenLayout(model.num_prefix_tokens, has_class_token, rows, columns, model.embed_dim)] * len(blocks)
 
 
 def matched_blocks(blocks: int, others: int, which: Which) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ from qvit.training.models import adjusted, build_model, top1_of
 from qvit.training.recipe import Recipe
 from qvit.training.seeding import derive_seed, seed_everything
 from qvit.training.teachers import check_teacher
+from qvit.training.weight_selection import select_weights
 
 _CALIBRATION_BATCH = 32
 
@@ -105,6 +106,8 @@ def set_up(
         teacher = None
     projector = _projector(recipe, model, teacher) if loss.feature and not recipe.quantized else None
 
+    if teacher is not None and resumed is None and not recipe.quantized and recipe.distill.start_from_teacher:
+        select_weights(model, teacher)
     model.to(accelerator.device)
     if projector is not None:
         projector.to(accelerator.device)
