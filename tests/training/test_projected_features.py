@@ -93,6 +93,19 @@ def test_the_projection_is_averaged_clipped_and_stepped_with_the_model(
     assert all(not torch.equal(old, new) for old, new in zip(before, projector.parameters(), strict=True))
 
 
+def test_in_bf16_the_loss_is_that_of_float32_up_to_rounding(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    features = []
+    for precision in ("fp32", "bf16"):
+        recipe = tiny_recipe(method="float", distill=FEATURES, precision=precision)
+        loop = open_loop(recipe, tmp_path / precision, teacher=teacher(), progress=False)
+        with loop.stepping():
+            loop.train_step(*next(iter(loop.loader)))
+        names, means = loop.window.take() or ([], torch.tensor(torch.nan))
+        features.append(means[names.index("feature")].item())
+    assert features[1] == pytest.approx(features[0], rel=0.02)
+    assert features[1] != features[0]
+
+
 class Classifier(nn.Module):
     """A teacher without tokens."""
 
