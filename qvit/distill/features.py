@@ -1,8 +1,8 @@
-"""Feature matching: the student's tokens behind its last block, or behind every block, against the teacher's."""
+"""Feature matching: the student's tokens behind its last block, or behind more of them, against the teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,22 +27,23 @@ class FeatureTap:
 
     Args:
         model: a timm vision transformer, or a quantized one.
-        every: also keep what leaves each block but the last.
+        blocks: also keep what leaves these blocks, counted from 0 and in this order. The last block is never one of them: the
+            final norm stands for it.
 
     Raises:
         TrainingError: the model has no blocks with a norm behind them.
     """
 
-    def __init__(self, model: nn.Module, every: bool = False) -> None:
+    def __init__(self, model: nn.Module, blocks: Iterable[int] = ()) -> None:
         self._taken: dict[int, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
         norm: Any = getattr(model, "norm", None)
-        blocks = transformer_blocks(model)
-        if not isinstance(norm, nn.Module) or not blocks:
+        own = transformer_blocks(model)
+        if not isinstance(norm, nn.Module) or not own:
             raise TrainingError(
                 f"{type(model).__name__} has no features that could be matched: use a timm ViT or Swin as the teacher."
             )
-        self._modules = [*blocks[:-1], norm] if every else [norm]
+        self._modules = [*(own[block] for block in blocks), norm]
         for place, module in enumerate(self._modules):
             self._handles.append(module.register_forward_hook(self._keeper(place)))
 

@@ -2,7 +2,7 @@
 
 Tensors are called ``model.<state dict key>`` and, in a checkpoint that training resumes from, ``optimizer.state.<parameter
 number>.<key>`` and ``optimizer.group.<group number>.<key>``; the optimizer's plain numbers are in the header. The teacher's
-cached logits are ``targets.<key>``.
+cached logits are ``targets.<key>``, the linear maps of feature matching ``projector.<state dict key>``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from qvit.files import write_atomically
 from qvit.preprocessing import Preprocessing
 
 LAST, BEST = "last.safetensors", "best.safetensors"
+PROJECTOR = "projector."
 SCHEMA = 1
 _HEADER = "qvit.checkpoint"
 
@@ -169,7 +170,14 @@ class Checkpoint:
 
     def model_state(self) -> dict[str, torch.Tensor]:
         """The model's state dict."""
-        return {name.removeprefix("model."): t for name, t in self.tensors.items() if name.startswith("model.")}
+        return self._state("model.")
+
+    def projector_state(self) -> dict[str, torch.Tensor]:
+        """The state dict of what learned beside a float model (`qvit.distill.projection`)."""
+        return self._state(PROJECTOR)
+
+    def _state(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from qvit.distill.features import FeatureTap
+from qvit.distill.layout import matched_blocks, token_layouts
 from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
 from qvit.kernels.switch import fused
 from qvit.training.annealing import Annealing
 from qvit.training.averaging import average_gradients
-from qvit.training.checkpoint import BEST, LAST, Checkpoint, Metadata, load_optimizer, save_checkpoint
+from qvit.training.checkpoint import BEST, LAST, PROJECTOR, Checkpoint, Metadata, load_optimizer, save_checkpoint
 from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
 from qvit.training.graphed import GraphedBackward
@@ -82,7 +83,9 @@ class TrainingLoop:
         self.penalty = OscillationPenalty(self.model) if recipe.quantized and recipe.oscillation.weight else None
         self.annealing = Annealing(self.model, recipe.anneal.width) if recipe.quantized and recipe.anneal.share else None
         self.anneal_from = anneal_start(self.steps_per_epoch, recipe.schedule, recipe.anneal)
-        optimizer = build_optimizer(self.model, recipe.optim)
+        beside = [] if setup.projector is None else [*setup.projector.parameters()]
+        self.parameters: list[nn.Parameter] = [*self.model.parameters(), *beside]
+        optimizer = build_optimizer(self.model, recipe.optim, setup.projector)
         if resumed is not None:
             load_optimizer(optimizer, resumed)
         self.optimizer = accelerator.prepare(optimizer)
@@ -93,7 +96,7 @@ class TrainingLoop:
         self.fuse = self.bf16 and self.device.type == "cuda"  # float32 runs stay exact
 
         graphed = recipe.cuda_graph and self.device.type == "cuda"
-        self.backward = GraphedBackward(self._backward, self.model.parameters(), graphed)
+        self.backward = GraphedBackward(self._backward, self.parameters, graphed)
 
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
@@ -150,9 +153,10 @@ class TrainingLoop:
                 self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
             if self.stages.needs_features:
                 assert self.setup.teacher is not None
-                every = self.recipe.distill.feature_blocks == "all"
-                self.student_features = stack.enter_context(FeatureTap(self.model, every))
-                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, every))
+                depths = len(token_layouts(self.model)), len(token_layouts(self.setup.teacher))
+                *pairs, _ = matched_blocks(*depths, self.recipe.distill.feature_blocks)
+                self.student_features = stack.enter_context(FeatureTap(self.model, [own for own, _ in pairs]))
+                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, [other for _, other in pairs]))
             self._train_mode()
             yield
 
@@ -197,7 +201,7 @@ class TrainingLoop:
         def probe(count: int) -> None:
             with fused(self.fuse):
                 total, _ = self._losses(*self._mixed(images[:count], labels[:count]), None)
-                torch.autograd.grad(total, [p for p in self.model.parameters() if p.requires_grad], allow_unused=True)
+                torch.autograd.grad(total, [p for p in self.parameters if p.requires_grad], allow_unused=True)
 
         states = 1 if self.optimizer.state_dict()["state"] else 3
         fits = fitting_batch(len(images), probe, self.model, states, DeviceMemory())
@@ -211,11 +215,11 @@ class TrainingLoop:
         if self.targets is not None and self.setup.teacher is not None:
             answer = self._ask(partial(self.targets.next, teacher=self.setup.teacher), images)
         total, terms = self.backward(images, targets, answer, key=self.stages.activations_only(self.epochs))
-        average_gradients(self.model.parameters(), self.accelerator.num_processes)
+        average_gradients(self.parameters, self.accelerator.num_processes)
         if self.penalty is not None:
             terms = {**terms, "oscillation": self._add_penalty(self.penalty)}
         if recipe.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.optim.clip_grad)
+            nn.utils.clip_grad_norm_(self.parameters, recipe.optim.clip_grad)
         self.lr = learning_rate(self.step, self.steps_per_epoch, recipe.optim.lr, recipe.schedule, recipe.anneal)
         set_learning_rate(self.optimizer, self.lr)
         with self.annealing.holding() if self.annealing and self.step >= self.anneal_from else nullcontext():
@@ -264,6 +268,8 @@ class TrainingLoop:
                 teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
             if self.stages.needs_features:
                 teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
+                if self.setup.projector is not None:
+                    student_features, teacher_features = self.setup.projector(student_features, teacher_features)
             return self.loss(logits, targets, answer, student_taps, teacher_taps, student_features, teacher_features)
 
     def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
@@ -362,7 +368,7 @@ class TrainingLoop:
         self._save(LAST, self.optimizer)
 
     def _check_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
             raise TrainingError(self._not_a_number("model"))
 
     def _save(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -377,8 +383,15 @@ class TrainingLoop:
                 processes=self.accelerator.num_processes,
                 metrics=self.metrics,
             )
-            targets = self.targets.state() if self.targets is not None and optimizer is not None else None
-            save_checkpoint(self.output / name, self.model, metadata, optimizer, targets)
+            more = {} if optimizer is None else self._to_resume()
+            save_checkpoint(self.output / name, self.model, metadata, optimizer, more)
+
+    def _to_resume(self) -> dict[str, torch.Tensor]:
+        """Tensors that a run goes on with, beside the model and the optimizer's."""
+        tensors = {} if self.targets is None else self.targets.state()
+        if self.setup.projector is not None:
+            tensors |= {PROJECTOR + name: tensor for name, tensor in self.setup.projector.state_dict().items()}
+        return tensors
 
     def _result(self) -> TrainingResult:
         if self.two_heads:

@@ -16,8 +16,12 @@ from qvit.quantizers.lsq import LSQQuantizer
 from qvit.training.sections import AnnealSection, OptimSection, ScheduleSection
 
 
-def parameter_groups(model: Any, weight_decay: float, scale_lr_ratio: float) -> list[dict[str, Any]]:
-    """The trainable parameters in up to three groups, each with its share of the learning rate as ``lr_scale``.
+def parameter_groups(
+    model: Any, weight_decay: float, scale_lr_ratio: float, beside: nn.Module | None = None
+) -> list[dict[str, Any]]:
+    """The trainable parameters of a model, and of what learns ``beside`` it, in up to three groups.
+
+    Each group has its share of the learning rate as ``lr_scale``.
 
     Matrices decay. Biases, norms, IRM, tokens and position embeddings (timm's convention) do not, and neither do scales and
     offsets of quantizers, which have a learning rate of their own.
@@ -28,7 +32,7 @@ def parameter_groups(model: Any, weight_decay: float, scale_lr_ratio: float) -> 
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     steps: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *(beside.named_parameters() if beside is not None else ())]:
         if not parameter.requires_grad:
             continue
         if id(parameter) in quantizers:
@@ -45,8 +49,8 @@ def parameter_groups(model: Any, weight_decay: float, scale_lr_ratio: float) -> 
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over the model's parameters.
+def build_optimizer(model: nn.Module, section: OptimSection, beside: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over the parameters of the model, and of what learns ``beside`` it.
 
     Raises:
         RecipeError: timm knows no such optimizer, or it does not take the arguments given.
@@ -54,7 +58,7 @@ def build_optimizer(model: nn.Module, section: OptimSection) -> torch.optim.Opti
     arguments = dict(section.args)
     if section.betas is not None:
         arguments["betas"] = section.betas
-    groups = parameter_groups(model, section.weight_decay, section.scale_lr_ratio)
+    groups = parameter_groups(model, section.weight_decay, section.scale_lr_ratio, beside)
     if section.name in ("adam", "adamw") and all(p.is_cuda for group in groups for p in group["params"]):
         arguments.setdefault("fused", True)  # one kernel for all of a group's parameters
     try:

@@ -122,7 +122,7 @@ class Recipe(Section):
     def needs_features(self) -> bool:
         """Whether the features of student and teacher are matched in some epoch."""
         first = self.activations_first
-        return self.quantized and bool(self.distill.feature or (first.epochs and first.feature))
+        return bool(self.distill.feature or (self.quantized and first.epochs and first.feature))
 
     def model_spec(self) -> ModelSpec:
         """How the model is quantized; with a budget, all of it but the bits (`qvit.training.mixed`).

@@ -154,16 +154,20 @@ class QuantSection(Section):
 class DistillSection(Section):
     """Weights of the loss's terms (`qvit.distill.losses.DistillationLoss`).
 
-    Where the method is ``float``, ``label``, ``hard``, ``soft`` and ``temperature`` are read if a teacher is given, and the
-    rest never.
+    Where the method is ``float``, they are read if a teacher is given, ``dgd`` and ``cached_crops`` never;
+    ``start_from_teacher`` is read there alone.
 
     Attributes:
         label: cross-entropy with the labels.
         hard: cross-entropy with the teacher's most likely class.
         soft: divergence from the teacher's probabilities at ``temperature``.
         dgd: distances of the similarity matrices of q and k, where the method is ``dgd`` or ``qvit``.
-        feature: distance of the features behind the last block (`qvit.distill.features`).
-        feature_blocks: behind which blocks features are matched: the ``last`` or ``all``.
+        feature: distance of the features behind the last block (`qvit.distill.features`). A float model may have another
+            shape than its teacher, and learns a linear map between them (`qvit.distill.projection`).
+        feature_blocks: behind which blocks features are matched: the ``last``, those at each third of the depth (``thirds``)
+            or ``all``; of a teacher of another depth those at the same share of it.
+        start_from_teacher: a float ViT starts with an even choice of its teacher's weights
+            (`qvit.training.weight_selection`), not with random ones.
         cached_crops: fixed crops of each image, for which the teacher's logits are computed once and kept
             (`qvit.training.targets`); 0 augments anew in every epoch. Only where the loss reads nothing else of the teacher.
     """
@@ -174,7 +178,8 @@ class DistillSection(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     dgd: Weight = 1.0
     feature: Weight = 0.0
-    feature_blocks: Literal["last", "all"] = "last"
+    feature_blocks: Literal["last", "thirds", "all"] = "last"
+    start_from_teacher: bool = False
     cached_crops: Annotated[int, Field(ge=0, le=1024)] = 0
 
 

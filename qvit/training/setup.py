@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from qvit.calibration import calibrate
 from qvit.convert import preprocessing_of, quantize
+from qvit.distill.layout import matched_blocks, token_layouts
 from qvit.distill.losses import DistillationLoss
+from qvit.distill.projection import FeatureProjector
 from qvit.errors import InputError, RecipeError, TrainingError
 from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
@@ -28,6 +30,7 @@ from qvit.training.models import adjusted, build_model, top1_of
 from qvit.training.recipe import Recipe
 from qvit.training.seeding import derive_seed, seed_everything
 from qvit.training.teachers import check_teacher
+from qvit.training.weight_selection import select_weights
 
 _CALIBRATION_BATCH = 32
 
@@ -40,6 +43,8 @@ class Setup:
         model: to train: float, or quantized and calibrated.
         teacher: float, in evaluation mode; ``None`` where the loss reads none.
         loss: what is minimised.
+        projector: learns beside a float model to compare its features with the teacher's; ``None`` where they are equal in
+            shape or not compared.
         preprocessing: of the images.
         train, val: the images.
         float_top1: what the student's float checkpoint says it reached, in percent; ``None`` where that is not known.
@@ -48,6 +53,7 @@ class Setup:
     model: nn.Module
     teacher: nn.Module | None
     loss: DistillationLoss
+    projector: FeatureProjector | None
     preprocessing: Preprocessing
     train: ImageSource
     val: ImageSource
@@ -94,14 +100,21 @@ def set_up(
         model = quantize(original, spec=spec, preprocessing=preprocessing)
     elif not recipe.quantized and original is None:
         raise RecipeError("The method float trains a float model, but the model is quantized: choose another method.")
-    if loss.needs_teacher or recipe.needs_features:
+    if loss.needs_teacher or (recipe.quantized and recipe.needs_features):
         teacher = _teacher(recipe, teacher, original, model, preprocessing).to(accelerator.device).eval()
     else:
         teacher = None
+    projector = _projector(recipe, model, teacher) if loss.feature and not recipe.quantized else None
 
+    if teacher is not None and resumed is None and not recipe.quantized and recipe.distill.start_from_teacher:
+        select_weights(model, teacher)
     model.to(accelerator.device)
+    if projector is not None:
+        projector.to(accelerator.device)
     if resumed is not None:
-        _restore(model, resumed)
+        _restore(model, resumed.model_state(), resumed)
+        if projector is not None:
+            _restore(projector, resumed.projector_state(), resumed)
     else:
         if recipe.quantized and accelerator.is_main_process and not _calibrated(model):
             start = recipe.quant.start_from
@@ -111,14 +124,18 @@ def set_up(
             calibrate(model, batches, images=recipe.quant.calibration_images, scales_only=start is not None)
         if accelerator.num_processes > 1:
             share_state(model)
-    return Setup(model, teacher, loss, preprocessing, train, val, float_top1)
+            if projector is not None:
+                share_state(projector)
+    return Setup(model, teacher, loss, projector, preprocessing, train, val, float_top1)
 
 
 def loss_of(recipe: Recipe, taught: bool) -> DistillationLoss:
-    """The loss of a recipe; for the method ``float`` labels alone, or where it is ``taught``, with the teacher's answers."""
+    """The loss of a recipe; for the method ``float`` labels alone, or where it is ``taught``, with what the teacher gives."""
     d = recipe.distill
     if not recipe.quantized:
-        return DistillationLoss(d.label, d.hard, d.soft, d.temperature) if taught else DistillationLoss(label=1, hard=0)
+        if not taught:
+            return DistillationLoss(label=1, hard=0)
+        return DistillationLoss(d.label, d.hard, d.soft, d.temperature, feature=d.feature)
     return DistillationLoss(d.label, d.hard, d.soft, d.temperature, recipe.dgd_weight, d.feature)
 
 
@@ -146,8 +163,14 @@ def _teacher(recipe: Recipe, teacher: Any | None, original: Any | None, model: A
     if teacher is None:
         raise RecipeError("The loss needs a teacher: pass a float model, or set distill.hard, soft, dgd and feature to 0.")
     features = recipe.distill.feature_blocks if recipe.needs_features else None
-    check_teacher(teacher, model, bool(recipe.dgd_weight), features)
+    check_teacher(teacher, model, bool(recipe.dgd_weight), features, projected=not recipe.quantized)
     return teacher
+
+
+def _projector(recipe: Recipe, model: Any, teacher: Any) -> FeatureProjector:
+    own, other = token_layouts(model), token_layouts(teacher)
+    pairs = matched_blocks(len(own), len(other), recipe.distill.feature_blocks)
+    return FeatureProjector([own[block] for block, _ in pairs], [other[block] for _, block in pairs])
 
 
 def _calibrated(student: nn.Module) -> bool:
@@ -160,9 +183,9 @@ def calibration_batches(recipe: Recipe, source: ImageSource, preprocessing: Prep
     return evaluation_loader(source, preprocessing, _CALIBRATION_BATCH, indices=drawn.tolist())
 
 
-def _restore(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _restore(module: nn.Module, state: dict[str, torch.Tensor], checkpoint: Checkpoint) -> None:
     try:
-        model.load_state_dict(checkpoint.model_state())
+        module.load_state_dict(state)
     except RuntimeError:
         raise TrainingError(f"{checkpoint.path} belongs to another model than this run's: start a new run.") from None
 

@@ -6,19 +6,21 @@ from typing import Any
 
 from torch import nn
 
+from qvit.distill.layout import Which, matched_blocks, token_layouts
 from qvit.errors import RecipeError
 from qvit.layers.blocks import transformer_blocks
 
 
-def check_teacher(teacher: Any, student: Any, dgd: bool, features: str | None) -> None:
+def check_teacher(teacher: Any, student: Any, dgd: bool, features: Which | None, projected: bool = False) -> None:
     """Compares what the loss will compare.
 
     Args:
         teacher: a float model.
         student: a timm vision transformer, quantized or not.
         dgd: q and k of all blocks are compared: their number, heads, tokens and windows must be equal; head widths may differ.
-        features: which are compared, those behind the ``last`` block or behind ``all``; tokens and width must be equal, and for
-            ``all`` the number of blocks; ``None`` for none.
+        features: which are compared (`qvit.distill.layout.matched_blocks`); tokens and width must be equal, and unless only
+            the ``last`` are compared, the number of blocks; ``None`` for none.
+        projected: features are compared through a projection, so that any timm ViT or Swin will do.
 
     Raises:
         RecipeError: they differ in classes or size of images, or in a shape that is compared; the message says in which.
@@ -46,25 +48,34 @@ def check_teacher(teacher: Any, student: Any, dgd: bool, features: str | None) -
                     "the student's shape, or set distill.dgd to 0."
                 )
     if features is not None:
-        shapes, wanted_shapes = _features(teacher), _features(student)
-        if not shapes:
+        _check_features(teacher, student, features, projected)
+
+
+def _check_features(teacher: Any, student: Any, features: Which, projected: bool) -> None:
+    theirs, own = token_layouts(teacher), token_layouts(student)
+    if not theirs:
+        raise RecipeError(
+            f"The teacher ({type(teacher).__name__}) has no features that could be matched: use a timm ViT, or set "
+            "distill.feature and activations_first.feature to 0."
+        )
+    if projected:
+        return
+    deep = features != "last"
+    if deep and theirs[-1] == own[-1] and len(theirs) != len(own):
+        raise RecipeError(
+            f"The teacher has {len(theirs)} blocks, the student {len(own)}, and features behind "
+            f"{'all of them' if features == 'all' else 'each third'} are matched: use a teacher of the student's shape, or set "
+            "distill.feature_blocks=last."
+        )
+    # Of another depth, the last is the first difference to name.
+    for block, other in matched_blocks(len(own), len(theirs), features if len(own) == len(theirs) else "last"):
+        shape, wanted = theirs[other], own[block]
+        if (shape.tokens, shape.width) != (wanted.tokens, wanted.width):
             raise RecipeError(
-                f"The teacher ({type(teacher).__name__}) has no features that could be matched: use a timm ViT, or set "
-                "distill.feature and activations_first.feature to 0."
+                f"The teacher's features are {shape.tokens} tokens {shape.width} wide, the student's {wanted.tokens} tokens "
+                f"{wanted.width} wide: use a teacher of the student's shape, or set distill.feature and "
+                "activations_first.feature to 0."
             )
-        if features == "all" and shapes[-1] == wanted_shapes[-1] and len(shapes) != len(wanted_shapes):
-            raise RecipeError(
-                f"The teacher has {len(shapes)} blocks, the student {len(wanted_shapes)}, and features behind all of "
-                "them are matched: use a teacher of the student's shape, or set distill.feature_blocks=last."
-            )
-        compared = slice(None) if features == "all" and len(shapes) == len(wanted_shapes) else slice(-1, None)
-        for shape, wanted in zip(shapes[compared], wanted_shapes[compared], strict=True):
-            if shape != wanted:
-                raise RecipeError(
-                    f"The teacher's features are {shape[0]} tokens {shape[1]} wide, the student's {wanted[0]} tokens "
-                    f"{wanted[1]} wide: use a teacher of the student's shape, or set distill.feature and "
-                    "activations_first.feature to 0."
-                )
 
 
 def _images(model: Any) -> tuple[int, ...] | None:
@@ -98,12 +109,3 @@ def _blocks(model: Any) -> dict[str, Any] | None:
 def _one(numbers: list[Any]) -> Any:
     """The number, where all are the same."""
     return numbers[0] if len(set(numbers)) == 1 else numbers
-
-
-def _features(model: Any) -> list[tuple[int, int]]:
-    """(tokens, width) of what leaves each block of a vision transformer; empty for another model."""
-    blocks: list[Any] = transformer_blocks(model)
-    if all(hasattr(block, "input_resolution") for block in blocks):
-        return [(block.input_resolution[0] * block.input_resolution[1], block.dim) for block in blocks]
-    tokens = _tokens(model)
-    return [] if tokens is None else [(tokens, model.embed_dim)] * len(blocks)

@@ -105,7 +105,7 @@ def test_overrides_are_dotted_and_yaml(tmp_path: Path) -> None:
         ({"activation_first": {"epochs": 1}}, ["did you mean 'activations_first'"]),
         ({"distill": {"cached_crops": -1}}, ["distill.cached_crops=-1", "at least 0 and at most 1024"]),
         ({"distill": {"cached_crop": 2}}, ["did you mean 'distill.cached_crops'"]),
-        ({"distill": {"feature_blocks": "some"}}, ["distill.feature_blocks='some'", "'last' or 'all'"]),
+        ({"distill": {"feature_blocks": "some"}}, ["distill.feature_blocks='some'", "'last', 'thirds' or 'all'"]),
         ({"needs_gpus": True}, ["did you mean 'needs_gpu'"]),
         ({"schedule": {"epochs": 0}}, ["schedule.epochs=0", "at least 1"]),
         ({"schedule": {"epochs": 1, "warmup_epochs": 2}}, ["warmup_epochs", "more than schedule.epochs (1)"]),
