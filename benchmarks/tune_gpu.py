@@ -4,8 +4,8 @@
     python benchmarks/tune_gpu.py --models deit_small_patch16_224 --batches 256 64 --minutes 5
 
 For every model, width and batch, product after product: each tile that fits is compiled, the whole forward pass is timed with
-it (CUDA graph, images on the GPU), and the fastest stays if it gains more than noise. All kernels are compiled first, as many at
-once as there are cores. Models have random weights. Choices that are in the file already are kept for other shapes.
+it (CUDA graph, images on the GPU), and the fastest stays if it gains more than noise. All kernels are compiled first, as many
+at once as there are cores. Models have random weights. Choices that are in the file already are kept for other shapes.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ class Choice:
     """How one product [m, k] x [k, n] is computed.
 
     Attributes:
-        kind: what leaves it: ``codes``, ``floats``, ``rows`` (floats, and the codes of their LayerNorm), or ``planes``: whatever
-            it is, of codes that may be multiplied as planes of bits.
+        kind: what leaves it: ``codes``, ``floats``, ``rows`` (floats, and the codes of their LayerNorm), or ``planes``:
+            whatever it is, of codes that may be multiplied as planes of bits.
         m, n, k: of the product.
         bits: whether the product is of planes of bits.
         tile: ``None``: not in this way.
