@@ -28,7 +28,7 @@ class Silent:
     """A device that computes nothing."""
 
     device = torch.device("cpu")
-    multiprocessors, hopper = 2, False
+    multiprocessors, hopper, tuned = 2, False, Tuned()
 
     def __init__(self) -> None:
         self.launched: list[Launch] = []

@@ -14,6 +14,7 @@ import qvit
 from qvit.engines.cuda import CudaEngine, compiler
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import cache_folder, compile_kernel
+from qvit.engines.cuda.tuned import Tuned
 from qvit.errors import MissingDependencyError, UnsupportedModelError
 
 EVERY = ("attention", "gemm_few", "pixels")
@@ -32,6 +33,7 @@ class Far:
     """A device for launches that are looked at and never run."""
 
     device = torch.device("cpu")
+    tuned = Tuned()
 
     def __init__(self, multiprocessors: int, hopper: bool) -> None:
         self.multiprocessors, self.hopper = multiprocessors, hopper
