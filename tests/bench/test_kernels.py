@@ -18,6 +18,7 @@ from qvit.bench.ceilings import Ceilings
 from qvit.bench.kernels import kernel_rows, work_of
 from qvit.engines.cuda import CudaEngine
 from qvit.engines.cuda.arguments import ARGUMENTS, Launch
+from qvit.engines.cuda.tuned import Tuned
 
 EMULATOR = Path(__file__).parents[1] / "engines" / "cuda" / "emulator.py"
 CEILINGS = Ceilings(gb_per_s=1000.0, bf16_tflops=1.0, int8_tops=2.0)
