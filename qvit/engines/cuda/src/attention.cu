@@ -6,9 +6,13 @@
 // In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
 // different regions of a shifted map (MASK).
 //
-// A block has one head of p.pack images, one after another, with k and v of two in shared memory; each warp takes 16 queries at a time, with the exponentials of all keys in
-// its registers where they fit (`Once`; LONG = 0), else computing the scores three times (`Thrice`).
+// A block has one head of p.pack images, one after another, with k and v of two, or of RING, in shared memory; each warp takes 16
+// queries at a time, with the exponentials of all keys in its registers where they fit (`Once`; LONG = 0), else computing the
+// scores three times (`Thrice`).
 #include "attention_once.cuh"
+#if RING
+#include "attention_ring.cuh"
+#endif
 
 // What `Once` could not decide, out of its way: its own registers, and not in the instructions that all warps go through.
 #ifndef QVIT_EMULATION
@@ -54,6 +58,25 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
+#if RING
+    const Ring<decltype(head_of)> ring = {p, head_of, memory + kStages * kStageBytes, count, warp, lane};
+    ring.begin();
+    uint32_t q[kSteps][4];
+    rows_of(warp, head_at(warp)).load_q(q);
+#pragma unroll 1
+    for (int tile = warp; tile < count * kRound;) {
+        const int next = ring.take(), n = tile / kRound;
+        ring.enter(n, tile - n * kRound);
+        const Head head = head_at(tile), next_head = head_at(next);
+        const Rows rows = rows_of(tile, head), next_rows = rows_of(next, next_head);
+        if (!Once::of(rows).run(q, next_rows)) {
+            const Head copy = head;  // its address is given away, that of `head` is not
+            thrice(p, copy, rows.query0);
+        }
+        ring.leave(n);
+        tile = next;
+    }
+#else
     // Tiles of 16 queries, of one head after another: WARPS of them a round, which may be the last ones of a head and the first ones
     // of the next. The head behind those is on its way meanwhile; what came in a round is prepared in the next.
     int loaded = 0, prepared = 0;
@@ -97,6 +120,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
         const Head copy = head;  // its address is given away, that of `head` is not
         thrice(p, copy, rows.query0);
     }
+#endif
 }
 
 #ifdef QVIT_EMULATION
