@@ -460,7 +460,8 @@ class Plan(ABC):
         ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
             ring = min(_RING_MOST, (_HOPPER_SHARED - 256) // of_head)
-            warps, blocks = _RING_WARPS if shape.tokens <= 208 else 8, 1
+            warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * -(-shape.tokens // 16) // 2)
+            blocks = 1
             pack = -(-shape.images // max(1, blocks_of_head))
         values = {
             "q": q,

@@ -37,7 +37,9 @@ struct Ring {
     int count, warp, lane;
 
     static constexpr int kAhead = 2;
-    static_assert(RING > kAhead && kGroups <= kQueryTiles);
+    // Of a barrier only one bit of the phase is seen: no warp may wait for a head while the one that had the stage before is not
+    // there. Then all tiles from that one on would have to be among those that warps have, or have taken to do next.
+    static_assert((RING - kAhead) * kQueryTiles >= 2 * WARPS && kGroups <= kQueryTiles);
 
     __device__ __forceinline__ Barrier* full(int n) const { return reinterpret_cast<Barrier*>(end) + n % RING; }
     __device__ __forceinline__ Barrier* ready(int n) const { return reinterpret_cast<Barrier*>(end) + RING + n % RING; }
