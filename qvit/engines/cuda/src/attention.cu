@@ -67,13 +67,15 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
     for (int tile = warp; tile < count * kRound;) {
         const int next = ring.take(), n = tile / kRound;
         ring.enter(n, tile - n * kRound);
-        const Head head = head_at(tile), next_head = head_at(next);
-        const Rows rows = rows_of(tile, head), next_rows = rows_of(next, next_head);
-        if (!Once::of(rows).run(q, next_rows)) {
+        Head head = head_at(tile);
+        head.index = anew(index);
+        const Head next_head = head_at(next);
+        const Rows rows = {p, head, 16 * (tile - n * kRound), anew(lane)}, next_rows = rows_of(next, next_head);
+        if (!Once::of(rows).run(q, next_rows, [&] { ring.leave(n); })) {
             const Head copy = head;  // its address is given away, that of `head` is not
             thrice(p, copy, rows.query0);
+            ring.leave(n);
         }
-        ring.leave(n);
         tile = next;
     }
 #else
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
             continue;
         }
 #if !LONG
-        if (Once::of(rows).run(q, next_rows)) {
+        if (Once::of(rows).run(q, next_rows, [] {})) {
             continue;
         }
 #endif

@@ -112,8 +112,10 @@ struct Once {
     }
 #endif
 
-    // Whether all went well. Takes the queries' operands, and loads those of the next rows when there is room for them.
-    __device__ __forceinline__ bool run(uint32_t (&next_q)[kSteps][4], const Rows& next) const {
+    // Whether all went well. Takes the queries' operands, and loads those of the next rows when there is room for them; `leave` is
+    // called when the head's keys and values are needed no more.
+    template <class Leave>
+    __device__ __forceinline__ bool run(uint32_t (&next_q)[kSteps][4], const Rows& next, const Leave& leave) const {
         // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
         // the compiler does not know to change nothing, they are moved anew for every product.
         const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
@@ -191,6 +193,7 @@ struct Once {
         for (int group = 0; group < kGroups; group++) {
             values.add(words[2 * group], words[2 * group + 1], rows, group);
         }
+        leave();
 #if SHOW
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
@@ -202,26 +205,28 @@ struct Once {
     }
 
 #if ROW_CHECK
-    // Decides what is in doubt. Keys whose score is next to a boundary get an exponential whose code is the right one.
+    // Decides what is in doubt, of eight rows at once. Keys whose score is next to a boundary get an exponential whose code is the
+    // right one.
     __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kPairs][2][4]) const {
         unsigned lanes;
 #pragma unroll 1
         while ((lanes = __ballot_sync(kAll, suspects != 0)) != 0) {
-            const int leader = first_bit(lanes);
-            const int bit = __shfl_sync(kAll, suspects != 0 ? first_bit(suspects) : 0, leader), half = bit % 2;
+            const int quad = rows.lane & ~3, ours = lanes >> quad & 15;
+            const int leader = quad + (ours ? first_bit(ours) : 0);
+            const int bit = __shfl_sync(kAll, suspects ? first_bit(suspects) : 0, leader), half = bit % 2;
             const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
             const float step = half ? of[1].step : of[0].step, score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
-            const float wanted = exponential(score);
-            bool found = false;
-            if (rows.lane / 4 == leader / 4) {
-                found = half ? has<1>(e, wanted) : has<0>(e, wanted);
-            }
-            if (__any_sync(kAll, found)) {
-                const int s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, leader);
-                const float instead = step * static_cast<float>(decided(s, rows.query0 + leader / 4 + 8 * half));
-                if (rows.lane / 4 == leader / 4) {
+            const float wanted = ours ? exponential(score) : -1.0f;
+            unsigned found = __ballot_sync(kAll, half ? has<1>(e, wanted) : has<0>(e, wanted));
+#pragma unroll 1
+            while (found) {
+                const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, one);
+                const int code = decided(s, rows.query0 + one / 4 + 8 * __shfl_sync(kAll, half, one));
+                if (rows.lane / 4 == one / 4) {
+                    const float instead = step * static_cast<float>(code);
                     half ? replace<1>(e, wanted, instead) : replace<0>(e, wanted, instead);
                 }
+                found &= ~(15u << (one & ~3));
             }
             if (rows.lane == leader) {
                 suspects &= suspects - 1;
@@ -231,13 +236,13 @@ struct Once {
 
     template <int kHalf>
     __device__ __forceinline__ static bool has(const float (&e)[kPairs][2][4], float wanted) {
-        bool found = false;
+        bool found[4] = {};  // that none waits for the one before
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
-            found |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
-            found |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
+            found[2 * (tile % 2)] |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
+            found[2 * (tile % 2) + 1] |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
         }
-        return found;
+        return found[0] || found[1] || found[2] || found[3];
     }
 
     template <int kHalf>

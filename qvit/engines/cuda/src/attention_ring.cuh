@@ -17,8 +17,21 @@ inline int add_shared(int* to, int value) {
     *to += value;
     return *to - value;
 }
+inline int take_shared(int* to) { return add_shared(to, 1); }
 inline void proxies_meet() {}
+inline int anew(int x) { return x; }
 #else
+// The same number, of which the compiler does not know it: what follows from it is computed here, not kept over a loop.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+// One more, in no order with other accesses.
+__device__ __forceinline__ int take_shared(int* to) {
+    int old;
+    asm volatile("atom.relaxed.cta.shared::cta.add.s32 %0, [%1], 1;" : "=r"(old) : "r"(shared_address(to)));
+    return old;
+}
 // What others wrote before their own addition is seen after this one.
 __device__ __forceinline__ int add_shared(int* to, int value) {
     int old;
@@ -71,7 +84,7 @@ struct Ring {
     __device__ __forceinline__ int take() const {
         int tile = 0;
         if (lane == 0) {
-            tile = add_shared(taken(), 1);
+            tile = take_shared(taken());
         }
         return __shfl_sync(kAll, tile, 0);
     }
@@ -84,7 +97,7 @@ struct Ring {
         barrier_wait(ready(n), n / RING % 2);
     }
 
-    // A tile of head n is done.
+    // A tile of head n needs it no more.
     __device__ __forceinline__ void leave(int n) const {
         __syncwarp();
         if (lane == 0 && add_shared(left(n), 1) == kQueryTiles - 1) {
