@@ -61,17 +61,19 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
 #if RING
     const Ring<decltype(head_of)> ring = {p, head_of, memory + kStages * kStageBytes, count, warp, lane};
     ring.begin();
-    uint32_t q[kSteps][4];
-    rows_of(warp, head_at(warp)).load_q(q);
+    const auto rows_at = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), anew(lane)}; };
+    ring.begin_queries(rows_at(warp, head_at(warp)));
 #pragma unroll 1
     for (int tile = warp; tile < count * kRound;) {
         const int next = ring.take(), n = tile / kRound;
         ring.enter(n, tile - n * kRound);
         Head head = head_at(tile);
         head.index = anew(index);
-        const Head next_head = head_at(next);
-        const Rows rows = {p, head, 16 * (tile - n * kRound), anew(lane)}, next_rows = rows_of(next, next_head);
-        if (!Once::of(rows).run(q, next_rows, [&] { ring.leave(n); })) {
+        const Rows rows = rows_at(tile, head);
+        uint32_t q[kSteps][4];
+        ring.end_queries(rows, q);
+        ring.begin_queries(rows_at(next, head_at(next)));
+        if (!Once::of(rows).run(q, [] {}, [&] { ring.leave(n); })) {
             const Head copy = head;  // its address is given away, that of `head` is not
             thrice(p, copy, rows.query0);
             ring.leave(n);
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
             continue;
         }
 #if !LONG
-        if (Once::of(rows).run(q, next_rows, [] {})) {
+        if (Once::of(rows).run(q, [&] { next_rows.load_q(q); }, [] {})) {
             continue;
         }
 #endif

@@ -74,7 +74,7 @@ struct Once {
 
     // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
     struct Row {
-        float step, inverse, near;  // total * step; one over it and the highest code
+        float step, inverse, near;  // total * step; one over it, and over the highest code where places 0 .. 1 are computed
         bool lost;
     };
 
@@ -82,7 +82,7 @@ struct Once {
         Row of;
         const float level = fabsf(log2_fast(total));
         of.step = __fmul_rn(total, rows.head.step);
-        of.inverse = reciprocal_fast(__fmul_rn(of.step, kMapHigh));
+        of.inverse = reciprocal_fast(PACKED && ROW_CHECK ? of.step : __fmul_rn(of.step, kMapHigh));
         of.near = kRoundings + kEach * (level + fabsf(shift) + fminf(kLogTokens, 1.07f * TOKENS * reciprocal_fast(total)));
         of.lost = !(total > 1e-18f && total < 1e36f);
 #if ROW_CHECK
@@ -107,22 +107,22 @@ struct Once {
     // Whether the score next to a boundary would be in doubt.
     __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary) const {
         const float y = log_step + log2_fast(boundary), unit = rows.p.map_unit;  // |r| is in `near`
-        const float e = exponential(score_at(log_step, boundary)), off = fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
+        const float e = exponential(score_at(log_step, boundary)), off = PACKED ? fmaf(e, of.inverse, -boundary) : fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
         return fabsf(off) <= fmaf(kEach * unit, fabsf(y), of.near * unit) * boundary;
     }
 #endif
 
-    // Whether all went well. Takes the queries' operands, and loads those of the next rows when there is room for them; `leave` is
-    // called when the head's keys and values are needed no more.
-    template <class Leave>
-    __device__ __forceinline__ bool run(uint32_t (&next_q)[kSteps][4], const Rows& next, const Leave& leave) const {
+    // Whether all went well. Takes the queries' operands; `next` is called when there is room for those of the next rows, `leave`
+    // when the head's keys and values are needed no more.
+    template <class Next, class Leave>
+    __device__ __forceinline__ bool run(uint32_t (&given)[kSteps][4], const Next& next, const Leave& leave) const {
         // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
         // the compiler does not know to change nothing, they are moved anew for every product.
         const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
         uint32_t q[kSteps][4];
 #pragma unroll
         for (int i = 0; i < 4 * kSteps; i++) {
-            q[i / 4][i % 4] = next_q[i / 4][i % 4] ^ zero;
+            q[i / 4][i % 4] = given[i / 4][i % 4] ^ zero;
         }
         float e[kPairs][2][4], total[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -152,7 +152,7 @@ struct Once {
         }
         if (__any_sync(kAll, suspects != 0 || lost)) {
             if (__any_sync(kAll, lost)) {
-                next.load_q(next_q);
+                next();
                 return false;
             }
             settle(of, suspects, e);
@@ -164,6 +164,18 @@ struct Once {
             words[pair] = {0u, 0u};
             if (pair < kPairs) {
                 int code[2][4];
+#if ROW_CHECK && PACKED
+                // Whole numbers of 16 bits, two at a time not more than the highest code.
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        code[tile][i] = __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole));
+                    }
+                }
+                words[pair] = {capped(code[0][0], code[0][1], code[1][0], code[1][1]),
+                               capped(code[0][2], code[0][3], code[1][2], code[1][3])};
+#else
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
@@ -179,11 +191,12 @@ struct Once {
                 }
                 words[pair] = {pack(code[0][0], code[0][1], code[1][0], code[1][1]),
                                pack(code[0][2], code[0][3], code[1][2], code[1][3])};
+#endif
             }
         }
-        next.load_q(next_q);
 #if !ROW_CHECK
         if (__any_sync(kAll, lost)) {
+            next();
             return false;
         }
 #endif
@@ -193,6 +206,7 @@ struct Once {
         for (int group = 0; group < kGroups; group++) {
             values.add(words[2 * group], words[2 * group + 1], rows, group);
         }
+        next();
         leave();
 #if SHOW
 #pragma unroll
@@ -202,6 +216,12 @@ struct Once {
 #endif
         values.finish(rows);
         return true;
+    }
+
+    // Four codes, the lower halves of words, not more than the highest one.
+    __device__ __forceinline__ static uint32_t capped(int a, int b, int c, int d) {
+        constexpr uint32_t kHigh = 0x10001u * MAP_HIGH;
+        return __byte_perm(lesser_halves(__byte_perm(a, b, 0x5410), kHigh), lesser_halves(__byte_perm(c, d, 0x5410), kHigh), 0x6420);
     }
 
 #if ROW_CHECK

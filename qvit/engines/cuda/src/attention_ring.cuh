@@ -46,10 +46,11 @@ template <class HeadOf>
 struct Ring {
     const AttentionArgs& p;
     const HeadOf& head_of;
-    unsigned char* end;  // of the heads in shared memory: barriers and counters follow
+    unsigned char* end;  // of the heads in shared memory: barriers, counters and queries follow
     int count, warp, lane;
 
     static constexpr int kAhead = 2;
+    static constexpr int kQueriesAt = (20 * RING + 4 + 15) / 16 * 16;  // a kilobyte a warp
     // Of a barrier only one bit of the phase is seen: no warp may wait for a head while the one that had the stage before is not
     // there. Then all tiles from that one on would have to be among those that warps have, or have taken to do next.
     static_assert((RING - kAhead) * kQueryTiles >= 2 * WARPS && kGroups <= kQueryTiles);
@@ -95,6 +96,36 @@ struct Ring {
             prepare(n + kAhead, part);
         }
         barrier_wait(ready(n), n / RING % 2);
+    }
+
+    // A lane's own pieces of the queries of a tile come to shared memory while the tile before is computed.
+    __device__ __forceinline__ void begin_queries(const Rows& rows) const {
+        if constexpr (HEAD_DIM == 64) {
+            unsigned char* const to = end + kQueriesAt + 1024 * warp + 16 * lane;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                copy_async(to + 512 * half, rows.q_of(rows.query(half)) + kLaneBytes * (rows.lane % 4), true);
+            }
+            copies_end_group();
+        }
+    }
+
+    // They are operands, as in `Rows::load_q`.
+    __device__ __forceinline__ void end_queries(const Rows& rows, uint32_t (&q)[kSteps][4]) const {
+        if constexpr (HEAD_DIM == 64) {
+            copies_wait<0>();
+            const unsigned char* const from = end + kQueriesAt + 1024 * warp + 16 * lane;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const uint4 a = *reinterpret_cast<const uint4*>(from + 512 * half);
+                q[0][half] = a.x;
+                q[0][2 + half] = a.y;
+                q[kSteps - 1][half] = a.z;
+                q[kSteps - 1][2 + half] = a.w;
+            }
+        } else {
+            rows.load_q(q);
+        }
     }
 
     // A tile of head n needs it no more.
