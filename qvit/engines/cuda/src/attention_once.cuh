@@ -277,13 +277,16 @@ struct Once {
         }
     }
 
-    // The code of score s of a query, by the whole warp.
+    // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
         const double own = static_cast<double>(scaled(s, rows.head.scale));
         double total = 0.0;
-#pragma unroll 1
-        for (int key = rows.lane; key < TOKENS; key += 32) {
-            total += exp(static_cast<double>(exact_score(rows.q_of(query), rows.head, rows.place(query), key)) - own);
+#pragma unroll 2
+        for (int first = 0; first < TOKENS; first += 32) {
+            const int key = first + rows.lane;
+            const float score = exact_score(rows.q_of(query), rows.head, rows.place(query), key < TOKENS ? key : 0);
+            const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
+            total += key < TOKENS ? one : 0.0;
         }
         return exact_code(__double2float_rn(1.0 / warp_sum(total)), 0.0f, rows.head.step, 0.0f, kMapHigh);
     }

@@ -152,7 +152,6 @@ private:
     __device__ __forceinline__ void prepare(int n, int group) const {
         barrier_wait(full(n), n / RING % 2);
         prepare_group(head_of(n), group, lane);
-        proxies_meet();
         __syncwarp();
         if (lane == 0) {
             barrier_arrive(ready(n));
