@@ -424,6 +424,7 @@ class AttentionConstants:
         map_high, map_margin: highest code of the map, and how near to a boundary it is computed again.
         map_unit: the unit of the map's relative errors in float32.
         row_check: whether boundaries between the map's codes are looked at instead of all its values.
+        map_short: whether the map's codes fit 16 bits before they are clamped.
     """
 
     score_scale: torch.Tensor
@@ -437,6 +438,7 @@ class AttentionConstants:
     map_margin: float
     map_unit: float
     row_check: bool
+    map_short: bool
 
     @classmethod
     def of(cls, attention: ops.Attention, to: Constants) -> AttentionConstants:
@@ -460,6 +462,7 @@ class AttentionConstants:
             map_margin=3 * _ULPS * (p.spec.qp + 1),
             map_unit=_ULPS / 1e-6 * 2.0**-24,
             row_check=p.spec.qp <= _FEW_CODES and float(scale.min()) >= _COARSE,
+            map_short=float(p_scale.min()) >= 2.0**-14,
         )
 
 

@@ -26,6 +26,8 @@ _PIECE = 16  # bytes that a lane copies at a time
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
+_RING_WARPS, _RING_MOST, _RING_LEAST = 12, 7, 3  # of the only one where it has a ring of heads: warps, and heads in the ring
+_HOPPER_SHARED = 227 * 1024  # bytes of a block
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
@@ -466,6 +468,13 @@ class Plan(ABC):
             pack = -(-heads // (blocks * self._gpu.multiprocessors))
         else:
             pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
+        of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
+        ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
+        if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
+            ring = min(_RING_MOST, (_HOPPER_SHARED - 256 - 1024 * _RING_WARPS) // of_head)
+            warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * -(-shape.tokens // 16) // 2)
+            blocks = 1
+            pack = -(-shape.images // max(1, blocks_of_head))
         values = {
             "q": q,
             "k": k,
@@ -511,15 +520,17 @@ class Plan(ABC):
             "OUT_LOW": found.low,
             "SHOW": int(maps is not None),
             "LONG": int(long),
+            "RING": ring,
+            "PACKED": int(self._gpu.hopper and of.map_short),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
         tiles = -(-shape.tokens // 16)
-        shared = (1 if long else 2) * pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
+        shared = ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps if ring else (1 if long else 2) * of_head
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 else 1
+        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1
         grid = -(-shape.images // pack) * shape.heads
         self._add(Launch("attention", defines, (grid, split, 1), 32 * warps, shared, values))
 

@@ -125,6 +125,23 @@ def test_more_rows_than_tiles(
     check(qvit.freeze(student), either, 27)
 
 
+@pytest.mark.parametrize(("heads", "patch", "bits"), [(3, 8, 4), (1, 16, 2)])
+def test_heads_go_through_a_ring_on_hopper(
+    heads: int, patch: int, bits: int, make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    """Of 50 tokens, and of fewer than a warp takes at a time; more heads than there are stages."""
+    gpu = open_gpu(hopper=True)
+    image = 56 if patch == 8 else 32
+    options = {"embed_dim": 64 * heads, "num_heads": heads, "depth": 1, "patch_size": patch, "img_size": image}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
+    count = 9 * max(1, gpu.multiprocessors // heads) + 1
+    (launch,) = (one for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
+    images = -(-count // max(1, gpu.multiprocessors // heads))
+    assert 2 < launch.defines["RING"] < images
+    assert launch.grid == (heads * -(-count // images), 1, 1)
+    check(model, gpu, count)
+
+
 def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, small_vit: Factory) -> None:
     gpu = open_gpu(hopper=True)
     for bits in (2, 3):

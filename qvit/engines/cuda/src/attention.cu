@@ -6,9 +6,13 @@
 // In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
 // different regions of a shifted map (MASK).
 //
-// A block has one head of p.pack images, one after another, with k and v of two in shared memory; each warp takes 16 queries at a time, with the exponentials of all keys in
-// its registers where they fit (`Once`; LONG = 0), else computing the scores three times (`Thrice`).
+// A block has one head of p.pack images, one after another, with k and v of two, or of RING, in shared memory; each warp takes 16
+// queries at a time, with the exponentials of all keys in its registers where they fit (`Once`; LONG = 0), else computing the
+// scores three times (`Thrice`).
 #include "attention_once.cuh"
+#if RING
+#include "attention_ring.cuh"
+#endif
 
 // What `Once` could not decide, out of its way: its own registers, and not in the instructions that all warps go through.
 #ifndef QVIT_EMULATION
@@ -54,6 +58,29 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
+#if RING
+    const Ring<decltype(head_of)> ring = {p, head_of, memory + kStages * kStageBytes, count, warp, lane};
+    ring.begin();
+    const auto rows_at = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), anew(lane)}; };
+    ring.begin_queries(rows_at(warp, head_at(warp)));
+#pragma unroll 1
+    for (int tile = warp; tile < count * kRound;) {
+        const int next = ring.take(), n = tile / kRound;
+        ring.enter(n, tile - n * kRound);
+        Head head = head_at(tile);
+        head.index = anew(index);
+        const Rows rows = rows_at(tile, head);
+        uint32_t q[kSteps][4];
+        ring.end_queries(rows, q);
+        ring.begin_queries(rows_at(next, head_at(next)));
+        if (!Once::of(rows).run(q, [] {}, [&] { ring.leave(n); })) {
+            const Head copy = head;  // its address is given away, that of `head` is not
+            thrice(p, copy, rows.query0);
+            ring.leave(n);
+        }
+        tile = next;
+    }
+#else
     // Tiles of 16 queries, of one head after another: WARPS of them a round, which may be the last ones of a head and the first ones
     // of the next. The head behind those is on its way meanwhile; what came in a round is prepared in the next.
     int loaded = 0, prepared = 0;
@@ -90,13 +117,14 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
             continue;
         }
 #if !LONG
-        if (Once::of(rows).run(q, next_rows)) {
+        if (Once::of(rows).run(q, [&] { next_rows.load_q(q); }, [] {})) {
             continue;
         }
 #endif
         const Head copy = head;  // its address is given away, that of `head` is not
         thrice(p, copy, rows.query0);
     }
+#endif
 }
 
 #ifdef QVIT_EMULATION

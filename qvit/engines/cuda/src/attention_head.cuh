@@ -40,9 +40,9 @@ constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
 constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a head's channels
 constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in shared memory
-constexpr int kStages = LONG ? 1 : 2;                      // heads in shared memory
+constexpr int kStages = RING ? RING : LONG ? 1 : 2;        // heads in shared memory
 // Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
-constexpr int kRound = kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
+constexpr int kRound = RING ? kQueryTiles : kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
 constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups;
 constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
@@ -110,19 +110,23 @@ __device__ __forceinline__ void load_head(const AttentionArgs& p, const Head& he
     copies_end_group();
 }
 
-// What has arrived is made ready: values as operands, sums of the keys' codes. Others see it after a barrier.
+// What has arrived of 32 keys is made ready by a warp: values as operands, sums of the keys' codes.
+__device__ __forceinline__ void prepare_group(const Head& head, int group, int lane) {
+    turn<kColumns>(head.values + 32 * group * HEAD_DIM);
+    const int row = 32 * group + lane;
+    if (kKeySums && row < TOKENS) {
+        int sum = 0;
+        for (int d = 0; d < HEAD_DIM; d += 4) {
+            sum = dot4(word_at(head.keys + row * HEAD_DIM + d), 0x01010101u, sum);
+        }
+        head.key_sums[row] = sum;
+    }
+}
+
+// The same for all keys. Others see it after a barrier.
 __device__ __forceinline__ void prepare_head(const Head& head) {
     for (int group = threadIdx.x / 32; group < kGroups; group += WARPS) {
-        turn<kColumns>(head.values + 32 * group * HEAD_DIM);
-    }
-    if (kKeySums) {
-        for (int row = threadIdx.x; row < TOKENS; row += kThreads) {
-            int sum = 0;
-            for (int d = 0; d < HEAD_DIM; d += 4) {
-                sum = dot4(word_at(head.keys + row * HEAD_DIM + d), 0x01010101u, sum);
-            }
-            head.key_sums[row] = sum;
-        }
+        prepare_group(head, group, threadIdx.x % 32);
     }
 }
 

@@ -74,7 +74,7 @@ struct Once {
 
     // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
     struct Row {
-        float step, inverse, near;  // total * step; one over it and the highest code
+        float step, inverse, near;  // total * step; one over it, and over the highest code where places 0 .. 1 are computed
         bool lost;
     };
 
@@ -82,7 +82,7 @@ struct Once {
         Row of;
         const float level = fabsf(log2_fast(total));
         of.step = __fmul_rn(total, rows.head.step);
-        of.inverse = reciprocal_fast(__fmul_rn(of.step, kMapHigh));
+        of.inverse = reciprocal_fast(PACKED && ROW_CHECK ? of.step : __fmul_rn(of.step, kMapHigh));
         of.near = kRoundings + kEach * (level + fabsf(shift) + fminf(kLogTokens, 1.07f * TOKENS * reciprocal_fast(total)));
         of.lost = !(total > 1e-18f && total < 1e36f);
 #if ROW_CHECK
@@ -107,20 +107,22 @@ struct Once {
     // Whether the score next to a boundary would be in doubt.
     __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary) const {
         const float y = log_step + log2_fast(boundary), unit = rows.p.map_unit;  // |r| is in `near`
-        const float e = exponential(score_at(log_step, boundary)), off = fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
+        const float e = exponential(score_at(log_step, boundary)), off = PACKED ? fmaf(e, of.inverse, -boundary) : fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
         return fabsf(off) <= fmaf(kEach * unit, fabsf(y), of.near * unit) * boundary;
     }
 #endif
 
-    // Whether all went well. Takes the queries' operands, and loads those of the next rows when there is room for them.
-    __device__ __forceinline__ bool run(uint32_t (&next_q)[kSteps][4], const Rows& next) const {
+    // Whether all went well. Takes the queries' operands; `next` is called when there is room for those of the next rows, `leave`
+    // when the head's keys and values are needed no more.
+    template <class Next, class Leave>
+    __device__ __forceinline__ bool run(uint32_t (&given)[kSteps][4], const Next& next, const Leave& leave) const {
         // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
         // the compiler does not know to change nothing, they are moved anew for every product.
         const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
         uint32_t q[kSteps][4];
 #pragma unroll
         for (int i = 0; i < 4 * kSteps; i++) {
-            q[i / 4][i % 4] = next_q[i / 4][i % 4] ^ zero;
+            q[i / 4][i % 4] = given[i / 4][i % 4] ^ zero;
         }
         float e[kPairs][2][4], total[2] = {0.0f, 0.0f};
 #pragma unroll
@@ -150,7 +152,7 @@ struct Once {
         }
         if (__any_sync(kAll, suspects != 0 || lost)) {
             if (__any_sync(kAll, lost)) {
-                next.load_q(next_q);
+                next();
                 return false;
             }
             settle(of, suspects, e);
@@ -162,6 +164,18 @@ struct Once {
             words[pair] = {0u, 0u};
             if (pair < kPairs) {
                 int code[2][4];
+#if ROW_CHECK && PACKED
+                // Whole numbers of 16 bits, two at a time not more than the highest code.
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        code[tile][i] = __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole));
+                    }
+                }
+                words[pair] = {capped(code[0][0], code[0][1], code[1][0], code[1][1]),
+                               capped(code[0][2], code[0][3], code[1][2], code[1][3])};
+#else
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
@@ -177,11 +191,12 @@ struct Once {
                 }
                 words[pair] = {pack(code[0][0], code[0][1], code[1][0], code[1][1]),
                                pack(code[0][2], code[0][3], code[1][2], code[1][3])};
+#endif
             }
         }
-        next.load_q(next_q);
 #if !ROW_CHECK
         if (__any_sync(kAll, lost)) {
+            next();
             return false;
         }
 #endif
@@ -191,6 +206,8 @@ struct Once {
         for (int group = 0; group < kGroups; group++) {
             values.add(words[2 * group], words[2 * group + 1], rows, group);
         }
+        next();
+        leave();
 #if SHOW
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
@@ -201,27 +218,35 @@ struct Once {
         return true;
     }
 
+    // Four codes, the lower halves of words, not more than the highest one.
+    __device__ __forceinline__ static uint32_t capped(int a, int b, int c, int d) {
+        constexpr uint32_t kHigh = 0x10001u * MAP_HIGH;
+        return __byte_perm(lesser_halves(__byte_perm(a, b, 0x5410), kHigh), lesser_halves(__byte_perm(c, d, 0x5410), kHigh), 0x6420);
+    }
+
 #if ROW_CHECK
-    // Decides what is in doubt. Keys whose score is next to a boundary get an exponential whose code is the right one.
+    // Decides what is in doubt, of eight rows at once. Keys whose score is next to a boundary get an exponential whose code is the
+    // right one.
     __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kPairs][2][4]) const {
         unsigned lanes;
 #pragma unroll 1
         while ((lanes = __ballot_sync(kAll, suspects != 0)) != 0) {
-            const int leader = first_bit(lanes);
-            const int bit = __shfl_sync(kAll, suspects != 0 ? first_bit(suspects) : 0, leader), half = bit % 2;
+            const int quad = rows.lane & ~3, ours = lanes >> quad & 15;
+            const int leader = quad + (ours ? first_bit(ours) : 0);
+            const int bit = __shfl_sync(kAll, suspects ? first_bit(suspects) : 0, leader), half = bit % 2;
             const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
             const float step = half ? of[1].step : of[0].step, score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
-            const float wanted = exponential(score);
-            bool found = false;
-            if (rows.lane / 4 == leader / 4) {
-                found = half ? has<1>(e, wanted) : has<0>(e, wanted);
-            }
-            if (__any_sync(kAll, found)) {
-                const int s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, leader);
-                const float instead = step * static_cast<float>(decided(s, rows.query0 + leader / 4 + 8 * half));
-                if (rows.lane / 4 == leader / 4) {
+            const float wanted = ours ? exponential(score) : -1.0f;
+            unsigned found = __ballot_sync(kAll, half ? has<1>(e, wanted) : has<0>(e, wanted));
+#pragma unroll 1
+            while (found) {
+                const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, one);
+                const int code = decided(s, rows.query0 + one / 4 + 8 * __shfl_sync(kAll, half, one));
+                if (rows.lane / 4 == one / 4) {
+                    const float instead = step * static_cast<float>(code);
                     half ? replace<1>(e, wanted, instead) : replace<0>(e, wanted, instead);
                 }
+                found &= ~(15u << (one & ~3));
             }
             if (rows.lane == leader) {
                 suspects &= suspects - 1;
@@ -231,13 +256,13 @@ struct Once {
 
     template <int kHalf>
     __device__ __forceinline__ static bool has(const float (&e)[kPairs][2][4], float wanted) {
-        bool found = false;
+        bool found[4] = {};  // that none waits for the one before
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
-            found |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
-            found |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
+            found[2 * (tile % 2)] |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
+            found[2 * (tile % 2) + 1] |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
         }
-        return found;
+        return found[0] || found[1] || found[2] || found[3];
     }
 
     template <int kHalf>
@@ -252,13 +277,16 @@ struct Once {
         }
     }
 
-    // The code of score s of a query, by the whole warp.
+    // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
         const double own = static_cast<double>(scaled(s, rows.head.scale));
         double total = 0.0;
-#pragma unroll 1
-        for (int key = rows.lane; key < TOKENS; key += 32) {
-            total += exp(static_cast<double>(exact_score(rows.q_of(query), rows.head, rows.place(query), key)) - own);
+#pragma unroll 2
+        for (int first = 0; first < TOKENS; first += 32) {
+            const int key = first + rows.lane;
+            const float score = exact_score(rows.q_of(query), rows.head, rows.place(query), key < TOKENS ? key : 0);
+            const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
+            total += key < TOKENS ? one : 0.0;
         }
         return exact_code(__double2float_rn(1.0 / warp_sum(total)), 0.0f, rows.head.step, 0.0f, kMapHigh);
     }
