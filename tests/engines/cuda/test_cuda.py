@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants
+from qvit.engines.cuda import CudaEngine, constants, step_tables
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -123,6 +123,21 @@ def test_more_rows_than_tiles(
     options = {"embed_dim": width, "num_heads": width // 32, "depth": 2, "mlp_ratio": 0.5, "img_size": 16}
     student = perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits)))
     check(qvit.freeze(student), either, 27)
+
+
+def test_the_longest_tables_pass_through_shared_memory(
+    make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks with more tiles of columns than there are buffers for their tables."""
+    monkeypatch.setattr(step_tables, "CELLS", (128,))
+    gpu, count = open_gpu(hopper=True), 78
+    options = {"depth": 1, "mlp_ratio": 6.0, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
+    if gpu.device.type == "cpu":
+        (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("CELLS"))
+        tiles = -(-5 * count // (64 * fc1.defines["kGroups"])) * -(-384 // fc1.defines["kBN"])
+        assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], tiles // fc1.grid[0]) == (128, 2, 4)
+    check(model, gpu, count)
 
 
 def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, small_vit: Factory) -> None:
