@@ -11,7 +11,7 @@ import torch
 
 from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled, untiled
 from qvit.engines.cuda.ramps import ramps
-from qvit.engines.cuda.step_tables import slots, step_table
+from qvit.engines.cuda.step_tables import StepTable, column_bytes, packed, slots, step_table
 from qvit.engines.cuda.thresholds import activation_steps, linear_steps
 from qvit.engines.tables import pixel_codes
 from qvit.errors import UnsupportedModelError
@@ -155,20 +155,23 @@ class Permuted:
     """What an epilogue reads of each column in the order that its kernel wants, and the weight in the same order.
 
     Args:
-        steps: int32 [M, 4].
-        table: uint16 [M, cells], for `qvit.engines.cuda.step_tables`.
+        steps: int32 [M, 4], or a table of them.
+
+    Attributes:
+        column_bytes: that a kernel reads of a column.
     """
 
-    def __init__(self, to: Constants, steps: np.ndarray, table: np.ndarray | None = None) -> None:
-        self._to, self._steps, self._table = to, steps, table
+    def __init__(self, to: Constants, steps: np.ndarray | StepTable) -> None:
+        self._to, self._steps = to, steps
+        self.column_bytes = column_bytes(steps.entries.shape[1]) if isinstance(steps, StepTable) else 16
         self._kept: dict[tuple[int, bool, bool], dict[str, torch.Tensor]] = {}
 
     def arrays(self, layer: LinearConstants, width: int, bits: bool, planes: bool = False) -> dict[str, torch.Tensor]:
-        """The kernel's ``b``, ``steps`` int32 [M padded, 4] and ``table`` int32 [M padded / 2, cells].
+        """The kernel's ``b``, and ``steps`` int32 [M padded, 4] or ``table`` (`qvit.engines.cuda.step_tables.packed`).
 
         Args:
             layer: whose columns they are.
-            width: columns of which a lane has a quarter, one after the other.
+            width: columns of which a lane has a quarter, one after the other; divides 256.
             bits: whether the product is of planes of bits.
             planes: whether codes go out as such.
         """
@@ -177,26 +180,15 @@ class Permuted:
             b = layer.b_planes if bits else layer.b
             assert b is not None
             columns = slots(width, len(b), planes)
-            out = {"b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)]), "steps": self._moved(self._steps, columns)}
-            if self._table is not None:
-                out["table"] = self._to.array(_pairs(self._table, columns))
+            out = {"b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)])}
+            if isinstance(self._steps, StepTable):
+                out["table"] = self._to.array(packed(self._steps, columns, width))
+            else:
+                padded = np.zeros((len(columns), self._steps.shape[1]), self._steps.dtype)
+                padded[: len(self._steps)] = self._steps
+                out["steps"] = self._to.array(padded[columns])
             self._kept[key] = out
         return self._kept[key]
-
-    def _moved(self, steps: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-        padded = np.zeros((len(columns), steps.shape[1]), steps.dtype)
-        padded[: len(steps)] = steps
-        return self._to.array(padded[columns])
-
-
-def _pairs(table: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Tables of two neighbouring columns share words; a lane of a quad finds its tables' place in u, beside the cell."""
-    cells = table.shape[1]
-    padded = np.zeros((len(columns), cells), np.int64)
-    padded[: len(table)] = table
-    pairs = padded[columns].reshape(-1, 4, 2, cells) - 256 * cells * np.arange(4)[:, None, None]
-    pairs %= 1 << 16
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 16).astype(np.uint32).reshape(-1).view(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,8 +212,7 @@ class ActivationConstants:
         table = steps if isinstance(steps, str) else step_table(steps)
         if isinstance(table, str):
             return cls(0, None, table)
-        of_columns = np.stack([table.shift, table.most, table.factor, 0 * table.shift], 1).astype(np.int32)
-        return cls(table.entries.shape[1], Permuted(to, of_columns, table.entries))
+        return cls(table.entries.shape[1], Permuted(to, table))
 
 
 def activation_margin(quantizer: ops.Quantizer) -> float:

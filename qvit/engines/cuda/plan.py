@@ -16,7 +16,7 @@ from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
-from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_floats, choose_whole_rows
+from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_floats, choose_whole_rows, with_columns
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
 
@@ -379,6 +379,7 @@ class Plan(ABC):
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
+            tile = with_columns(tile, layer.k, activation.permuted.column_bytes)
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int) -> tuple[Tile, bool]:
@@ -434,6 +435,7 @@ class Plan(ABC):
             values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
             values |= {"tokens_inverse": min(2**32 // shape.tokens, 2**32 - 1)}
             values |= heads.permuted.arrays(layer, shape.head_dim, bits)
+            tile = with_columns(tile, layer.k, heads.permuted.column_bytes)
         defines = {
             "EPILOGUE": _HEADS,
             "PERMUTED": int(heads.permuted is not None),

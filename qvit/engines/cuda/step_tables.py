@@ -1,17 +1,16 @@
 """Step functions of whole sums as tables that the kernels read in a few instructions a sum.
 
-A channel's thresholds lie within a range of sums. Its first sum is at w = 0 and the range is cut into equal cells, each with at
-most one step inside:
+A channel's thresholds lie within a range of sums. It begins at u = 0 and is cut into equal cells, each with at most one step
+inside:
 
-    w     = min(max(sum + shift, 0), most)
-    u     = w * factor                               cell in the bits from 24 on, place in the cell below
-    entry = entries[u >> 24]                         16 bits
-    code  = |(entry + (u >> 16) >> 8) % 256 - 128|
+    u     = min(max(sum * factor + add, 0), last)    cell in the bits from 16 on, place in the cell below
+    entry = entries[u >> 16]                         16 bits
+    code  = |((entry << 8) + u >> 16) % 256 - 128|
 
 An entry has 128 + code in its higher byte, where the function rises, or 128 - code, where it falls, less its cell, which u adds
-again; in its lower byte it has 256 less the place of its step, so that the sum carries from there on. Nothing is rounded: that
-a table gives the codes is checked at both ends of every cell and on both sides of every step, and between these both the table
-and the function are constant.
+again; in its lower byte it has 256 less the place of its step, so that the sum carries from there on. Nothing is rounded, and u
+is within 32 bits for every sum that there can be. That a table gives the codes is checked at both ends of every cell, on both
+sides of every step and at the least and largest sum, and between these both the table and the function are constant.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import numpy as np
 
 from qvit.engines.cuda.thresholds import Steps
 
-CELLS = (8, 16, 32, 64)  # a channel; the fewest that do
-_SHIFT, _PLACE = 24, 16  # of u: the cell, the place in the cell in steps of 1/256
+CELLS = (8, 16, 32, 64, 128)  # a channel; the fewest that do
+_SHIFT, _PLACE = 16, 8  # of u: the cell, the place in the cell in steps of 1/256
 _TRIES = 48  # widths of a cell that are tried
 _HOPELESS = 4  # one part in so many channels that are wrong at first
 _MIDDLE = 128
@@ -35,20 +34,18 @@ class StepTable:
 
     Attributes:
         entries: uint16 [M, cells].
-        shift, most, factor: int64 [M].
+        factor, add: int64 [M].
     """
 
     entries: np.ndarray
-    shift: np.ndarray
-    most: np.ndarray
     factor: np.ndarray
+    add: np.ndarray
 
     def __call__(self, sums: np.ndarray) -> np.ndarray:
         """Codes of sums [.., M]; what the kernels compute."""
-        w = (sums + self.shift).clip(0, self.most)
-        u = w * self.factor
-        entry = self.entries[np.arange(len(self.shift)), u >> _SHIFT].astype(np.int64)
-        return np.abs((entry + (u >> _PLACE) >> 8) % 256 - _MIDDLE)
+        u = (sums * self.factor + self.add).clip(0, (self.entries.shape[1] << _SHIFT) - 1)
+        entry = self.entries[np.arange(len(self.add)), u >> _SHIFT].astype(np.int64)
+        return np.abs(((entry << 8) + u >> _SHIFT) % 256 - _MIDDLE)
 
 
 def step_table(steps: Steps) -> StepTable | str:
@@ -69,7 +66,8 @@ def step_table(steps: Steps) -> StepTable | str:
 
 def _with_cells(steps: Steps, shift: np.ndarray, most: np.ndarray, cells: int) -> StepTable | None:
     """Cells as narrow as they can be, then a little wider, until they separate the steps of every channel."""
-    narrowest = np.minimum(((cells << _SHIFT) - 1) // np.maximum(most, 1), 1 << _SHIFT)
+    largest = np.iinfo(np.int32).max // (2 * steps.reach + 1)  # |sum + shift| is at most that
+    narrowest = np.minimum(((cells << _SHIFT) - 1) // np.maximum(most, 1), min(largest, 1 << _SHIFT))
     if narrowest.min() >> _PLACE == 0:
         return None  # several sums at one place
     factor, entries = narrowest.copy(), np.zeros((len(shift), cells), np.uint16)
@@ -79,16 +77,16 @@ def _with_cells(steps: Steps, shift: np.ndarray, most: np.ndarray, cells: int) -
         part = Steps(steps.lowest[left], steps.rising[:, left], steps.falling[:, left], steps.reach)
         table = _fill(part, shift[left], most[left], factor[left], cells)
         entries[left] = table.entries
-        left = left[~_is_right(table, part)]
+        left = left[~_is_right(table, part, shift[left], most[left])]
         if not len(left):
-            return StepTable(entries, shift, most, factor)
+            return StepTable(entries, factor, shift * factor)
         if len(left) * _HOPELESS > len(shift):
             break
     return None
 
 
 def _ends(most: np.ndarray, factor: np.ndarray, cells: int) -> tuple[np.ndarray, np.ndarray]:
-    """First and last w of every cell [cells, M]; beyond ``most`` where a cell is not used."""
+    """First and last sum + shift of every cell [cells, M]; beyond ``most`` where nothing changes any more."""
     cell = np.arange(cells + 1)[:, None] << _SHIFT
     starts = -(-cell // factor)
     return starts[:-1], np.minimum(starts[1:] - 1, most)
@@ -96,10 +94,9 @@ def _ends(most: np.ndarray, factor: np.ndarray, cells: int) -> tuple[np.ndarray,
 
 def _fill(steps: Steps, shift: np.ndarray, most: np.ndarray, factor: np.ndarray, cells: int) -> StepTable:
     starts, ends = _ends(most, factor, cells)
-    sums = starts - shift
-    codes = steps(sums)
-    falls = np.zeros(sums.shape, bool)
-    step = np.zeros(sums.shape, np.int64)  # w of the step inside a cell, 0 where there is none
+    codes = steps((starts - shift).clip(-steps.reach, steps.reach))
+    falls = np.zeros(codes.shape, bool)
+    step = np.zeros(codes.shape, np.int64)  # sum + shift of the step inside a cell, 0 where there is none
     for thresholds, falling in ((steps.rising, False), (steps.falling, True)):
         for threshold in thresholds + shift:
             step = np.where((threshold > starts) & (threshold <= ends), threshold, step)
@@ -107,16 +104,45 @@ def _fill(steps: Steps, shift: np.ndarray, most: np.ndarray, factor: np.ndarray,
                 falls |= threshold > starts
     high = np.where(falls, _MIDDLE - codes, _MIDDLE + codes) - np.arange(cells)[:, None]
     entries = 256 * high + np.where(step > 0, 256 - (step * factor >> _PLACE) % 256, 0)
-    return StepTable(entries.T.astype(np.uint16), shift, most, factor)
+    return StepTable(entries.T.astype(np.uint16), factor, shift * factor)
 
 
-def _is_right(table: StepTable, steps: Steps) -> np.ndarray:
+def _is_right(table: StepTable, steps: Steps, shift: np.ndarray, most: np.ndarray) -> np.ndarray:
     """Whether each channel's table gives its codes, bool [M]."""
-    starts, ends = _ends(table.most, table.factor, table.entries.shape[1])
+    cells = np.concatenate(_ends(most, table.factor, table.entries.shape[1]))
     thresholds = np.concatenate([steps.rising, steps.falling])
-    inside = np.concatenate([starts, ends]).clip(0, table.most) - table.shift
-    sums = np.concatenate([inside, thresholds - 1, thresholds]).clip(-steps.reach, steps.reach)
+    far = np.full((1, len(shift)), steps.reach)
+    sums = np.concatenate([cells - shift, thresholds - 1, thresholds, -far, far]).clip(-steps.reach, steps.reach)
     return np.asarray((table(sums) == steps(sums)).all(0))
+
+
+def column_bytes(cells: int) -> int:
+    """Of a column in what `packed` gives."""
+    return 8 + 2 * (cells | 8)
+
+
+def packed(table: StepTable, columns: np.ndarray, width: int) -> np.ndarray:
+    """What the kernels read of columns, ``width`` of them after the other, uint8 [columns * column_bytes].
+
+    First factor and add of each column, int32 [width, 2]; then entries, uint16 [width / 2, cells | 8, 2]: tables of two
+    neighbouring columns share words, and those of a quad's lanes begin 8 banks of shared memory apart.
+
+    Args:
+        table: of the columns.
+        columns: the column of each place; where there is none, anything may be.
+        width: of the part of a product that an epilogue has.
+    """
+    cells = table.entries.shape[1]
+    missing = int(columns.max()) + 1 - len(table.add)
+    numbers = np.pad(np.stack([table.factor, table.add], 1), ((0, missing), (0, 0)))[columns].astype(np.int32)
+    entries = np.zeros((len(columns), cells | 8), np.uint16)
+    entries[:, :cells] = np.pad(table.entries, ((0, missing), (0, 0)))[columns]
+    pairs = entries.reshape(-1, 2, cells | 8).transpose(0, 2, 1)
+    parts = (
+        numbers.reshape(-1, width * 2).view(np.uint8),
+        np.ascontiguousarray(pairs).reshape(len(columns) // width, -1).view(np.uint8),
+    )
+    return np.concatenate(parts, 1).reshape(-1)
 
 
 def slots(width: int, columns: int, planes: bool = False) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
@@ -94,6 +94,8 @@ class HopperTile:
             tiles of all of k where products are of bits.
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
+        column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
+        column_bytes: of that, a column; 0: it is not copied.
         whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
@@ -111,6 +113,8 @@ class HopperTile:
     slots: int = 1
     prefetch: bool = True
     keeps_rows: bool = True
+    column_stages: int = 2
+    column_bytes: int = 0
 
     kernel: ClassVar[str] = "gemm_hopper"
 
@@ -137,11 +141,12 @@ class HopperTile:
         rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
         floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
-        out = 64 if self.whole_rows else 0 if self.piece else self.bn
+        out = 64 if self.whole_rows else 0 if self.piece or self.column_bytes else self.bn
+        columns = self.column_stages * (self.column_bytes * self.bn + 16) if self.column_bytes else 0
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.whole_rows else 0
         barriers = 16 * (self.stages + max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
-        return rows + self.stages * stage + floats + codes + constants + barriers
+        return rows + self.stages * stage + columns + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
         """See `Tile`."""
@@ -158,6 +163,8 @@ class HopperTile:
             "kPiece": self.piece,
             "kSlots": self.slots,
             "PREFETCH": int(self.prefetch),
+            "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
+            "COLUMN_BYTES": self.column_bytes,
         }
 
     def tiles(self, m: int, n: int) -> int:
@@ -233,6 +240,16 @@ def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
 def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | None:
     """A tile for planes of two-bit codes, on Hopper; ``None`` where there is none, or too little work."""
     return next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
+
+
+def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
+    """The tile with room for what its epilogue knows of columns, so many bytes each, where it has such room."""
+    if isinstance(tile, HopperTile):
+        for stages in range(tile.column_stages, 0, -1):
+            wider = replace(tile, column_stages=stages, column_bytes=column_bytes)
+            if wider.shared(k) <= _MOST_SHARED:
+                return wider
+    return tile
 
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants
+from qvit.engines.cuda import CudaEngine, constants, step_tables
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -125,20 +125,18 @@ def test_more_rows_than_tiles(
     check(qvit.freeze(student), either, 27)
 
 
-@pytest.mark.parametrize(("heads", "patch", "bits"), [(3, 8, 4), (1, 16, 2)])
-def test_heads_go_through_a_ring_on_hopper(
-    heads: int, patch: int, bits: int, make_student: Factory, small_vit: Factory, perturb: Factory
+def test_the_longest_tables_pass_through_shared_memory(
+    make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 50 tokens, and of fewer than a warp takes at a time; more heads than there are stages."""
-    gpu = open_gpu(hopper=True)
-    image = 56 if patch == 8 else 32
-    options = {"embed_dim": 64 * heads, "num_heads": heads, "depth": 1, "patch_size": patch, "img_size": image}
-    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
-    count = 9 * max(1, gpu.multiprocessors // heads) + 1
-    (launch,) = (one for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
-    images = -(-count // max(1, gpu.multiprocessors // heads))
-    assert 2 < launch.defines["RING"] < images
-    assert launch.grid == (heads * -(-count // images), 1, 1)
+    """Blocks with more tiles of columns than there are buffers for their tables."""
+    monkeypatch.setattr(step_tables, "CELLS", (128,))
+    gpu, count = open_gpu(hopper=True), 78
+    options = {"depth": 1, "mlp_ratio": 6.0, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
+    if gpu.device.type == "cpu":
+        (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("CELLS"))
+        tiles = -(-5 * count // (64 * fc1.defines["kGroups"])) * -(-384 // fc1.defines["kBN"])
+        assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], tiles // fc1.grid[0]) == (128, 2, 4)
     check(model, gpu, count)
 
 

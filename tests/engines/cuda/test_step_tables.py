@@ -79,7 +79,7 @@ def test_wider_cells_where_the_narrowest_do_not_separate_the_steps(monkeypatch: 
     ("steps", "why"),
     [
         (steps_of([[1, 2]], [], -1), "codes with a sign"),
-        (steps_of([[0, 1, 2, 1000]], []), "channels whose steps are too near to each other for 64 cells"),
+        (steps_of([[0, 1, 2, 1000]], []), "channels whose steps are too near to each other for 128 cells"),
     ],
 )
 def test_where_there_is_none(steps: Steps, why: str) -> None:

@@ -13,6 +13,7 @@ from qvit.engines.cuda.tiles import (
     choose_bits,
     choose_floats,
     choose_whole_rows,
+    with_columns,
 )
 
 MULTIPROCESSORS = 132
@@ -58,6 +59,16 @@ def test_rows_stay_where_k_is_short() -> None:
     planes = HopperTile(2, 128, 4, bits=True)
     assert planes.defines(1536) | {"BITS": 1, "DEPTH": 384, "RESIDENT": 1} == planes.defines(1536)
     assert planes.defines(384)["DEPTH"] == 128  # two groups of 256 columns, 64 bytes each
+
+
+def test_room_for_what_is_known_of_columns() -> None:
+    small, large = HopperTile(3, 128, 4), HopperTile(3, 128, 6)
+    for tile, stages in ((small, 2), (large, 1), (HopperTile(2, 128, 10), 0)):
+        wider = with_columns(tile, 384, 280)
+        assert wider.defines(384)["COLUMN_STAGES"] == stages
+        assert wider.shared(384) <= _MOST_SHARED
+    mma = MmaTile(64, 64, 64, 4, 4, 1)
+    assert with_columns(mma, 384, 280) == mma
 
 
 @pytest.mark.parametrize("width", WIDTHS)

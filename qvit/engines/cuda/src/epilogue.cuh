@@ -24,8 +24,8 @@ struct GemmArgs {
     const float* shift;       // standardised: [N]
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
-    const int4* steps;        // activation, CELLS: [N padded], see `qvit/engines/cuda/step_tables.py`; heads, PERMUTED
-    const uint16_t* table;    // [N padded / 2, CELLS, 2]
+    const int4* steps;        // heads, PERMUTED: [N padded]
+    const uint8_t* table;     // activation, CELLS: see `packed` in `qvit/engines/cuda/step_tables.py`
     const int* index;         // floats, SCATTER: [M], where rows go: of floats and codes, or of codes alone where it is 2
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
     int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in
@@ -67,17 +67,14 @@ __device__ __forceinline__ T load_constant(const T* from) {
 #endif
 }
 
-// Makes the compiler have a value in a register as it is, so that addresses are sums of a base, an index and a constant.
-template <class T>
-__device__ __forceinline__ void keep(const T*& address) {
-#ifndef QVIT_EMULATION
-    asm("" : "+l"(address));
-#endif
-}
-__device__ __forceinline__ void keep(uint32_t& index) {
-#ifndef QVIT_EMULATION
-    asm("" : "+r"(index));
-#endif
+// The same of a column, which may have been copied to shared memory.
+template <bool kStaged, class T>
+__device__ __forceinline__ T read_column(const T* from) {
+    if constexpr (kStaged) {
+        return *from;
+    } else {
+        return load_constant(from);
+    }
 }
 
 // Two neighbouring constants.

@@ -11,19 +11,50 @@
 constexpr int kGroup = OUT_BITS ? kColumns / 2 : kColumns < 8 ? kColumns : 8;
 static_assert(kWN % 32 == 0 && kColumns % kGroup == 0 && (!OUT_BITS || kWN >= 64), "a lane has whole words of codes, or of bits");
 
-// 128 more or less than a sum's code, in the second byte; `quad`: lane of the quad and 24 zeros behind.
-__device__ __forceinline__ uint32_t step_of(int sum, const int4& step, const unsigned char* table, int column, uint32_t quad) {
-    const uint32_t w = static_cast<uint32_t>(clamp_sum(sum, step.x, step.y));
-    const uint32_t u = w * static_cast<uint32_t>(step.z) + quad;
-    uint32_t cell = u >> 24;
-    keep(cell);
-    const unsigned char* entry = table + static_cast<uint64_t>(cell) * 4 + 2 * (CELLS * (column / 2 * 2) + column % 2);
-    return load_constant(reinterpret_cast<const uint16_t*>(entry)) + (u >> 16);
+// What `packed` in `qvit/engines/cuda/step_tables.py` makes of kWN columns: factors and addends, then tables of pairs of columns.
+constexpr int kCells = CELLS | 8, kNumberBytes = 8 * kWN, kColumnBytes = kNumberBytes + 2 * kWN * kCells;
+
+// A lane's tables: those of column `column` of its fragments begin at word `column / 2 * 4 * kCells`.
+template <bool kStaged>
+struct Tables {
+    const uint32_t* at;
+
+    __device__ __forceinline__ Tables(const unsigned char* columns, int t)
+        : at(reinterpret_cast<const uint32_t*>(columns + kNumberBytes) + t * kCells) {}
+    __device__ __forceinline__ uint32_t entry(uint32_t cell, int fragment, int second) const {
+        return load_constant(reinterpret_cast<const uint16_t*>(at + cell + fragment * 4 * kCells) + second);
+    }
+};
+
+#ifndef QVIT_EMULATION
+// In shared memory. The compiler is kept from adding base and fragment first, which would take a register and an addition each.
+template <>
+struct Tables<true> {
+    uint32_t at;
+
+    __device__ __forceinline__ Tables(const unsigned char* columns, int t) : at(shared_address(columns) + kNumberBytes + 4 * t * kCells) {}
+    __device__ __forceinline__ uint32_t entry(uint32_t cell, int fragment, int second) const {
+        asm("" : "+r"(cell));
+        uint32_t address = at + 4 * cell;
+        asm("" : "+r"(address));
+        uint16_t found;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(found) : "r"(address + fragment * 16 * kCells + 2 * second));
+        return found;
+    }
+};
+#endif
+
+// 128 more or less than a sum's code, in the third byte.
+template <bool kStaged>
+__device__ __forceinline__ uint32_t step_of(int sum, int factor, int add, const Tables<kStaged>& tables, int fragment, int second) {
+    const uint32_t x = static_cast<uint32_t>(sum) * static_cast<uint32_t>(factor) + static_cast<uint32_t>(add);
+    const uint32_t u = static_cast<uint32_t>(clamp_sum(static_cast<int>(x), 0, (CELLS << 16) - 1));
+    return (tables.entry(u >> 16, fragment, second) << 8) + u;
 }
 
 // Four codes from what `step_of` gives.
 __device__ __forceinline__ uint32_t codes_of(const uint32_t (&x)[4]) {
-    return __vabsdiffu4(__byte_perm(__byte_perm(x[0], x[1], 0x51), __byte_perm(x[2], x[3], 0x51), 0x5410), 0x80808080u);
+    return __vabsdiffu4(__byte_perm(__byte_perm(x[0], x[1], 0x62), __byte_perm(x[2], x[3], 0x62), 0x5410), 0x80808080u);
 }
 
 // Codes of kGroup fragments that a lane has next to each other in a row.
@@ -71,13 +102,13 @@ __device__ __forceinline__ void store(const GemmArgs& p, int row, int c, const W
 }
 #endif
 
-__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
-                                       int (&sums)[kRows][kColumns][4]) {
+// `columns`: what is known of them, in shared memory where kStaged.
+template <bool kStaged>
+__device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+                                               int (&sums)[kRows][kColumns][4]) {
     const int t = lane % 4;
-    const uint32_t quad = static_cast<uint32_t>(t * CELLS) << 24;
-    const int4* steps = p.steps + column0 + 2 * t;
-    const unsigned char* table = reinterpret_cast<const unsigned char*>(p.table + column0 * CELLS);
-    keep(table);
+    const int4* numbers = reinterpret_cast<const int4*>(columns) + t;
+    const Tables<kStaged> tables(columns, t);
     constexpr int kTogether = OUT_BITS ? 2 : 1;  // groups that go out together
 #pragma unroll
     for (int first = 0; first < kColumns / kGroup; first += kTogether) {
@@ -87,8 +118,9 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
 #pragma unroll
             for (int q = 0; q < kGroup / 2; q++) {
                 const int j = (first + g) * kGroup + 2 * q;
-                const int4 step[4] = {load_constant(steps + 8 * j), load_constant(steps + 8 * j + 1),
-                                      load_constant(steps + 8 * j + 8), load_constant(steps + 8 * j + 9)};
+                const int4 number[2] = {read_column<kStaged>(numbers + 4 * j), read_column<kStaged>(numbers + 4 * j + 4)};
+                const int factor[4] = {number[0].x, number[0].z, number[1].x, number[1].z};
+                const int add[4] = {number[0].y, number[0].w, number[1].y, number[1].w};
 #pragma unroll
                 for (int i = 0; i < kRows; i++) {
 #pragma unroll
@@ -96,7 +128,8 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
                         uint32_t x[4];
 #pragma unroll
                         for (int e = 0; e < 4; e++) {
-                            x[e] = step_of(sums[i][j + e / 2][2 * half + e % 2], step[e], table, 8 * (j + e / 2) + e % 2, quad);
+                            x[e] = step_of<kStaged>(sums[i][j + e / 2][2 * half + e % 2], factor[e], add[e], tables,
+                                                    j + e / 2, e % 2);
                         }
                         words[i][half][g].at[q] = codes_of(x);
                     }
@@ -117,6 +150,15 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
             }
         }
     }
+}
+
+__device__ __forceinline__ const unsigned char* columns_of(const GemmArgs& p, int column0) {
+    return p.table + column0 / kWN * kColumnBytes;
+}
+
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
+                                       int (&sums)[kRows][kColumns][4]) {
+    finish_columns<false>(p, row0, column0, lane, columns_of(p, column0), sums);
 }
 
 #else

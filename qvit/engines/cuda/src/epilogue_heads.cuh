@@ -76,16 +76,17 @@ __device__ __noinline__ RowCodes exact_row(int quad, const float* weight, const 
     return out;
 }
 
-// Two rows of one head that a quad holds, from sums to codes with the lowest as 0.
-__device__ __forceinline__ void rectified(const GemmArgs& p, const int (&sums)[kColumns][4], int first_fragment, int first, int part,
+// Two rows of one head that a quad holds, from sums to codes with the lowest as 0; `steps`: of its columns.
+template <bool kStaged>
+__device__ __forceinline__ void rectified(const GemmArgs& p, const int4* steps, const int (&sums)[kColumns][4], int first_fragment, int first, int part,
                                           int lane, uint32_t (&codes)[2][kWords]) {
     const float low = part == 0 ? p.low : p.low_k, high = part == 0 ? p.high : p.high_k;
-    const int4* constants = p.steps + first + 2 * (lane % 4);
+    const int4* constants = steps + 2 * (lane % 4);
     float y[kHeadColumns][4];
     float sum[2][4] = {}, squares[2][4] = {};  // four of each, so that few roundings are one after the other
 #pragma unroll
     for (int j = 0; j < kHeadColumns; j++) {
-        const int4 s = load_constant(constants + 8 * j);
+        const int4 s = read_column<kStaged>(constants + 8 * j);
         const float scale[2] = {__int_as_float(s.x), __int_as_float(s.z)}, bias[2] = {__int_as_float(s.y), __int_as_float(s.w)};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void rectified(const GemmArgs& p, const int (&sums)[k
     const float most = (high - low) * (1 << kFraction);
 #pragma unroll
     for (int j = 0; j < kHeadColumns; j++) {
-        const int4 s = load_constant(constants + 8 * j + 1);
+        const int4 s = read_column<kStaged>(constants + 8 * j + 1);
         const float gain[2] = {__int_as_float(s.x), __int_as_float(s.z)}, offset[2] = {__int_as_float(s.y), __int_as_float(s.w)};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -156,12 +157,13 @@ __device__ __forceinline__ void rectified(const GemmArgs& p, const int (&sums)[k
 }
 
 // The same of columns whose codes follow from the sum alone.
-__device__ __forceinline__ void linear(const GemmArgs& p, const int (&sums)[kColumns][4], int first_fragment, int first, int lane,
+template <bool kStaged>
+__device__ __forceinline__ void linear(const int4* steps, const int (&sums)[kColumns][4], int first_fragment, int lane,
                                        uint32_t (&codes)[2][kWords]) {
-    const int4* constants = p.steps + first + 2 * (lane % 4);
+    const int4* constants = steps + 2 * (lane % 4);
 #pragma unroll
     for (int j = 0; j < kHeadColumns; j++) {
-        const int4 ramp[2] = {load_constant(constants + 8 * j), load_constant(constants + 8 * j + 1)};
+        const int4 ramp[2] = {read_column<kStaged>(constants + 8 * j), read_column<kStaged>(constants + 8 * j + 1)};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t u[2];
@@ -196,8 +198,13 @@ __device__ __forceinline__ void store(unsigned char* to, const uint32_t (&words)
 #endif
 }
 
-__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
-                                       int (&sums)[kRows][kColumns][4]) {
+constexpr int kColumnBytes = 16 * kWN;
+
+// `columns`: what is known of them, in shared memory where kStaged.
+template <bool kStaged>
+__device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+                                               int (&sums)[kRows][kColumns][4]) {
+    const int4* const steps = reinterpret_cast<const int4*>(columns);
     const int width = p.heads * HEAD_DIM;
     int part = column0 / width, head = (column0 - part * width) / HEAD_DIM;
     int at[kRows][2];
@@ -216,9 +223,9 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
         for (int i = 0; i < kRows; i++) {
             uint32_t codes[2][kWords];
             if (RECTIFY && part < 2) {
-                rectified(p, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, part, lane, codes);
+                rectified<kStaged>(p, steps + h * HEAD_DIM, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, part, lane, codes);
             } else {
-                linear(p, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, lane, codes);
+                linear<kStaged>(steps + h * HEAD_DIM, sums[i], h * kHeadColumns, lane, codes);
             }
             const bool moves = doubled || (RECTIFY && part < 2);
 #pragma unroll
@@ -240,6 +247,15 @@ __device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0,
             part++;
         }
     }
+}
+
+__device__ __forceinline__ const unsigned char* columns_of(const GemmArgs& p, int column0) {
+    return reinterpret_cast<const unsigned char*>(p.steps + column0);
+}
+
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
+                                       int (&sums)[kRows][kColumns][4]) {
+    finish_columns<false>(p, row0, column0, lane, columns_of(p, column0), sums);
 }
 
 #else

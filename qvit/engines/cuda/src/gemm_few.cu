@@ -122,7 +122,10 @@ struct Toucher {
 
     __device__ __forceinline__ void constants(const GemmArgs& p, int column0) const {
 #if EPILOGUE == 1 && CELLS
-        columns(p.steps, column0);
+        share_out<kBN / kWN * (kNumberBytes / 16)>([&](int i) {  // the tables are more than that cache is worth
+            const int part = column0 / kWN + i / (kNumberBytes / 16);
+            touch(place, p.table + part * kColumnBytes + i % (kNumberBytes / 16) * 16);
+        });
 #else
         columns(p.scale, column0);
         columns(p.bias, column0);

@@ -31,10 +31,20 @@ constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
 struct Barriers {
     Barrier full[kStages], empty[kStages];
     Barrier rows_full[kRowBuffers], rows_empty[kRowBuffers];  // of these the first alone, where RESIDENT
+#if COLUMN_STAGES
+    Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
+#endif
 };
 
+#if COLUMN_STAGES
+static_assert(kColumnBytes == COLUMN_BYTES * kBN, "the host has made room for what the epilogue knows of columns");
+constexpr int kColumnStages = COLUMN_STAGES;
+#else
+constexpr int kColumnStages = 1;
+#endif
+
 struct Buffers {
-    unsigned char *rows, *stages;
+    unsigned char *rows, *stages, *columns;
     Barriers* barriers;
 };
 
@@ -67,6 +77,23 @@ __device__ __forceinline__ Range range_of(int tiles) {
     return {first, first + some + (block < more)};
 }
 
+// A tile of the range, without a division from one to the next.
+struct Walk {
+    int tile, tiles_n, row0, column0;
+
+    __device__ __forceinline__ Walk(int first, int tiles) : tile(first), tiles_n(tiles) {
+        row0 = tile / tiles_n * kBM;
+        column0 = tile % tiles_n * kBN;
+    }
+    __device__ __forceinline__ bool last_of_rows() const { return column0 == (tiles_n - 1) * kBN; }
+    __device__ __forceinline__ void next() {
+        const bool wraps = last_of_rows();
+        row0 += wraps ? kBM : 0;
+        column0 = wraps ? 0 : column0 + kBN;
+        tile++;
+    }
+};
+
 // Chunk `chunk` of `rows` rows from `row0` on, tile by tile.
 __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, int row0, int rows, int chunk, Barrier* barrier) {
     for (int r = 0; r < rows; r += kTileRows) {
@@ -96,9 +123,12 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
     Cursor<kRowBuffers> row_cursor;
     int rows_phase = 0;
     Barriers* const barriers = of.barriers;
-    for (int tile = range.first; tile < range.last; tile++) {
-        const int row0 = tile / tiles_n * kBM, column0 = tile % tiles_n * kBN;
-        const bool fresh = tile == range.first || tile % tiles_n == 0;
+#if COLUMN_STAGES
+    Cursor<kColumnStages> column_cursor;
+#endif
+    for (Walk walk(range.first, tiles_n); walk.tile < range.last; walk.next()) {
+        const int tile = walk.tile, row0 = walk.row0, column0 = walk.column0;
+        const bool fresh = tile == range.first || column0 == 0;
         prefetch_residual(p, row0, column0);
         for (int chunk = 0; chunk < kChunks; chunk++) {
             if (!RESIDENT || fresh) {
@@ -134,6 +164,14 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
                 }
             }
         }
+#if COLUMN_STAGES
+        // Behind the tile's b, which is waited for sooner.
+        Barrier* full = &barriers->columns_full[column_cursor.at];
+        barrier_wait(&barriers->columns_empty[column_cursor.at], column_cursor.phase ^ 1);
+        barrier_expect(full, kColumnBytes);
+        copy_tile(of.columns + column_cursor.at * kColumnBytes, columns_of(p, column0), kColumnBytes, full);
+        column_cursor.next();
+#endif
     }
 }
 
@@ -152,23 +190,24 @@ __device__ __forceinline__ void settle(Sums& sums) {
 // Where a warpgroup is in its work: the buffers it reads, and what it has to say when they have been read.
 struct Reader {
     const Buffers& of;
-    int group, lane;
+    Operand rows, stages;  // the first ones
+    int lane;
     bool fresh;  // these rows are read for the first time
     int rows_phase = 1;
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;  // where rows do not stay
 
     // This warpgroup's rows of a chunk.
-    __device__ __forceinline__ const unsigned char* await_rows(int chunk) const {
+    __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
         if (!RESIDENT || fresh) {
             barrier_wait(&of.barriers->rows_full[at], RESIDENT ? rows_phase : row_cursor.phase);
         }
-        return of.rows + at * kBytesA + group * kTileBytes;
+        return advance(rows, at * kBytesA);
     }
-    __device__ __forceinline__ const unsigned char* await_stage() const {
+    __device__ __forceinline__ Operand await_stage() const {
         barrier_wait(&of.barriers->full[cursor.at], B_STAYS ? 0 : cursor.phase);
-        return of.stages + cursor.at * kStage;
+        return advance(stages, cursor.at * kStage);
     }
     __device__ __forceinline__ void release(int stage) const {
         if (!B_STAYS && lane == 0) {
@@ -185,14 +224,13 @@ struct Reader {
 #if BITS
 
 // One plane of a against one of b, over all of k.
-__device__ __forceinline__ void multiply_planes(Sums& sums, const unsigned char* rows, const unsigned char* stage, int plane_a,
-                                                int plane_b, bool add) {
+__device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operand stage, int plane_a, int plane_b, bool add) {
     settle(sums);
     products_begin();
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 64) {
         const int chunk = k / kChunk, from = k % kChunk;
-        const Operand a = operand(rows + chunk * kBytesA), b = operand(stage + chunk * kBytesB);
+        const Operand a = advance(rows, chunk * kBytesA), b = advance(stage, chunk * kBytesB);
 #pragma unroll
         for (int part = 0; part < kParts; part++) {
             warpgroup_multiply_bits<kPart>(sums.parts[part], advance(a, from + 32 * (1 - plane_a)),
@@ -221,8 +259,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
     }
-    const unsigned char* stage = reader.await_stage();
-    const unsigned char* rows = reader.of.rows + reader.group * kTileBytes;
+    const Operand stage = reader.await_stage(), rows = reader.rows;
     multiply_planes(sums, rows, stage, 1, 1, false);
     change(sums, [](int x) { return 2 * x; });
     multiply_planes(sums, rows, stage, 0, 1, true);
@@ -242,10 +279,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     reader.row_cursor.begin<kChunks>();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
-        const Operand a = operand(reader.await_rows(chunk));
+        const Operand a = reader.await_rows(chunk);
 #pragma unroll
         for (int part = 0; part < kParts; part++) {
-            const Operand b = operand(reader.await_stage());
+            const Operand b = reader.await_stage();
             settle(sums);
             products_begin();
 #pragma unroll
@@ -285,6 +322,8 @@ struct Behind {
     int* moved;
 };
 
+constexpr bool kHasLines = !COLUMN_STAGES && !(STAGED && EPILOGUE == 0);
+
 #if !STAGED
 constexpr int kConstants = 0, kSlot = 0, kMovedRows = 0;
 #endif
@@ -292,7 +331,7 @@ constexpr int kConstants = 0, kSlot = 0, kMovedRows = 0;
 // A warpgroup's products and what follows them.
 __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range, int tiles_n,
                                         int group, int warp, int lane) {
-    Reader reader = {of, group, lane, false};
+    Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), lane, false};
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
 #if STAGED
@@ -304,20 +343,33 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
     move_rows(p, place(range.first), lane);
     fetch_first(p, place(range.first), lane, room.slots);
 #endif
-    for (int tile = range.first; tile < range.last; tile++) {
-        reader.fresh = tile == range.first || tile % tiles_n == 0;
+#if COLUMN_STAGES
+    Cursor<kColumnStages> column_cursor;
+#endif
+    for (Walk walk(range.first, tiles_n); walk.tile < range.last; walk.next()) {
+        const int tile = walk.tile;
+        reader.fresh = tile == range.first || walk.column0 == 0;
         reader.rows_phase ^= static_cast<int>(reader.fresh);
 #if STAGED
         move_rows(p, place(tile + 1), lane);
 #endif
         multiply_all(reader, sums);
-        if (RESIDENT && tile % tiles_n == tiles_n - 1) {
+        if (RESIDENT && walk.last_of_rows()) {
             reader.release_rows(0);
         }
 #if STAGED
         finish(p, place(tile), place(tile + 1), lane, room, sums.fragments);
+#elif COLUMN_STAGES
+        barrier_wait(&of.barriers->columns_full[column_cursor.at], column_cursor.phase);
+        finish_columns<true>(p, walk.row0 + 16 * warp, walk.column0, lane, of.columns + column_cursor.at * kColumnBytes,
+                             sums.fragments);
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(&of.barriers->columns_empty[column_cursor.at]);
+        }
+        column_cursor.next();
 #else
-        finish(p, tile / tiles_n * kBM + 16 * warp, tile % tiles_n * kBN, lane, lines, sums.fragments);
+        finish(p, walk.row0 + 16 * warp, walk.column0, lane, lines, sums.fragments);
 #endif
         __syncwarp();
     }
@@ -329,16 +381,17 @@ extern "C"
 __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
     await_former_kernel();
     QVIT_SHARED(memory);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     Buffers of;
     of.rows = memory;
     of.stages = of.rows + kRowBuffers * kBytesA;
+    of.columns = of.stages + kStages * kStage;
     Behind behind;
-    behind.slots = of.stages + kStages * kStage;
+    behind.slots = of.columns + COLUMN_STAGES * COLUMN_BYTES * kBN;
     behind.constants = reinterpret_cast<float*>(behind.slots + (STAGED ? 4 * kGroups * kSlots * kSlot : 0));
     behind.moved = reinterpret_cast<int*>(behind.constants + kConstants);
     behind.lines = reinterpret_cast<unsigned char*>(behind.moved + 4 * kGroups * kMovedRows);
-    of.barriers = reinterpret_cast<Barriers*>(behind.lines + (STAGED && EPILOGUE == 0 ? 0 : 4 * kGroups * kWM * kLine));
+    of.barriers = reinterpret_cast<Barriers*>(behind.lines + (kHasLines ? 4 * kGroups * kWM * kLine : 0));
     if (threadIdx.x == 0) {
         for (int i = 0; i < kStages; i++) {
             barrier_init(&of.barriers->full[i], 1);
@@ -348,6 +401,12 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
             barrier_init(&of.barriers->rows_full[i], 1);
             barrier_init(&of.barriers->rows_empty[i], 4 * kGroups);
         }
+#if COLUMN_STAGES
+        for (int i = 0; i < kColumnStages; i++) {
+            barrier_init(&of.barriers->columns_full[i], 1);
+            barrier_init(&of.barriers->columns_empty[i], 4 * kGroups);
+        }
+#endif
         barriers_ready();
     }
 #if STAGED

@@ -34,6 +34,7 @@ inline void barrier_wait(Barrier* b, int phase) {
     }
 }
 inline void prefetch(const void*, int) {}
+inline int uniform(int value) { return value; }
 inline void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
     memcpy(to, from, bytes);
     b->phase_and_bytes -= 2 * bytes;
@@ -112,6 +113,8 @@ __device__ __forceinline__ void barrier_wait(Barrier* b, int phase) {
         "r"(phase)
         : "memory");
 }
+// What all lanes of a warp have, for the compiler to see that they do.
+__device__ __forceinline__ int uniform(int value) { return __reduce_max_sync(kAll, value); }
 // Bytes, a multiple of 16, into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -128,7 +131,10 @@ typedef uint64_t Operand;
 __device__ __forceinline__ Operand operand(const void* tile) {
     return static_cast<uint64_t>((shared_address(tile) & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
-__device__ __forceinline__ Operand advance(Operand o, int bytes) { return o + (bytes >> 4); }
+// Addresses are in the lower half and do not carry.
+__device__ __forceinline__ Operand advance(Operand o, int bytes) {
+    return (o & 0xFFFFFFFF00000000ull) | (static_cast<uint32_t>(o) + static_cast<uint32_t>(bytes >> 4));
+}
 // Registers a thread has from here on, of those that its whole warpgroup shares with others.
 template <int kCount>
 __device__ __forceinline__ void registers_up() {
