@@ -22,7 +22,7 @@ __noinline__
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant__ AttentionArgs p) {
+__global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT AttentionArgs p) {
     await_former_kernel();
     QVIT_SHARED(memory);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x % p.heads;

@@ -7,9 +7,6 @@
 constexpr int kWholeBits = 0x4B400000;  // kWhole: a small whole number added to these bits is added to the float
 
 #ifdef QVIT_EMULATION
-#define __grid_constant__
-#define __noinline__ inline
-
 // d = kWholeBits + a b of signed bytes: the bits of the float kWhole + a b.
 inline void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     for (int i = 0; i < 4; i++) {
@@ -33,11 +30,6 @@ inline void load_transposed(uint32_t (&to)[4], const void* row) {
     memcpy(to, out.x, sizeof out);
 }
 
-inline float __int_as_float(int a) {
-    float b;
-    memcpy(&b, &a, 4);
-    return b;
-}
 inline float log2_fast(float x) { return log2f(x); }
 inline float saturated(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 inline int first_bit(unsigned x) { return __builtin_ctz(x); }
