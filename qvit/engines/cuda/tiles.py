@@ -97,6 +97,7 @@ class HopperTile:
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
         direct: ``bn`` is the width of a row of floats, which go from registers to memory and may have their LayerNorm behind them.
         ahead: loads of what is added to such rows that a lane has under way, two or more.
+        early: the first of them are on their way while a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
@@ -109,6 +110,7 @@ class HopperTile:
     row_stages: int = 3
     direct: bool = False
     ahead: int = 6
+    early: bool = True
     bits: bool = False
     piece: int = 0
     slots: int = 1
@@ -160,6 +162,7 @@ class HopperTile:
             "STAGED": int(self.piece > 0),
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
+            "EARLY": int(self.early),
             "kPiece": self.piece,
             "kSlots": self.slots,
             "PREFETCH": int(self.prefetch),

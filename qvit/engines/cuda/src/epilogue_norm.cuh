@@ -29,6 +29,10 @@ __device__ __forceinline__ float multiply_add_saturated(float a, float b, float 
 #endif
 }
 
+// False, which the compiler does not know. A loop that ends with it holds instructions of before and after apart: without, sums
+// wait for their stores in registers that are not there.
+__device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
+
 // The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
 // held in registers for a case that is rare. All that it reads is on its way before anything is used.
 #ifndef QVIT_EMULATION
@@ -88,7 +92,7 @@ __device__ __forceinline__ void finish(const GemmArgs& p, Part& part, int lane, 
     const int row0 = part.row - lane / 4, c0 = 4 * (lane % 4);
     const float* const constants = of_columns + c0;
     float y[kUnitsOfTile][4], total[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
-    add_up_tile(part, lane, constants, sums, [&](int unit, const float(&from)[4]) {
+    add_up_tile(p, part, lane, constants, sums, [&](int unit, const float(&from)[4]) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             y[unit][e] = from[e];
@@ -96,21 +100,23 @@ __device__ __forceinline__ void finish(const GemmArgs& p, Part& part, int lane, 
         total[unit % 2][0] += from[0] + from[1], total[unit % 2][1] += from[2] + from[3];
     });
     float mean[2], rstd[2], near[2];
+    do {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float squares[2] = {0.0f, 0.0f};
-        mean[half] = quad_sum(total[half][0] + total[half][1]) * (1.0f / kWN);
+        for (int half = 0; half < 2; half++) {
+            float squares[2] = {0.0f, 0.0f};
+            mean[half] = quad_sum(total[half][0] + total[half][1]) * (1.0f / kWN);
 #pragma unroll
-        for (int unit = half; unit < kUnitsOfTile; unit += 2) {
+            for (int unit = half; unit < kUnitsOfTile; unit += 2) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                y[unit][e] -= mean[half];
-                squares[e % 2] = fmaf(y[unit][e], y[unit][e], squares[e % 2]);
+                for (int e = 0; e < 4; e++) {
+                    y[unit][e] -= mean[half];
+                    squares[e % 2] = fmaf(y[unit][e], y[unit][e], squares[e % 2]);
+                }
             }
+            rstd[half] = rsqrtf(quad_sum(squares[0] + squares[1]) * (1.0f / kWN) + static_cast<float>(p.eps));
+            near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
         }
-        rstd[half] = rsqrtf(quad_sum(squares[0] + squares[1]) * (1.0f / kWN) + static_cast<float>(p.eps));
-        near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
-    }
+    } while (is_never(p));
     const float range = p.high - p.low, whole = kWhole + p.low;
 #if !OUT_BITS && !SCATTER
     // Where 16 codes of a lane go: the first of the warp's rows are in one tile, and so are the eight that follow.
@@ -125,25 +131,27 @@ __device__ __forceinline__ void finish(const GemmArgs& p, Part& part, int lane, 
 #pragma unroll
     for (int first = 0; first < kWN; first += kOut) {
         __syncwarp();  // the codes before have gone out
+        do {
 #pragma unroll
-        for (int i = 0; i < kOut / 16; i++) {
-            float gain[4], shift[4];
-            load_quad(constants + kGain + first + 16 * i, gain);
-            load_quad(constants + kShift + first + 16 * i, shift);
+            for (int i = 0; i < kOut / 16; i++) {
+                float gain[4], shift[4];
+                load_quad(constants + kGain + first + 16 * i, gain);
+                load_quad(constants + kShift + first + 16 * i, shift);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint32_t code[4];
+                for (int half = 0; half < 2; half++) {
+                    uint32_t code[4];
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float v = multiply_add_saturated(y[first / 8 + 2 * i + half][e] * rstd[half], gain[e], shift[e]);
-                    const float rounded = fmaf(v, range, whole);  // its last bits are the code's
-                    farthest[half][e % 2] = fmaxf(farthest[half][e % 2], fabsf(fmaf(v, range, whole - rounded)));
-                    code[e] = static_cast<uint32_t>(__float_as_int(rounded));
+                    for (int e = 0; e < 4; e++) {
+                        const float v = multiply_add_saturated(y[first / 8 + 2 * i + half][e] * rstd[half], gain[e], shift[e]);
+                        const float rounded = fmaf(v, range, whole);  // its last bits are the code's
+                        farthest[half][e % 2] = fmaxf(farthest[half][e % 2], fabsf(fmaf(v, range, whole - rounded)));
+                        code[e] = static_cast<uint32_t>(__float_as_int(rounded));
+                    }
+                    *reinterpret_cast<uint32_t*>(lines + (8 * half + lane / 4) * kLine + 16 * i + c0) =
+                        __byte_perm(__byte_perm(code[0], code[1], 0x40), __byte_perm(code[2], code[3], 0x40), 0x5410);
                 }
-                *reinterpret_cast<uint32_t*>(lines + (8 * half + lane / 4) * kLine + 16 * i + c0) =
-                    __byte_perm(__byte_perm(code[0], code[1], 0x40), __byte_perm(code[2], code[3], 0x40), 0x5410);
             }
-        }
+        } while (is_never(p));
 #if OUT_BITS
         send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks, [&](int row) { return code_row(p, row); });
 #elif SCATTER

@@ -333,13 +333,20 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #if STAGED
         move_rows(p, place(tile + 1), lane);
 #elif DIRECT
-        Part part(p, tile * kTileM + 16 * own, lane);
-        part.fetch_first();
+        Part part;
+        if (EARLY) {
+            part.begin(p, tile * kTileM + 16 * own, lane);
+        }
 #endif
         multiply_all(reader, sums);
         if (RESIDENT && tile % tiles_n == tiles_n - 1) {
             reader.release_rows(0);
         }
+#if DIRECT
+        if (!EARLY) {
+            part.begin(p, tile * kTileM + 16 * own, lane);
+        }
+#endif
 #if STAGED
         finish(p, place(tile), place(tile + 1), lane, room, sums.fragments);
 #elif DIRECT

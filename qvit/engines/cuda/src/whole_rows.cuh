@@ -2,7 +2,7 @@
 //
 // b's columns are permuted (`slots` in `qvit/engines/cuda/step_tables.py`), so that the four that a lane has of every sixteen are
 // neighbours: 16 bytes, and a quad's are whole sectors. A unit is four such floats of one of the lane's two rows. kAhead loads are
-// under way: the first while the tile is multiplied, the others while units before them are added up.
+// under way: the first from before the products on where EARLY, the others while units before them are added up.
 #pragma once
 
 constexpr int kUnitsOfTile = kBN / 8;  // of a lane: even ones are of row lane / 4, odd ones of the row eight below
@@ -26,13 +26,14 @@ __device__ __forceinline__ Four32 load_four(const float* from) {
 
 // A lane's part of a tile: four neighbours of every sixteen columns of rows `row` and `row + 8`.
 struct Part {
-    const GemmArgs& p;
-    int row;
+    int row, rows;
     const float* from[2];  // what is added; of a row that is there in any case
     float* to[2];
     Four32 ahead[kAhead];
 
-    __device__ __forceinline__ Part(const GemmArgs& args, int row0, int lane) : p(args), row(row0 + lane / 4) {
+    // Loads come under way. The part of a warp whose first row is row0.
+    __device__ __forceinline__ void begin(const GemmArgs& p, int row0, int lane) {
+        row = row0 + lane / 4, rows = p.m;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int r = min(row + 8 * half, p.m - 1), c = 4 * (lane % 4);
@@ -43,17 +44,15 @@ struct Part {
                          : RESIDUAL ? p.residual + static_cast<size_t>(moved) * LDO + c
                                     : nullptr;
         }
-    }
-    __device__ __forceinline__ bool is_there(int half) const { return row + 8 * half < p.m; }
-    __device__ __forceinline__ void fetch(int unit) {
-        if constexpr (RESIDUAL || POSITION) {
-            ahead[unit % kAhead] = load_four(from[unit % 2] + unit / 2 * 16);
-        }
-    }
-    __device__ __forceinline__ void fetch_first() {
 #pragma unroll
         for (int unit = 0; unit < kAhead; unit++) {
             fetch(unit);
+        }
+    }
+    __device__ __forceinline__ bool is_there(int half) const { return row + 8 * half < rows; }
+    __device__ __forceinline__ void fetch(int unit) {
+        if constexpr (RESIDUAL || POSITION) {
+            ahead[unit % kAhead] = load_four(from[unit % 2] + unit / 2 * 16);
         }
     }
     // y of a unit, the layer's output, becomes the sum, and goes out.
@@ -96,7 +95,7 @@ __device__ __forceinline__ void load_output_constants(const GemmArgs& p, float* 
 
 // Adds up a tile: `take(unit, y)` is given the sums of unit after unit. `constants`: those of this lane's first column.
 template <class Take>
-__device__ __forceinline__ void add_up_tile(Part& part, int lane, const float* constants, const int (&sums)[kRows][kColumns][4],
+__device__ __forceinline__ void add_up_tile(const GemmArgs& p, Part& part, int lane, const float* constants, const int (&sums)[kRows][kColumns][4],
                                             const Take& take) {
 #pragma unroll
     for (int i = 0; i < kUnitsOfTile / 2; i++) {
@@ -104,7 +103,7 @@ __device__ __forceinline__ void add_up_tile(Part& part, int lane, const float* c
         load_quad(constants + kScale + 16 * i, scale);
         load_quad(constants + kBias + 16 * i, bias);
         if constexpr (GAMMA) {
-            load_quad(part.p.gamma + 4 * (lane % 4) + 16 * i, gamma);
+            load_quad(p.gamma + 4 * (lane % 4) + 16 * i, gamma);
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
