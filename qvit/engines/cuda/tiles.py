@@ -95,7 +95,7 @@ class HopperTile:
             tiles of all of k where products are of bits.
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
-        direct: ``bn`` is the width of a row of floats, which go from registers to memory and may have their LayerNorm behind them.
+        direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
         ahead: loads of what is added to such rows that a lane has under way, two or more.
         early: the first of them are on their way while a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
@@ -205,7 +205,8 @@ def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
     """All of b stays where that leaves room, else as much of it is on its way as there is room for."""
     part = 192 if n > 256 else n
     stay = HopperTile(2, n, chunks(k) * (n // part), row_stages=3, direct=True, keeps_rows=False)
-    return (stay, *(HopperTile(2, n, stages, row_stages=4, direct=True, keeps_rows=False) for stages in (6, 4, 3)))
+    streams = HopperTile(2, n, 5, row_stages=4, direct=True, ahead=8, early=False, keeps_rows=False)
+    return stay, streams
 
 
 def _whole_rows_of_bits(n: int) -> tuple[HopperTile, ...]:
