@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,16 @@ class LinearConstants:
     signed: bool
     half: bool
 
+    @cached_property
+    def b_by_fours(self) -> torch.Tensor:
+        """``b`` with columns permuted, so that a lane's four of every sixteen are neighbours."""
+        return _by_fours(self.b)
+
+    @cached_property
+    def b_planes_by_fours(self) -> torch.Tensor | None:
+        """``b_planes`` with columns permuted that way."""
+        return None if self.b_planes is None else _by_fours(self.b_planes)
+
     @classmethod
     def of(cls, layer: ops.Linear, to: Constants) -> LinearConstants:
         """The constants of a layer."""
@@ -120,6 +131,10 @@ class LinearConstants:
             signed=layer.input.spec.signed,
             half=layer.weight.half_step,
         )
+
+
+def _by_fours(b: torch.Tensor) -> torch.Tensor:
+    return tiled(untiled(b)[torch.from_numpy(slots(16, len(b))).to(b.device)])
 
 
 @dataclass(frozen=True, eq=False)

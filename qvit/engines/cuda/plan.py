@@ -223,9 +223,11 @@ class Plan(ABC):
             else:
                 self._add(late)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
+        direct = isinstance(tile, HopperTile) and tile.direct
+        b, planes = (layer.b_by_fours, layer.b_planes_by_fours) if direct else (layer.b, layer.b_planes)
         values = {
             "a": a,
-            "b": layer.b_planes if bits else layer.b,
+            "b": planes if bits else b,
             "scale": layer.scale,
             "bias": layer.bias,
             "m": rows,
@@ -234,7 +236,7 @@ class Plan(ABC):
             **values,
         }
         defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
-        if defines.get("STAGED"):
+        if defines.get("STAGED") or direct:
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m
         blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)

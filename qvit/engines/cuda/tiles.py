@@ -72,6 +72,7 @@ class MmaTile:
             "kWarpsM": self.warps_m,
             "kWarpsN": self.warps_n,
             "STAGED": 0,
+            "DIRECT": 0,
         }
 
     def tiles(self, m: int, n: int) -> int:
@@ -96,7 +97,9 @@ class HopperTile:
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
-        whole_rows: ``bn`` is the width of a row, and its LayerNorm follows.
+        direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
+        ahead: loads of what is added to such rows that a lane has under way, two or more.
+        early: the first of them are on their way while a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
@@ -107,7 +110,9 @@ class HopperTile:
     bn: int
     stages: int
     row_stages: int = 3
-    whole_rows: bool = False
+    direct: bool = False
+    ahead: int = 6
+    early: bool = True
     bits: bool = False
     piece: int = 0
     slots: int = 1
@@ -141,11 +146,11 @@ class HopperTile:
         rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
         floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
-        out = 64 if self.whole_rows else 0 if self.piece or self.column_bytes else self.bn
+        out = 64 if self.direct else 0 if self.piece or self.column_bytes else self.bn
         columns = self.column_stages * (self.column_bytes * self.bn + 16) if self.column_bytes else 0
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
-        constants = 16 * self.bn if self.whole_rows else 0
-        barriers = 16 * (self.stages + max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
+        constants = 16 * self.bn if self.direct else 0
+        barriers = 16 * (self.stages + self.groups * max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
         return rows + self.stages * stage + columns + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
@@ -157,9 +162,12 @@ class HopperTile:
             "kRowStages": self.row_stages,
             "DEPTH": pad(k, 256) // 4 if self.bits else k,
             "RESIDENT": int(self._resident(k)),
-            "B_STAYS": int(self.whole_rows and self.stages == self._all_of_b(k)),
+            "B_STAYS": int(self.direct and self.stages == self._all_of_b(k)),
             "BITS": int(self.bits),
             "STAGED": int(self.piece > 0),
+            "DIRECT": int(self.direct),
+            "kAhead": self.ahead,
+            "EARLY": int(self.early),
             "kPiece": self.piece,
             "kSlots": self.slots,
             "PREFETCH": int(self.prefetch),
@@ -193,30 +201,23 @@ _FLOATS = (
     HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2),
 )
 _FLOATS_OF_BITS = (
-    HopperTile(2, 384, 1, bits=True, piece=16, slots=2),
     HopperTile(3, 128, 2, bits=True, piece=32, slots=2),
     HopperTile(2, 128, 2, bits=True, piece=32, slots=2),
     HopperTile(2, 64, 2, bits=True, piece=32, slots=2),
 )
-# Rows with LayerNorm behind the product, by their width: as many as a warpgroup's registers hold.
-_WHOLE_ROWS = {
-    64: (HopperTile(2, 64, 3, row_stages=3, whole_rows=True, piece=32, slots=2),),
-    128: (HopperTile(2, 128, 3, row_stages=3, whole_rows=True, piece=32, slots=4),),
-    192: (HopperTile(2, 192, 4, row_stages=3, whole_rows=True, piece=32, slots=3, keeps_rows=False),),
-    384: (
-        HopperTile(2, 384, 4, row_stages=3, whole_rows=True, piece=32, slots=3, keeps_rows=False),
-        HopperTile(2, 384, 3, row_stages=2, whole_rows=True, piece=32, slots=2, keeps_rows=False),
-    ),
-}
-_WHOLE_ROWS_OF_BITS = {
-    64: (HopperTile(2, 64, 1, whole_rows=True, bits=True, piece=32, slots=2),),
-    128: (HopperTile(2, 128, 1, whole_rows=True, bits=True, piece=32, slots=4),),
-    192: (HopperTile(2, 192, 1, whole_rows=True, bits=True, piece=32, slots=3),),
-    384: (
-        HopperTile(2, 384, 1, whole_rows=True, bits=True, piece=32, slots=4),
-        HopperTile(2, 384, 1, whole_rows=True, bits=True, piece=16, slots=1),
-    ),
-}
+_WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
+
+
+def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
+    """All of b stays where that leaves room, else as much of it is on its way as there is room for."""
+    part = 192 if n > 256 else n
+    stay = HopperTile(2, n, chunks(k) * (n // part), row_stages=3, direct=True, keeps_rows=False)
+    streams = HopperTile(2, n, 5, row_stages=4, direct=True, ahead=8, early=False, keeps_rows=False)
+    return stay, streams
+
+
+def _whole_rows_of_bits(n: int) -> tuple[HopperTile, ...]:
+    return (HopperTile(2, n, 1, direct=True, bits=True),)
 
 
 def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
@@ -254,11 +255,13 @@ def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
     """A tile for floats of rows a multiple of four wide, on Hopper; ``None`` where there is none, or too little work."""
+    if (whole := choose_whole_rows(m, n, k, multiprocessors, bits)) is not None:
+        return whole
     tiles = (tile for tile in (_FLOATS_OF_BITS if bits else _FLOATS) if n % tile.bn == 0 or tile.bn % 192 != 0)
     return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None) if n % 4 == 0 else None
 
 
 def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
-    """A tile that is followed by LayerNorm, on Hopper; ``None`` where there is none, or too little work."""
-    tiles = (_WHOLE_ROWS_OF_BITS if bits else _WHOLE_ROWS).get(n, ())
+    """A tile of whole rows, which LayerNorm may follow, on Hopper; ``None`` where there is none, or too little work."""
+    tiles = () if n not in _WIDTHS else _whole_rows_of_bits(n) if bits else _whole_rows(n, k)
     return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None)

@@ -7,8 +7,6 @@
 constexpr int kWholeBits = 0x4B400000;  // kWhole: a small whole number added to these bits is added to the float
 
 #ifdef QVIT_EMULATION
-#define __grid_constant__
-
 // d = kWholeBits + a b of signed bytes: the bits of the float kWhole + a b.
 inline void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     for (int i = 0; i < 4; i++) {

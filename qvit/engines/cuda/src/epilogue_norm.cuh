@@ -3,18 +3,16 @@
 
 #include "residual.cuh"
 #include "send_codes.cuh"
-#include "staged_rows.cuh"
+#include "whole_rows.cuh"
 
-// The columns' constants, in shared memory: registers for their addresses are few. From standardised values to codes they give
-// the codes' range as 0 to 1, where clamping costs nothing.
-enum { kScale = 0, kBias = kBN, kGain = 2 * kBN, kShift = 3 * kBN };
-constexpr int kConstants = 4 * kBN;
+// From standardised values to codes the columns' constants give the codes' range as 0 to 1, where clamping costs nothing.
+enum { kGain = kOfOutput, kShift = kOfOutput + kBN };
+constexpr int kConstants = kOfOutput + 2 * kBN;
 
 __device__ __forceinline__ void load_constants(const GemmArgs& p, float* to) {
+    load_output_constants(p, to);
     const float range = p.high - p.low;
     for (int c = threadIdx.x; c < kBN; c += kThreads) {
-        to[kScale + c] = W_HALF ? 0.5f * p.scale[c] : p.scale[c];  // half a sum, times the scale, is the same number
-        to[kBias + c] = p.bias[c];
         to[kGain + c] = __fdiv_rn(p.inverse[c], range);
         to[kShift + c] = __fdiv_rn(__fsub_rn(p.shift[c], p.low), range);
     }
@@ -31,20 +29,35 @@ __device__ __forceinline__ float multiply_add_saturated(float a, float b, float 
 #endif
 }
 
+// False, which the compiler does not know. A loop that ends with it holds instructions of before and after apart: without, sums
+// wait for their stores in registers that are not there.
+__device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
+
 // The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
-// held in registers for a case that is rare.
+// held in registers for a case that is rare. All that it reads is on its way before anything is used.
 #ifndef QVIT_EMULATION
 __noinline__
 #endif
 __device__ inline void codes_again(const GemmArgs& p, int r, int lane) {
     constexpr int kOwn = kWN / 32;  // columns a lane
-    const float* from = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * p.ldo + lane;
-    float x[kOwn];
-    double sum = 0.0, squares = 0.0;
+    const float* const from = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * LDO + lane;
+    const float *const weights = p.weight + lane, *const affines = p.affine + lane, *const offsets = p.offset + lane;
+    const float* const steps = p.step + lane;
+    const float low = p.low, high = p.high;
+    const double eps = p.eps;
+    unsigned char* const out = static_cast<unsigned char*>(p.out_k);
+    const int line = code_row(p, r), chunks = p.chunks;
+    float x[kOwn], weight[kOwn], added[kOwn], offset[kOwn], step[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
         x[i] = from[32 * i];
     }
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        weight[i] = load_constant(weights + 32 * i), added[i] = load_constant(affines + 32 * i);
+        offset[i] = load_constant(offsets + 32 * i), step[i] = load_constant(steps + 32 * i);
+    }
+    double sum = 0.0, squares = 0.0;
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
         sum += static_cast<double>(x[i]);
@@ -55,70 +68,55 @@ __device__ inline void codes_again(const GemmArgs& p, int r, int lane) {
         const double d = static_cast<double>(x[i]) - mean;
         squares += d * d;
     }
-    const double rstd = 1.0 / sqrt(warp_sum(squares) / kWN + p.eps);
-    unsigned char* out = static_cast<unsigned char*>(p.out_k);
-    const int line = code_row(p, r);
+    const double rstd = 1.0 / sqrt(warp_sum(squares) / kWN + eps);
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
         const int c = 32 * i + lane;
         const double z = (static_cast<double>(x[i]) - mean) * rstd;
-        const float y = __double2float_rn(z * static_cast<double>(p.weight[c]) + static_cast<double>(p.affine[c]));
-        const int code = exact_code(y, p.offset[c], p.step[c], p.low, p.high);
+        const float y = __double2float_rn(z * static_cast<double>(weight[i]) + static_cast<double>(added[i]));
+        const int code = exact_code(y, offset[i], step[i], low, high);
 #if OUT_BITS
-        const uint32_t high = __ballot_sync(kAll, code & 2), low = __ballot_sync(kAll, code & 1);
+        const uint32_t upper = __ballot_sync(kAll, code & 2), lower = __ballot_sync(kAll, code & 1);
         if (lane < 2) {
-            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * i, lane), p.chunks)) = lane ? high : low;
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * i, lane), chunks)) = lane ? upper : lower;
         }
 #else
-        out[code_at(line, c, p.chunks)] = static_cast<unsigned char>(code);
+        out[code_at(line, c, chunks)] = static_cast<unsigned char>(code);
 #endif
     }
 }
 
-__device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const Place& next, int lane, const Room& room,
+__device__ __forceinline__ void finish(const GemmArgs& p, Part& part, int lane, unsigned char* lines, const float* of_columns,
                                        int (&sums)[kRows][kColumns][4]) {
     static_assert(kRows == 1, "a warp holds 16 rows");
-    const int row0 = of.row, c0 = 2 * (lane % 4);
-    const float* const constants = room.constants + c0;
-    unsigned char* const lines = room.lines;
-    float y[kColumns][4], total[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
+    const int row0 = part.row - lane / 4, c0 = 4 * (lane % 4);
+    const float* const constants = of_columns + c0;
+    float y[kUnitsOfTile][4], total[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};
+    add_up_tile(p, part, lane, constants, sums, [&](int unit, const float(&from)[4]) {
 #pragma unroll
-    for (int piece = 0; piece < kPieces; piece++) {
-        add_up_piece(
-            p, of, next, piece, lane, room.slots,
-            [&](int j, float(&to)[4]) {
-                float scale[2], bias[2];
-                load_pair(constants + kScale + 8 * j, scale);
-                load_pair(constants + kBias + 8 * j, bias);
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    to[e] = __fadd_rn(__fmul_rn(__int2float_rn(sums[0][j][e]), scale[e % 2]), bias[e % 2]);
-                }
-            },
-            [&](int j, const float(&from)[4]) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    y[j][e] = from[e];
-                }
-                total[0][j % 2] += from[0] + from[1], total[1][j % 2] += from[2] + from[3];
-            });
-    }
-    float mean[2], rstd[2], near[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float squares[2] = {0.0f, 0.0f};
-        mean[half] = quad_sum(total[half][0] + total[half][1]) * (1.0f / kWN);
-#pragma unroll
-        for (int j = 0; j < kColumns; j++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                y[j][2 * half + e] -= mean[half];
-                squares[e] = fmaf(y[j][2 * half + e], y[j][2 * half + e], squares[e]);
-            }
+        for (int e = 0; e < 4; e++) {
+            y[unit][e] = from[e];
         }
-        rstd[half] = rsqrtf(quad_sum(squares[0] + squares[1]) * (1.0f / kWN) + static_cast<float>(p.eps));
-        near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
-    }
+        total[unit % 2][0] += from[0] + from[1], total[unit % 2][1] += from[2] + from[3];
+    });
+    float mean[2], rstd[2], near[2];
+    do {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float squares[2] = {0.0f, 0.0f};
+            mean[half] = quad_sum(total[half][0] + total[half][1]) * (1.0f / kWN);
+#pragma unroll
+            for (int unit = half; unit < kUnitsOfTile; unit += 2) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    y[unit][e] -= mean[half];
+                    squares[e % 2] = fmaf(y[unit][e], y[unit][e], squares[e % 2]);
+                }
+            }
+            rstd[half] = rsqrtf(quad_sum(squares[0] + squares[1]) * (1.0f / kWN) + static_cast<float>(p.eps));
+            near[half] = p.margin * (1.0f + 0.25f * fabsf(mean[half]) * rstd[half]);
+        }
+    } while (is_never(p));
     const float range = p.high - p.low, whole = kWhole + p.low;
 #if !OUT_BITS && !SCATTER
     // Where 16 codes of a lane go: the first of the warp's rows are in one tile, and so are the eight that follow.
@@ -133,25 +131,27 @@ __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const
 #pragma unroll
     for (int first = 0; first < kWN; first += kOut) {
         __syncwarp();  // the codes before have gone out
+        do {
 #pragma unroll
-        for (int j = 0; j < kOut / 8; j++) {
-            const int c = first + 8 * j;
-            float gain[2], shift[2];
-            load_pair(constants + kGain + c, gain);
-            load_pair(constants + kShift + c, shift);
+            for (int i = 0; i < kOut / 16; i++) {
+                float gain[4], shift[4];
+                load_quad(constants + kGain + first + 16 * i, gain);
+                load_quad(constants + kShift + first + 16 * i, shift);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int code[2];
+                for (int half = 0; half < 2; half++) {
+                    uint32_t code[4];
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float v = multiply_add_saturated(y[first / 8 + j][2 * half + e] * rstd[half], gain[e], shift[e]);
-                    const float rounded = fmaf(v, range, whole);  // its last bits are the code's
-                    farthest[half][e] = fmaxf(farthest[half][e], fabsf(fmaf(v, range, whole - rounded)));
-                    code[e] = __float_as_int(rounded);
+                    for (int e = 0; e < 4; e++) {
+                        const float v = multiply_add_saturated(y[first / 8 + 2 * i + half][e] * rstd[half], gain[e], shift[e]);
+                        const float rounded = fmaf(v, range, whole);  // its last bits are the code's
+                        farthest[half][e % 2] = fmaxf(farthest[half][e % 2], fabsf(fmaf(v, range, whole - rounded)));
+                        code[e] = static_cast<uint32_t>(__float_as_int(rounded));
+                    }
+                    *reinterpret_cast<uint32_t*>(lines + (8 * half + lane / 4) * kLine + 16 * i + c0) =
+                        __byte_perm(__byte_perm(code[0], code[1], 0x40), __byte_perm(code[2], code[3], 0x40), 0x5410);
                 }
-                put(lines, 8 * half + lane / 4, 8 * j + c0, code[0], code[1]);
             }
-        }
+        } while (is_never(p));
 #if OUT_BITS
         send_bits(lines, lane, row0, p.m, p.out_k, first, kWN, p.chunks, [&](int row) { return code_row(p, row); });
 #elif SCATTER

@@ -3,7 +3,8 @@
 // A block takes kGroups x 64 rows of a; each of its warpgroups computes 64 of them against kBN columns at a time. Blocks run as
 // many as there are multiprocessors; each has a range of tiles, row block by row block, so that a's rows stay in shared memory
 // (RESIDENT) while b's tiles stream past in kStages buffers, or b stays (B_STAYS) while rows stream past, or both stream.
-// Warpgroups meet at barriers of buffers only: while one is busy with its epilogue, others multiply.
+// Warpgroups meet at barriers of buffers only: while one is busy with its epilogue, others multiply. Where b stays they share
+// nothing else: each has tiles of 64 rows of its own, and a warp that copies them, so that they fall out of step.
 //
 // Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py`.
 constexpr int kBM = 64 * kGroups;
@@ -27,10 +28,12 @@ constexpr int kStage = (BITS ? kChunks : 1) * kBytesB;
 static_assert(RESIDENT || !BITS, "rows of one-bit products stay");
 static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b has its place");
 constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
+constexpr int kTeams = B_STAYS ? kGroups : 1;  // warpgroups that have tiles of their own
+constexpr int kTileM = kBM / kTeams;           // rows of such a tile
 
 struct Barriers {
     Barrier full[kStages], empty[kStages];
-    Barrier rows_full[kRowBuffers], rows_empty[kRowBuffers];  // of these the first alone, where RESIDENT
+    Barrier rows_full[kTeams][kRowBuffers], rows_empty[kTeams][kRowBuffers];  // of the last the first alone, where RESIDENT
 #if COLUMN_STAGES
     Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
 #endif
@@ -66,15 +69,15 @@ struct Cursor {
     }
 };
 
-// This block's tiles, numbered row block by row block.
+// A team's tiles, numbered row block by row block.
 struct Range {
     int first, last;
 };
 
-__device__ __forceinline__ Range range_of(int tiles) {
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x), some = tiles / blocks, more = tiles % blocks;
-    const int first = some * block + (block < more ? block : more);
-    return {first, first + some + (block < more)};
+__device__ __forceinline__ Range range_of(int tiles, int team) {
+    const int blocks = static_cast<int>(gridDim.x), teams = kTeams * blocks, own = team * blocks + static_cast<int>(blockIdx.x);
+    const int some = tiles / teams, more = tiles % teams, first = some * own + (own < more ? own : more);
+    return {first, first + some + (own < more)};
 }
 
 // A tile of the range, without a division from one to the next.
@@ -82,13 +85,13 @@ struct Walk {
     int tile, tiles_n, row0, column0;
 
     __device__ __forceinline__ Walk(int first, int tiles) : tile(first), tiles_n(tiles) {
-        row0 = tile / tiles_n * kBM;
+        row0 = tile / tiles_n * kTileM;
         column0 = tile % tiles_n * kBN;
     }
     __device__ __forceinline__ bool last_of_rows() const { return column0 == (tiles_n - 1) * kBN; }
     __device__ __forceinline__ void next() {
         const bool wraps = last_of_rows();
-        row0 += wraps ? kBM : 0;
+        row0 += wraps ? kTileM : 0;
         column0 = wraps ? 0 : column0 + kBN;
         tile++;
     }
@@ -104,9 +107,9 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, i
 
 // The residual of a tile, on its way into the L2 cache while the tile is multiplied.
 __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, int column0) {
-#if STAGED
+#if STAGED || DIRECT
     if (PREFETCH && RESIDUAL && SCATTER != 1) {
-        const int rows = p.m - row0 < kBM ? p.m - row0 : kBM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
+        const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
         const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
         const int together = columns == p.ldo ? 16 : 1;
         for (int r = 0; r < rows; r += together) {
@@ -117,8 +120,22 @@ __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, i
 #endif
 }
 
-// The copying warpgroup's one lane.
-__device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Range range, int tiles_n) {
+// All of b, where it stays: constants, so before what the former kernel writes is there.
+__device__ __forceinline__ void copy_all_of_b(const GemmArgs& p, const Buffers& of) {
+    for (int chunk = 0; chunk < kChunks; chunk++) {
+        for (int unit = 0; unit < kUnits; unit++) {
+            const int at = BITS ? 0 : chunk * kUnits + unit;
+            if (!BITS || chunk == 0) {
+                barrier_expect(&of.barriers->full[at], kStage);
+            }
+            copy_rows(of.stages + at * kStage + (BITS ? chunk * kBytesB : 0), p.b, BITS ? 0 : unit * kPart, BITS ? kBN : kPart, chunk,
+                      &of.barriers->full[at]);
+        }
+    }
+}
+
+// A lane of the copying warpgroup, one a team.
+__device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Range range, int tiles_n, int team) {
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;
     int rows_phase = 0;
@@ -129,22 +146,24 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
     for (Walk walk(range.first, tiles_n); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile, row0 = walk.row0, column0 = walk.column0;
         const bool fresh = tile == range.first || column0 == 0;
-        prefetch_residual(p, row0, column0);
         for (int chunk = 0; chunk < kChunks; chunk++) {
             if (!RESIDENT || fresh) {
                 // The first round finds its buffers empty: it waits for the phase before the first.
                 if (!RESIDENT) {
-                    barrier_wait(&barriers->rows_empty[row_cursor.at], row_cursor.phase ^ 1);
+                    barrier_wait(&barriers->rows_empty[team][row_cursor.at], row_cursor.phase ^ 1);
                 } else if (chunk == 0 && tile != range.first) {
-                    barrier_wait(&barriers->rows_empty[0], rows_phase);
+                    barrier_wait(&barriers->rows_empty[team][0], rows_phase);
                     rows_phase ^= 1;
                 }
-                Barrier* full = &barriers->rows_full[row_cursor.at];
-                barrier_expect(full, kBytesA);
-                copy_rows(of.rows + row_cursor.at * kBytesA, p.a, row0, kBM, chunk, full);
+                Barrier* full = &barriers->rows_full[team][row_cursor.at];
+                barrier_expect(full, kBytesA / kTeams);
+                copy_rows(of.rows + row_cursor.at * kBytesA + team * kTileBytes, p.a, row0, kTileM, chunk, full);
                 row_cursor.next();
             }
-            if (B_STAYS && tile != range.first) {
+            if (chunk == 0) {
+                prefetch_residual(p, row0, column0);
+            }
+            if (B_STAYS) {
                 continue;
             }
             for (int unit = 0; unit < kUnits; unit++) {
@@ -191,7 +210,7 @@ __device__ __forceinline__ void settle(Sums& sums) {
 struct Reader {
     const Buffers& of;
     Operand rows, stages;  // the first ones
-    int lane;
+    int team, lane;
     bool fresh;  // these rows are read for the first time
     int rows_phase = 1;
     Cursor<kStages> cursor;
@@ -201,7 +220,7 @@ struct Reader {
     __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
         if (!RESIDENT || fresh) {
-            barrier_wait(&of.barriers->rows_full[at], RESIDENT ? rows_phase : row_cursor.phase);
+            barrier_wait(&of.barriers->rows_full[team][at], RESIDENT ? rows_phase : row_cursor.phase);
         }
         return advance(rows, at * kBytesA);
     }
@@ -216,7 +235,7 @@ struct Reader {
     }
     __device__ __forceinline__ void release_rows(int at) const {
         if (lane == 0) {
-            barrier_arrive(&of.barriers->rows_empty[at]);
+            barrier_arrive(&of.barriers->rows_empty[team][at]);
         }
     }
 };
@@ -322,23 +341,27 @@ struct Behind {
     int* moved;
 };
 
-constexpr bool kHasLines = !COLUMN_STAGES && !(STAGED && EPILOGUE == 0);
+constexpr bool kHasLines = !COLUMN_STAGES && !((STAGED || DIRECT) && EPILOGUE == 0);
 
 #if !STAGED
-constexpr int kConstants = 0, kSlot = 0, kMovedRows = 0;
+constexpr int kSlot = 0, kMovedRows = 0;
+#endif
+#if !STAGED && !DIRECT
+constexpr int kConstants = 0;
 #endif
 
 // A warpgroup's products and what follows them.
 __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range, int tiles_n,
-                                        int group, int warp, int lane) {
-    Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), lane, false};
+                                        int team, int warp, int lane) {
+    Reader reader = {of, operand(of.rows + warp / 4 * kTileBytes), operand(of.stages), team, lane, false};
+    const int own = warp % (4 * kGroups / kTeams);  // which of the team's warps
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
 #if STAGED
     const Room room = {behind.slots + warp * kSlots * kSlot, lines, behind.constants};
     int* const moved = behind.moved + warp * kMovedRows;
     const auto place = [&](int tile) -> Place {
-        return {tile < range.last ? tile / tiles_n * kBM + 16 * warp : p.m, tile % tiles_n * kBN, moved + tile % 2 * 16};
+        return {tile < range.last ? tile / tiles_n * kTileM + 16 * own : p.m, tile % tiles_n * kBN, moved + tile % 2 * 16};
     };
     move_rows(p, place(range.first), lane);
     fetch_first(p, place(range.first), lane, room.slots);
@@ -352,16 +375,28 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
         reader.rows_phase ^= static_cast<int>(reader.fresh);
 #if STAGED
         move_rows(p, place(tile + 1), lane);
+#elif DIRECT
+        Part part;
+        if (EARLY) {
+            part.begin(p, tile * kTileM + 16 * own, lane);
+        }
 #endif
         multiply_all(reader, sums);
         if (RESIDENT && walk.last_of_rows()) {
             reader.release_rows(0);
         }
+#if DIRECT
+        if (!EARLY) {
+            part.begin(p, tile * kTileM + 16 * own, lane);
+        }
+#endif
 #if STAGED
         finish(p, place(tile), place(tile + 1), lane, room, sums.fragments);
+#elif DIRECT
+        finish(p, part, lane, lines, behind.constants, sums.fragments);
 #elif COLUMN_STAGES
         barrier_wait(&of.barriers->columns_full[column_cursor.at], column_cursor.phase);
-        finish_columns<true>(p, walk.row0 + 16 * warp, walk.column0, lane, of.columns + column_cursor.at * kColumnBytes,
+        finish_columns<true>(p, walk.row0 + 16 * own, walk.column0, lane, of.columns + column_cursor.at * kColumnBytes,
                              sums.fragments);
         __syncwarp();
         if (lane == 0) {
@@ -369,7 +404,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
         }
         column_cursor.next();
 #else
-        finish(p, walk.row0 + 16 * warp, walk.column0, lane, lines, sums.fragments);
+        finish(p, walk.row0 + 16 * own, walk.column0, lane, lines, sums.fragments);
 #endif
         __syncwarp();
     }
@@ -379,7 +414,6 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
-    await_former_kernel();
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     Buffers of;
@@ -397,9 +431,9 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
             barrier_init(&of.barriers->full[i], 1);
             barrier_init(&of.barriers->empty[i], 4 * kGroups);
         }
-        for (int i = 0; i < kRowBuffers; i++) {
-            barrier_init(&of.barriers->rows_full[i], 1);
-            barrier_init(&of.barriers->rows_empty[i], 4 * kGroups);
+        for (int i = 0; i < kTeams * kRowBuffers; i++) {
+            barrier_init(&of.barriers->rows_full[0][i], 1);
+            barrier_init(&of.barriers->rows_empty[0][i], 4 * kGroups / kTeams);
         }
 #if COLUMN_STAGES
         for (int i = 0; i < kColumnStages; i++) {
@@ -409,24 +443,29 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
 #endif
         barriers_ready();
     }
-#if STAGED
+#if STAGED || DIRECT
     load_constants(p, behind.constants);
 #endif
     __syncthreads();
-    const int tiles_n = EPILOGUE == 3 ? 1 : (p.n + kBN - 1) / kBN;
-    const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
+    if (B_STAYS && threadIdx.x == 128 * kGroups) {
+        copy_all_of_b(p, of);
+    }
+    await_former_kernel();
+    const int tiles_n = DIRECT ? 1 : (p.n + kBN - 1) / kBN;
+    const int team = kTeams == 1 ? 0 : warp < 4 * kGroups ? warp / 4 : warp - 4 * kGroups;
+    const Range range = range_of((p.m + kTileM - 1) / kTileM * tiles_n, team);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
             registers_down<24>();
         }
-        if (warp == 4 * kGroups && lane == 0) {
-            produce(p, of, range, tiles_n);
+        if (warp < 4 * kGroups + kTeams && lane == 0) {
+            produce(p, of, range, tiles_n, team);
         }
     } else {
         if (kTradesRegisters) {
             registers_up<kRegisters>();
         }
-        consume(p, of, behind, range, tiles_n, warp / 4, warp, lane);
+        consume(p, of, behind, range, tiles_n, team, warp, lane);
     }
 }
 

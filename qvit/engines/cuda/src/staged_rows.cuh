@@ -26,7 +26,7 @@ struct Room {
 };
 
 constexpr int kAcross = kPiece / 4, kAtOnce = 32 / kAcross;   // a lane moves 16 bytes; rows that a warp moves at once
-constexpr bool kFullColumns = EPILOGUE == 3 || LDO % kBN == 0;
+constexpr bool kFullColumns = LDO % kBN == 0;
 
 // Looks up where a part's rows go; a division or a load a row, so once.
 __device__ __forceinline__ void move_rows(const GemmArgs& p, const Place& of, int lane) {

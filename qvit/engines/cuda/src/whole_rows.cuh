@@ -1,0 +1,119 @@
+// Rows of floats behind a product of whole rows (DIRECT): what is added comes into registers, sums go out from them.
+//
+// b's columns are permuted (`slots` in `qvit/engines/cuda/step_tables.py`), so that the four that a lane has of every sixteen are
+// neighbours: 16 bytes, and a quad's are whole sectors. A unit is four such floats of one of the lane's two rows. kAhead loads are
+// under way: the first from before the products on where EARLY, the others while units before them are added up.
+#pragma once
+
+constexpr int kUnitsOfTile = kBN / 8;  // of a lane: even ones are of row lane / 4, odd ones of the row eight below
+static_assert(kAhead % 2 == 0 && kAhead <= kUnitsOfTile, "loads that are under way are of both rows");
+static_assert(!(RESIDUAL && POSITION), "one thing is added");
+
+struct Four32 {
+    float x[4];
+};
+
+// Loads stay where they are among other loads and waits.
+__device__ __forceinline__ Four32 load_four(const float* from) {
+    Four32 to;
+#ifdef QVIT_EMULATION
+    memcpy(to.x, from, sizeof to.x);
+#else
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to.x[0]), "=f"(to.x[1]), "=f"(to.x[2]), "=f"(to.x[3]) : "l"(from));
+#endif
+    return to;
+}
+
+// A lane's part of a tile: four neighbours of every sixteen columns of rows `row` and `row + 8`.
+struct Part {
+    int row, rows;
+    const float* from[2];  // what is added; of a row that is there in any case
+    float* to[2];
+    Four32 ahead[kAhead];
+
+    // Loads come under way. The part of a warp whose first row is row0.
+    __device__ __forceinline__ void begin(const GemmArgs& p, int row0, int lane) {
+        row = row0 + lane / 4, rows = p.m;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = min(row + 8 * half, p.m - 1), c = 4 * (lane % 4);
+            const int inside = POSITION ? p.row_first + r % p.rows_in : 0;
+            const int moved = POSITION ? r / p.rows_in * p.rows_out + inside : float_row(p, r);
+            to[half] = static_cast<float*>(p.out) + static_cast<size_t>(moved) * LDO + c;
+            from[half] = POSITION   ? p.position + static_cast<size_t>(inside) * LDO + c
+                         : RESIDUAL ? p.residual + static_cast<size_t>(moved) * LDO + c
+                                    : nullptr;
+        }
+#pragma unroll
+        for (int unit = 0; unit < kAhead; unit++) {
+            fetch(unit);
+        }
+    }
+    __device__ __forceinline__ bool is_there(int half) const { return row + 8 * half < rows; }
+    __device__ __forceinline__ void fetch(int unit) {
+        if constexpr (RESIDUAL || POSITION) {
+            ahead[unit % kAhead] = load_four(from[unit % 2] + unit / 2 * 16);
+        }
+    }
+    // y of a unit, the layer's output, becomes the sum, and goes out.
+    __device__ __forceinline__ void add_up(int unit, const float (&gamma)[4], float (&y)[4]) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            if constexpr (GAMMA) {
+                y[e] = __fmul_rn(y[e], gamma[e]);
+            }
+            if constexpr (RESIDUAL || POSITION) {
+                y[e] = __fadd_rn(ahead[unit % kAhead].x[e], y[e]);
+            }
+            if constexpr (HALVED) {
+                y[e] *= 0.5f;
+            }
+        }
+        if (is_there(unit % 2)) {
+            *reinterpret_cast<float4*>(to[unit % 2] + unit / 2 * 16) = {y[0], y[1], y[2], y[3]};
+        }
+        if (unit + kAhead < kUnitsOfTile) {
+            fetch(unit + kAhead);
+        }
+    }
+};
+
+__device__ __forceinline__ void load_quad(const float* from, float (&to)[4]) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+}
+
+// The columns' constants, in shared memory: registers for their addresses are few.
+enum { kScale = 0, kBias = kBN, kOfOutput = 2 * kBN };
+
+__device__ __forceinline__ void load_output_constants(const GemmArgs& p, float* to) {
+    for (int c = threadIdx.x; c < kBN; c += kThreads) {
+        to[kScale + c] = W_HALF ? 0.5f * p.scale[c] : p.scale[c];  // half a sum, times the scale, is the same number
+        to[kBias + c] = p.bias[c];
+    }
+}
+
+// Adds up a tile: `take(unit, y)` is given the sums of unit after unit. `constants`: those of this lane's first column.
+template <class Take>
+__device__ __forceinline__ void add_up_tile(const GemmArgs& p, Part& part, int lane, const float* constants, const int (&sums)[kRows][kColumns][4],
+                                            const Take& take) {
+#pragma unroll
+    for (int i = 0; i < kUnitsOfTile / 2; i++) {
+        float scale[4], bias[4], gamma[4];
+        load_quad(constants + kScale + 16 * i, scale);
+        load_quad(constants + kBias + 16 * i, bias);
+        if constexpr (GAMMA) {
+            load_quad(p.gamma + 4 * (lane % 4) + 16 * i, gamma);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float y[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                y[e] = __fadd_rn(__fmul_rn(__int2float_rn(sums[0][2 * i + e / 2][2 * half + e % 2]), scale[e]), bias[e]);
+            }
+            part.add_up(2 * i + half, gamma, y);
+            take(2 * i + half, y);
+        }
+    }
+}
