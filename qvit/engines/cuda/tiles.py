@@ -111,7 +111,7 @@ class HopperTile:
     stages: int
     row_stages: int = 3
     direct: bool = False
-    ahead: int = 6
+    ahead: int = 4
     early: bool = True
     bits: bool = False
     piece: int = 0
@@ -212,7 +212,7 @@ def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
     """All of b stays where that leaves room, else as much of it is on its way as there is room for."""
     part = 192 if n > 256 else n
     stay = HopperTile(2, n, chunks(k) * (n // part), row_stages=3, direct=True, keeps_rows=False)
-    streams = HopperTile(2, n, 5, row_stages=4, direct=True, ahead=8, early=False, keeps_rows=False)
+    streams = HopperTile(2, n, 5, row_stages=4, direct=True, ahead=6, early=False, keeps_rows=False)
     return stay, streams
 
 

@@ -49,6 +49,11 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
         planes = choose_whole_rows(256 * 197, 384, k, MULTIPROCESSORS, bits=True)
         assert planes is not None
         assert planes.defines(k)["B_STAYS"] == 1
+    for k, stays in ((384, 1), (1536, 0)):  # so do all of a layer's bytes where k is short
+        tile = choose_whole_rows(256 * 197, 384, k, MULTIPROCESSORS, bits=False)
+        assert tile is not None
+        assert (tile.defines(k)["B_STAYS"], tile.defines(k)["DIRECT"]) == (stays, 1)
+        assert choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits=False) == tile  # whole rows, also without a LayerNorm
     assert choose_floats(256 * 197, 1001, 384, MULTIPROCESSORS, bits=False) is None  # rows do not begin at 16 bytes
     assert choose_floats(256 * 197, 384, 1536, MULTIPROCESSORS, bits=False) is not None
 

@@ -450,6 +450,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     if (B_STAYS && threadIdx.x == 128 * kGroups) {
         copy_all_of_b(p, of);
     }
+    __syncwarp();
     await_former_kernel();
     const int tiles_n = DIRECT ? 1 : (p.n + kBN - 1) / kBN;
     const int team = kTeams == 1 ? 0 : warp < 4 * kGroups ? warp / 4 : warp - 4 * kGroups;

@@ -9,13 +9,13 @@ constexpr int kUnitsOfTile = kBN / 8;  // of a lane: even ones are of row lane /
 static_assert(kAhead % 2 == 0 && kAhead <= kUnitsOfTile, "loads that are under way are of both rows");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
-struct Four32 {
+struct FourFloats {
     float x[4];
 };
 
 // Loads stay where they are among other loads and waits.
-__device__ __forceinline__ Four32 load_four(const float* from) {
-    Four32 to;
+__device__ __forceinline__ FourFloats load_four(const float* from) {
+    FourFloats to;
 #ifdef QVIT_EMULATION
     memcpy(to.x, from, sizeof to.x);
 #else
@@ -29,7 +29,7 @@ struct Part {
     int row, rows;
     const float* from[2];  // what is added; of a row that is there in any case
     float* to[2];
-    Four32 ahead[kAhead];
+    FourFloats ahead[kAhead];
 
     // Loads come under way. The part of a warp whose first row is row0.
     __device__ __forceinline__ void begin(const GemmArgs& p, int row0, int lane) {
