@@ -206,7 +206,8 @@ __device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int 
                                                int (&sums)[kRows][kColumns][4]) {
     const int4* const steps = reinterpret_cast<const int4*>(columns);
     const int width = p.heads * HEAD_DIM;
-    int part = column0 / width, head = (column0 - part * width) / HEAD_DIM;
+    int part = (column0 >= width) + (column0 >= 2 * width) + (column0 >= 3 * width);  // a division takes longer
+    int head = (column0 - part * width) / HEAD_DIM;
     int at[kRows][2];
 #pragma unroll
     for (int i = 0; i < kRows; i++) {

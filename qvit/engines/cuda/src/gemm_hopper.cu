@@ -12,7 +12,7 @@ constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
 // The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112;
+constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : kGroups == 4 ? 120 : 96;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
@@ -225,8 +225,6 @@ struct Reader {
 
 // One plane of a against one of b, over all of k.
 __device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operand stage, int plane_a, int plane_b, bool add) {
-    settle(sums);
-    products_begin();
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 64) {
         const int chunk = k / kChunk, from = k % kChunk;
@@ -237,6 +235,14 @@ __device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operan
                                            advance(b, part * kPart * kChunk + from + 32 * (1 - plane_b)), add || k > 0);
         }
     }
+}
+
+// What `issue` issues, from begin to end.
+template <class Issue>
+__device__ __forceinline__ void multiply_and_wait(Sums& sums, const Issue& issue) {
+    settle(sums);
+    products_begin();
+    issue();
     products_end_group();
     products_wait<0>();
     settle(sums);
@@ -253,20 +259,28 @@ __device__ __forceinline__ void change(Sums& sums, const Change& how) {
     }
 }
 
-// a = 2 a1 + a0 and b = -2 b1 + b0, so a b = 2 (-(2 a1 b1 + a0 b1) + a1 b0) + a0 b0.
+// a = 2 a1 + a0 and b = -2 b1 + b0, so a b = -2 (2 a1 b1 + a0 b1) + 2 a1 b0 + a0 b0. Twice a product is the product twice: a half
+// more of them, which the tensor cores have time for, and two waits and one pass over the sums in place of four and three.
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
     }
     const Operand stage = reader.await_stage(), rows = reader.rows;
-    multiply_planes(sums, rows, stage, 1, 1, false);
-    change(sums, [](int x) { return 2 * x; });
-    multiply_planes(sums, rows, stage, 0, 1, true);
-    change(sums, [](int x) { return -x; });
-    multiply_planes(sums, rows, stage, 1, 0, true);
-    change(sums, [](int x) { return 2 * x; });
-    multiply_planes(sums, rows, stage, 0, 0, true);
+    const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
+    if (TWICE) {
+        multiply_and_wait(sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); });
+        change(sums, [](int x) { return -2 * x; });
+        multiply_and_wait(sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); });
+    } else {
+        multiply_and_wait(sums, [&] { multiply(1, 1, false); });
+        change(sums, [](int x) { return 2 * x; });
+        multiply_and_wait(sums, [&] { multiply(0, 1, true); });
+        change(sums, [](int x) { return -x; });
+        multiply_and_wait(sums, [&] { multiply(1, 0, true); });
+        change(sums, [](int x) { return 2 * x; });
+        multiply_and_wait(sums, [&] { multiply(0, 0, true); });
+    }
     reader.release(reader.cursor.at);
     reader.cursor.next();
 }
