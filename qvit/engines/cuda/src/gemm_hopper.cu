@@ -27,10 +27,15 @@ constexpr int kStage = (BITS ? kChunks : 1) * kBytesB;
 static_assert(RESIDENT || !BITS, "rows of one-bit products stay");
 static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b has its place");
 constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
+// Who waits for the turn releases no buffer.
+static_assert(!ORDERED || ((BITS || B_STAYS || kStages >= kChunks * kUnits) && kRowBuffers >= kChunks), "buffers for a tile");
 
 struct Barriers {
     Barrier full[kStages], empty[kStages];
     Barrier rows_full[kRowBuffers], rows_empty[kRowBuffers];  // of these the first alone, where RESIDENT
+#if ORDERED
+    Barrier turn[kGroups];
+#endif
 #if COLUMN_STAGES
     Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
 #endif
@@ -191,12 +196,26 @@ __device__ __forceinline__ void settle(Sums& sums) {
 struct Reader {
     const Buffers& of;
     Operand rows, stages;  // the first ones
-    int lane;
+    int group, lane;
     bool fresh;  // these rows are read for the first time
-    int rows_phase = 1;
+    int rows_phase = 1, turn = 0;
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;  // where rows do not stay
 
+    // ORDERED: one warpgroup's products at a time, so that while they are made the others are in their epilogues.
+    __device__ __forceinline__ void await_turn() {
+#if ORDERED
+        barrier_wait(&of.barriers->turn[group], turn ^ static_cast<int>(group == 0));  // the first finds it free
+        turn ^= 1;
+#endif
+    }
+    __device__ __forceinline__ void pass_turn() const {
+#if ORDERED
+        if (lane == 0) {
+            barrier_arrive(&of.barriers->turn[group == kGroups - 1 ? 0 : group + 1]);
+        }
+#endif
+    }
     // This warpgroup's rows of a chunk.
     __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
@@ -267,6 +286,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
         reader.await_rows(chunk);
     }
     const Operand stage = reader.await_stage(), rows = reader.rows;
+    reader.await_turn();
     const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
     if (TWICE) {
         multiply_and_wait(sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); });
@@ -281,6 +301,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
         change(sums, [](int x) { return 2 * x; });
         multiply_and_wait(sums, [&] { multiply(0, 0, true); });
     }
+    reader.pass_turn();
     reader.release(reader.cursor.at);
     reader.cursor.next();
 }
@@ -289,6 +310,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     int before = -1, rows_before = -1;
+    reader.await_turn();
     reader.cursor.begin<kChunks * kUnits>();
     reader.row_cursor.begin<kChunks>();
 #pragma unroll
@@ -319,6 +341,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
         rows_before = reader.row_cursor.at;
         reader.row_cursor.next();
     }
+    reader.pass_turn();
     products_wait<0>();
     settle(sums);
     reader.release(before);
@@ -345,7 +368,7 @@ constexpr int kConstants = 0, kSlot = 0, kMovedRows = 0;
 // A warpgroup's products and what follows them.
 __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range, int tiles_n,
                                         int group, int warp, int lane) {
-    Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), lane, false};
+    Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), group, lane, false};
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
 #if STAGED
@@ -415,6 +438,11 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
             barrier_init(&of.barriers->rows_full[i], 1);
             barrier_init(&of.barriers->rows_empty[i], 4 * kGroups);
         }
+#if ORDERED
+        for (int i = 0; i < kGroups; i++) {
+            barrier_init(&of.barriers->turn[i], 4);
+        }
+#endif
 #if COLUMN_STAGES
         for (int i = 0; i < kColumnStages; i++) {
             barrier_init(&of.barriers->columns_full[i], 1);
