@@ -11,8 +11,10 @@ constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
-// The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : kGroups == 4 ? 120 : 96;
+// The copying warpgroup gives registers back, the others take them: of those that the block has from the start, a multiple of 8 for
+// each thread. More than there are would be waited for without end.
+constexpr int kCopying = 24, kAtFirst = 65536 / kThreads / 8 * 8;
+constexpr int kRegisters = kGroups == 1 ? 112 : (kAtFirst * kThreads - kCopying * 128) / (128 * kGroups) / 8 * 8;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
@@ -459,7 +461,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     const Range range = range_of((p.m + kBM - 1) / kBM * tiles_n);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
-            registers_down<24>();
+            registers_down<kCopying>();
         }
         if (warp == 4 * kGroups && lane == 0) {
             produce(p, of, range, tiles_n);
