@@ -66,8 +66,8 @@ def step_table(steps: Steps) -> StepTable | str:
 
 def _with_cells(steps: Steps, shift: np.ndarray, most: np.ndarray, cells: int) -> StepTable | None:
     """Cells as narrow as they can be, then a little wider, until they separate the steps of every channel."""
-    largest = np.iinfo(np.int32).max // (2 * steps.reach + 1)  # |sum + shift| is at most that
-    narrowest = np.minimum(((cells << _SHIFT) - 1) // np.maximum(most, 1), min(largest, 1 << _SHIFT))
+    largest = np.iinfo(np.int32).max // (steps.reach + np.abs(shift))  # u before it is clipped is within 32 bits
+    narrowest = np.minimum(((cells << _SHIFT) - 1) // np.maximum(most, 1), np.minimum(largest, 1 << _SHIFT))
     if narrowest.min() >> _PLACE == 0:
         return None  # several sums at one place
     factor, entries = narrowest.copy(), np.zeros((len(shift), cells), np.uint16)
