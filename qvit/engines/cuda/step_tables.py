@@ -66,8 +66,8 @@ def step_table(steps: Steps) -> StepTable | str:
 
 def _with_cells(steps: Steps, shift: np.ndarray, most: np.ndarray, cells: int) -> StepTable | None:
     """Cells as narrow as they can be, then a little wider, until they separate the steps of every channel."""
-    largest = np.iinfo(np.int32).max // (2 * steps.reach + 1)  # |sum + shift| is at most that
-    narrowest = np.minimum(((cells << _SHIFT) - 1) // np.maximum(most, 1), min(largest, 1 << _SHIFT))
+    largest = np.iinfo(np.int32).max // (steps.reach + np.abs(shift))  # u before it is clipped is within 32 bits
+    narrowest = np.minimum(((cells << _SHIFT) - 1) // np.maximum(most, 1), np.minimum(largest, 1 << _SHIFT))
     if narrowest.min() >> _PLACE == 0:
         return None  # several sums at one place
     factor, entries = narrowest.copy(), np.zeros((len(shift), cells), np.uint16)
@@ -118,14 +118,14 @@ def _is_right(table: StepTable, steps: Steps, shift: np.ndarray, most: np.ndarra
 
 def column_bytes(cells: int) -> int:
     """Of a column in what `packed` gives."""
-    return 8 + 2 * (cells | 8)
+    return 8 + 2 * cells
 
 
 def packed(table: StepTable, columns: np.ndarray, width: int) -> np.ndarray:
     """What the kernels read of columns, ``width`` of them after the other, uint8 [columns * column_bytes].
 
-    First factor and add of each column, int32 [width, 2]; then entries, uint16 [width / 2, cells | 8, 2]: tables of two
-    neighbouring columns share words, and those of a quad's lanes begin 8 banks of shared memory apart.
+    First factor and add of each column, int32 [width, 2]; then entries, uint16 [width / 8, cells, 8]: what the lanes of a quad
+    read of eight columns, each of its own two, lies in different banks of shared memory.
 
     Args:
         table: of the columns.
@@ -135,13 +135,8 @@ def packed(table: StepTable, columns: np.ndarray, width: int) -> np.ndarray:
     cells = table.entries.shape[1]
     missing = int(columns.max()) + 1 - len(table.add)
     numbers = np.pad(np.stack([table.factor, table.add], 1), ((0, missing), (0, 0)))[columns].astype(np.int32)
-    entries = np.zeros((len(columns), cells | 8), np.uint16)
-    entries[:, :cells] = np.pad(table.entries, ((0, missing), (0, 0)))[columns]
-    pairs = entries.reshape(-1, 2, cells | 8).transpose(0, 2, 1)
-    parts = (
-        numbers.reshape(-1, width * 2).view(np.uint8),
-        np.ascontiguousarray(pairs).reshape(len(columns) // width, -1).view(np.uint8),
-    )
+    entries = np.pad(table.entries, ((0, missing), (0, 0)))[columns].reshape(-1, 8, cells).transpose(0, 2, 1)
+    parts = [np.ascontiguousarray(part).view(np.uint8).reshape(len(columns) // width, -1) for part in (numbers, entries)]
     return np.concatenate(parts, 1).reshape(-1)
 
 

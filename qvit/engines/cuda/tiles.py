@@ -95,6 +95,8 @@ class HopperTile:
             tiles of all of k where products are of bits.
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
+        ordered: warpgroups take turns at products.
+        twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
@@ -118,6 +120,8 @@ class HopperTile:
     slots: int = 1
     prefetch: bool = True
     keeps_rows: bool = True
+    ordered: bool = False
+    twice: bool = False
     column_stages: int = 2
     column_bytes: int = 0
 
@@ -151,6 +155,7 @@ class HopperTile:
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.direct else 0
         barriers = 16 * (self.stages + self.groups * max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
+        barriers += 8 * self.groups * self.ordered
         return rows + self.stages * stage + columns + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
@@ -171,6 +176,8 @@ class HopperTile:
             "kPiece": self.piece,
             "kSlots": self.slots,
             "PREFETCH": int(self.prefetch),
+            "ORDERED": int(self.ordered),
+            "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
             "COLUMN_BYTES": self.column_bytes,
         }
@@ -191,7 +198,9 @@ class HopperTile:
 
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))
-_BITS = tuple(HopperTile(*sizes, bits=True) for sizes in ((3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2)))
+_BITS = tuple(
+    HopperTile(*sizes, bits=True, twice=True) for sizes in ((3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
+)
 # For floats: the same with room for what is added to them.
 _FLOATS = (
     HopperTile(2, 384, 4, row_stages=3, piece=32, slots=4, keeps_rows=False),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants, step_tables
+from qvit.engines.cuda import CudaEngine, constants, step_tables, tiles
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -125,18 +125,20 @@ def test_more_rows_than_tiles(
     check(qvit.freeze(student), either, 27)
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 def test_the_longest_tables_pass_through_shared_memory(
-    make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+    ordered: bool, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks with more tiles of columns than there are buffers for their tables."""
+    """Blocks with more tiles of columns than there are buffers for their tables; warpgroups that take turns, or do not."""
     monkeypatch.setattr(step_tables, "CELLS", (128,))
+    monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(3, 128, 4, ordered=ordered),))
     gpu, count = open_gpu(hopper=True), 78
     options = {"depth": 1, "mlp_ratio": 6.0, "img_size": 16}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
     if gpu.device.type == "cpu":
         (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("CELLS"))
-        tiles = -(-5 * count // (64 * fc1.defines["kGroups"])) * -(-384 // fc1.defines["kBN"])
-        assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], tiles // fc1.grid[0]) == (128, 2, 4)
+        each = -(-5 * count // (64 * fc1.defines["kGroups"])) * -(-384 // fc1.defines["kBN"]) // fc1.grid[0]
+        assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], fc1.defines["ORDERED"], each) == (128, 2, ordered, 4)
     check(model, gpu, count)
 
 

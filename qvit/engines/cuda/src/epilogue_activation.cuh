@@ -11,18 +11,18 @@
 constexpr int kGroup = OUT_BITS ? kColumns / 2 : kColumns < 8 ? kColumns : 8;
 static_assert(kWN % 32 == 0 && kColumns % kGroup == 0 && (!OUT_BITS || kWN >= 64), "a lane has whole words of codes, or of bits");
 
-// What `packed` in `qvit/engines/cuda/step_tables.py` makes of kWN columns: factors and addends, then tables of pairs of columns.
-constexpr int kCells = CELLS | 8, kNumberBytes = 8 * kWN, kColumnBytes = kNumberBytes + 2 * kWN * kCells;
+// What `packed` in `qvit/engines/cuda/step_tables.py` makes of kWN columns: factors and addends, then tables of eight columns each.
+constexpr int kNumberBytes = 8 * kWN, kColumnBytes = kNumberBytes + 2 * kWN * CELLS;
 
-// A lane's tables: those of column `column` of its fragments begin at word `column / 2 * 4 * kCells`.
+// The tables that lane `t` of a quad reads.
 template <bool kStaged>
 struct Tables {
-    const uint32_t* at;
+    const uint16_t* at;
 
     __device__ __forceinline__ Tables(const unsigned char* columns, int t)
-        : at(reinterpret_cast<const uint32_t*>(columns + kNumberBytes) + t * kCells) {}
+        : at(reinterpret_cast<const uint16_t*>(columns + kNumberBytes) + 2 * t) {}
     __device__ __forceinline__ uint32_t entry(uint32_t cell, int fragment, int second) const {
-        return load_constant(reinterpret_cast<const uint16_t*>(at + cell + fragment * 4 * kCells) + second);
+        return load_constant(at + 8 * cell + fragment * 8 * CELLS + second);
     }
 };
 
@@ -32,13 +32,13 @@ template <>
 struct Tables<true> {
     uint32_t at;
 
-    __device__ __forceinline__ Tables(const unsigned char* columns, int t) : at(shared_address(columns) + kNumberBytes + 4 * t * kCells) {}
+    __device__ __forceinline__ Tables(const unsigned char* columns, int t) : at(shared_address(columns) + kNumberBytes + 4 * t) {}
     __device__ __forceinline__ uint32_t entry(uint32_t cell, int fragment, int second) const {
         asm("" : "+r"(cell));
-        uint32_t address = at + 4 * cell;
+        uint32_t address = at + 16 * cell;
         asm("" : "+r"(address));
         uint16_t found;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(found) : "r"(address + fragment * 16 * kCells + 2 * second));
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(found) : "r"(address + fragment * 16 * CELLS + 2 * second));
         return found;
     }
 };
@@ -62,6 +62,28 @@ struct Words {
     uint32_t at[kGroup / 2];
 };
 
+// Where a warp's codes are. Its part is in one tile, so what depends on the lane alone is not computed for every tile of the
+// product.
+struct Out {
+    unsigned char* tile;
+    int line, byte;  // row of the tile, of eight; byte of the row
+
+    __device__ __forceinline__ Out(const GemmArgs& p, int row0, int column0, int lane) {
+        static_assert(kTileRows % kWM == 0 && kChunk % kWN == 0, "a warp's part is in one tile");
+        constexpr int kAcross = OUT_BITS ? 4 * kChunk : kChunk;  // columns of a tile
+        const size_t index = static_cast<size_t>(row0 / kTileRows) * p.ldo + column0 / kAcross;
+        const int column = kAcross == kWN ? 0 : column0 % kAcross;
+        tile = static_cast<unsigned char*>(p.out) + index * kTileBytes + row0 % kTileRows * kChunk;
+        line = lane / 4;
+        byte = OUT_BITS ? bit_at(column, 1) + lane % 4 * (kWN / 32) : column + lane % 4 * (kWN / 4);
+    }
+    // `more`: bytes from the lane's first one on.
+    __device__ __forceinline__ unsigned char* at(int row, int half, int more) const {
+        const int b = byte + more;
+        return tile + (16 * row + 8 * half) * kChunk + (line * kChunk + ((b / 16) ^ line) * 16 + b % 16);
+    }
+};
+
 #if OUT_BITS
 // One of two bits of each byte's codes, from a lane's two groups.
 __device__ __forceinline__ uint32_t plane_of(uint32_t first, uint32_t second) {
@@ -78,7 +100,7 @@ __device__ __forceinline__ void store_plane(unsigned char* to, uint32_t bits) {
     }
 }
 
-__device__ __forceinline__ void store(const GemmArgs& p, int row, int c, const Words (&groups)[2]) {
+__device__ __forceinline__ void store(const Out& out, int row, int half, int first, const Words (&groups)[2]) {
     uint32_t codes[2] = {};
 #pragma unroll
     for (int g = 0; g < 2; g++) {
@@ -87,13 +109,12 @@ __device__ __forceinline__ void store(const GemmArgs& p, int row, int c, const W
             codes[g] += groups[g].at[q] << (2 * q);
         }
     }
-    unsigned char* out = static_cast<unsigned char*>(p.out);
-    store_plane(out + code_at(row, bit_at(c, 1), p.ldo), plane_of(codes[0] >> 1, codes[1]));
-    store_plane(out + code_at(row, bit_at(c, 0), p.ldo), plane_of(codes[0], codes[1] << 1));
+    store_plane(out.at(row, half, bit_at(0, 1)), plane_of(codes[0] >> 1, codes[1]));
+    store_plane(out.at(row, half, bit_at(0, 0)), plane_of(codes[0], codes[1] << 1));
 }
 #else
-__device__ __forceinline__ void store(const GemmArgs& p, int row, int c, const Words (&groups)[1]) {
-    unsigned char* to = static_cast<unsigned char*>(p.out) + code_at(row, c, p.ldo);
+__device__ __forceinline__ void store(const Out& out, int row, int half, int first, const Words (&groups)[1]) {
+    unsigned char* to = out.at(row, half, 2 * kGroup * first);
     if constexpr (kGroup == 8) {
         *reinterpret_cast<uint4*>(to) = {groups[0].at[0], groups[0].at[1], groups[0].at[2], groups[0].at[3]};
     } else {
@@ -107,6 +128,7 @@ template <bool kStaged>
 __device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
                                                int (&sums)[kRows][kColumns][4]) {
     const int t = lane % 4;
+    const Out out(p, row0, column0, lane);
     const int4* numbers = reinterpret_cast<const int4*>(columns) + t;
     const Tables<kStaged> tables(columns, t);
     constexpr int kTogether = OUT_BITS ? 2 : 1;  // groups that go out together
@@ -136,15 +158,13 @@ __device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int 
                 }
             }
         }
-        const int c = column0 + t * (kWN / 4) + 2 * kGroup * first;
-        if (c < p.n) {
+        if (column0 + t * (kWN / 4) + 2 * kGroup * first < p.n) {
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int row = row0 + 16 * i + 8 * half + lane / 4;
-                    if (row < p.m) {
-                        store(p, row, c, words[i][half]);
+                    if (row0 + 16 * i + 8 * half + lane / 4 < p.m) {
+                        store(out, i, half, first, words[i][half]);
                     }
                 }
             }

@@ -206,7 +206,8 @@ __device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int 
                                                int (&sums)[kRows][kColumns][4]) {
     const int4* const steps = reinterpret_cast<const int4*>(columns);
     const int width = p.heads * HEAD_DIM;
-    int part = column0 / width, head = (column0 - part * width) / HEAD_DIM;
+    int part = (column0 >= width) + (column0 >= 2 * width) + (column0 >= 3 * width);  // a division takes longer
+    int head = (column0 - part * width) / HEAD_DIM;
     int at[kRows][2];
 #pragma unroll
     for (int i = 0; i < kRows; i++) {
@@ -228,12 +229,13 @@ __device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int 
                 linear<kStaged>(steps + h * HEAD_DIM, sums[i], h * kHeadColumns, lane, codes);
             }
             const bool moves = doubled || (RECTIFY && part < 2);
+            const int low = code_of(part == 0 ? p.low : p.low_k);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (moves) {
 #pragma unroll
                     for (int w = 0; w < kWords; w++) {
-                        codes[half][w] = shifted(codes[half][w], static_cast<int>(part == 0 ? p.low : p.low_k), doubled);
+                        codes[half][w] = shifted(codes[half][w], low, doubled);
                     }
                 }
                 if (at[i][half] >= 0 && part < 3) {

@@ -12,8 +12,10 @@ constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
 constexpr int kWM = 16, kWN = kBN;
 constexpr int kPart = kBN > 256 ? 192 : kBN, kParts = kBN / kPart;  // columns of one instruction
-// The copying warpgroup gives registers back, the others take them.
-constexpr int kRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112;
+// The copying warpgroup gives registers back, the others take them: of those that the block has from the start, a multiple of 8 for
+// each thread. More than there are would be waited for without end.
+constexpr int kCopying = 24, kAtFirst = 65536 / kThreads / 8 * 8;
+constexpr int kRegisters = kGroups == 1 ? 112 : (kAtFirst * kThreads - kCopying * 128) / (128 * kGroups) / 8 * 8;
 constexpr bool kTradesRegisters = kGroups > 1;
 
 #include "epilogue.cuh"
@@ -30,10 +32,15 @@ static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b ha
 constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
 constexpr int kTeams = B_STAYS ? kGroups : 1;  // warpgroups that have tiles of their own
 constexpr int kTileM = kBM / kTeams;           // rows of such a tile
+// Who waits for the turn releases no buffer.
+static_assert(!ORDERED || (kTeams == 1 && (BITS || kStages >= kChunks * kUnits) && kRowBuffers >= kChunks), "buffers for a tile");
 
 struct Barriers {
     Barrier full[kStages], empty[kStages];
     Barrier rows_full[kTeams][kRowBuffers], rows_empty[kTeams][kRowBuffers];  // of the last the first alone, where RESIDENT
+#if ORDERED
+    Barrier turn[kGroups];
+#endif
 #if COLUMN_STAGES
     Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
 #endif
@@ -210,12 +217,26 @@ __device__ __forceinline__ void settle(Sums& sums) {
 struct Reader {
     const Buffers& of;
     Operand rows, stages;  // the first ones
-    int team, lane;
+    int group, team, lane;
     bool fresh;  // these rows are read for the first time
-    int rows_phase = 1;
+    int rows_phase = 1, turn = 0;
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;  // where rows do not stay
 
+    // ORDERED: one warpgroup's products at a time, so that while they are made the others are in their epilogues.
+    __device__ __forceinline__ void await_turn() {
+#if ORDERED
+        barrier_wait(&of.barriers->turn[group], turn ^ static_cast<int>(group == 0));  // the first finds it free
+        turn ^= 1;
+#endif
+    }
+    __device__ __forceinline__ void pass_turn() const {
+#if ORDERED
+        if (lane == 0) {
+            barrier_arrive(&of.barriers->turn[group == kGroups - 1 ? 0 : group + 1]);
+        }
+#endif
+    }
     // This warpgroup's rows of a chunk.
     __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
@@ -244,8 +265,6 @@ struct Reader {
 
 // One plane of a against one of b, over all of k.
 __device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operand stage, int plane_a, int plane_b, bool add) {
-    settle(sums);
-    products_begin();
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 64) {
         const int chunk = k / kChunk, from = k % kChunk;
@@ -256,6 +275,14 @@ __device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operan
                                            advance(b, part * kPart * kChunk + from + 32 * (1 - plane_b)), add || k > 0);
         }
     }
+}
+
+// What `issue` issues, from begin to end.
+template <class Issue>
+__device__ __forceinline__ void multiply_and_wait(Sums& sums, const Issue& issue) {
+    settle(sums);
+    products_begin();
+    issue();
     products_end_group();
     products_wait<0>();
     settle(sums);
@@ -272,20 +299,30 @@ __device__ __forceinline__ void change(Sums& sums, const Change& how) {
     }
 }
 
-// a = 2 a1 + a0 and b = -2 b1 + b0, so a b = 2 (-(2 a1 b1 + a0 b1) + a1 b0) + a0 b0.
+// a = 2 a1 + a0 and b = -2 b1 + b0, so a b = -2 (2 a1 b1 + a0 b1) + 2 a1 b0 + a0 b0. Twice a product is the product twice: a half
+// more of them, which the tensor cores have time for, and two waits and one pass over the sums in place of four and three.
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
     }
     const Operand stage = reader.await_stage(), rows = reader.rows;
-    multiply_planes(sums, rows, stage, 1, 1, false);
-    change(sums, [](int x) { return 2 * x; });
-    multiply_planes(sums, rows, stage, 0, 1, true);
-    change(sums, [](int x) { return -x; });
-    multiply_planes(sums, rows, stage, 1, 0, true);
-    change(sums, [](int x) { return 2 * x; });
-    multiply_planes(sums, rows, stage, 0, 0, true);
+    reader.await_turn();
+    const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
+    if (TWICE) {
+        multiply_and_wait(sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); });
+        change(sums, [](int x) { return -2 * x; });
+        multiply_and_wait(sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); });
+    } else {
+        multiply_and_wait(sums, [&] { multiply(1, 1, false); });
+        change(sums, [](int x) { return 2 * x; });
+        multiply_and_wait(sums, [&] { multiply(0, 1, true); });
+        change(sums, [](int x) { return -x; });
+        multiply_and_wait(sums, [&] { multiply(1, 0, true); });
+        change(sums, [](int x) { return 2 * x; });
+        multiply_and_wait(sums, [&] { multiply(0, 0, true); });
+    }
+    reader.pass_turn();
     reader.release(reader.cursor.at);
     reader.cursor.next();
 }
@@ -294,6 +331,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     int before = -1, rows_before = -1;
+    reader.await_turn();
     reader.cursor.begin<kChunks * kUnits>();
     reader.row_cursor.begin<kChunks>();
 #pragma unroll
@@ -324,6 +362,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
         rows_before = reader.row_cursor.at;
         reader.row_cursor.next();
     }
+    reader.pass_turn();
     products_wait<0>();
     settle(sums);
     reader.release(before);
@@ -353,7 +392,8 @@ constexpr int kConstants = 0;
 // A warpgroup's products and what follows them.
 __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range, int tiles_n,
                                         int team, int warp, int lane) {
-    Reader reader = {of, operand(of.rows + warp / 4 * kTileBytes), operand(of.stages), team, lane, false};
+    const int group = warp / 4;
+    Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), group, team, lane, false};
     const int own = warp % (4 * kGroups / kTeams);  // which of the team's warps
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
@@ -435,6 +475,11 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
             barrier_init(&of.barriers->rows_full[0][i], 1);
             barrier_init(&of.barriers->rows_empty[0][i], 4 * kGroups / kTeams);
         }
+#if ORDERED
+        for (int i = 0; i < kGroups; i++) {
+            barrier_init(&of.barriers->turn[i], 4);
+        }
+#endif
 #if COLUMN_STAGES
         for (int i = 0; i < kColumnStages; i++) {
             barrier_init(&of.barriers->columns_full[i], 1);
@@ -457,7 +502,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     const Range range = range_of((p.m + kTileM - 1) / kTileM * tiles_n, team);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
-            registers_down<24>();
+            registers_down<kCopying>();
         }
         if (warp < 4 * kGroups + kTeams && lane == 0) {
             produce(p, of, range, tiles_n, team);
