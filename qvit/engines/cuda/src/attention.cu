@@ -61,24 +61,26 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
 #if RING
     const Ring<decltype(head_of)> ring = {p, head_of, memory + kStages * kStageBytes, count, warp, lane};
     ring.begin();
-    const auto rows_at = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), anew(lane)}; };
-    ring.begin_queries(rows_at(warp, head_at(warp)));
+    const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane)}; };
+    int n = warp / kRound, part = warp % kRound;  // a head, and a tile of it
+    ring.begin_queries(rows_at(part, head_of(min(n, count - 1))));
 #pragma unroll 1
-    for (int tile = warp; tile < count * kRound;) {
-        const int next = ring.take(), n = tile / kRound;
-        ring.enter(n, tile - n * kRound);
-        Head head = head_at(tile);
+    while (n < count) {
+        const int next = ring.take(), next_n = next / kRound, next_part = next - next_n * kRound;
+        ring.enter(n, part);
+        Head head = head_of(n);
         head.index = anew(index);
-        const Rows rows = rows_at(tile, head);
+        const Rows rows = rows_at(part, head);
         uint32_t q[kSteps][4];
         ring.end_queries(rows, q);
-        ring.begin_queries(rows_at(next, head_at(next)));
+        ring.begin_queries(rows_at(next_part, head_of(min(next_n, count - 1))));
         if (!Once::of(rows).run(q, [] {}, [&] { ring.leave(n); })) {
             const Head copy = head;  // its address is given away, that of `head` is not
             thrice(p, copy, rows.query0);
             ring.leave(n);
         }
-        tile = next;
+        n = next_n;
+        part = next_part;
     }
 #else
     // Tiles of 16 queries, of one head after another: WARPS of them a round, which may be the last ones of a head and the first ones

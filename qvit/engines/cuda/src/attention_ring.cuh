@@ -29,7 +29,7 @@ __device__ __forceinline__ int anew(int x) {
 // One more, in no order with other accesses.
 __device__ __forceinline__ int take_shared(int* to) {
     int old;
-    asm volatile("atom.relaxed.cta.shared::cta.add.s32 %0, [%1], 1;" : "=r"(old) : "r"(shared_address(to)));
+    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], 0x7FFFFFFF;" : "=r"(old) : "r"(shared_address(to)));
     return old;
 }
 // What others wrote before their own addition is seen after this one.
