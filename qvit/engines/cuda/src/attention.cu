@@ -52,14 +52,15 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
                 index,
                 (static_cast<size_t>(image) * p.heads + index) * TOKENS,
                 scale,
-                step};
+                step,
+                RING ? reinterpret_cast<const float*>(memory + kGainsAt) : nullptr};
     };
 
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
 #if RING
-    const Ring<decltype(head_of)> ring = {p, head_of, memory + kStages * kStageBytes, count, warp, lane};
+    const Ring<decltype(head_of)> ring = {p, head_of, memory, count, warp, lane};
     ring.begin();
     const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane)}; };
     int n = warp / kRound, part = warp % kRound;  // a head, and a tile of it

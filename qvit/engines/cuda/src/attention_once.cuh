@@ -170,7 +170,8 @@ struct Once {
                 for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        code[tile][i] = __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole));
+                        code[tile][i] =
+                            2 * pair + tile < kTiles ? __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole)) : 0;
                     }
                 }
                 words[pair] = {capped(code[0][0], code[0][1], code[1][0], code[1][1]),

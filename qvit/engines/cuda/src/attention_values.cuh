@@ -59,8 +59,11 @@ struct Values {
         uint32_t words[2][kColumns], fractions[2][kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
-            const int c = rows.head.index * HEAD_DIM + 16 * j + 4 * (rows.lane % 4);
-            const Four4 gain = four(p.gain, c), shift = four(p.shift, c), row_gain = V_OFFSET ? four(p.row_gain, c) : shift;
+            const int of_head = 16 * j + 4 * (rows.lane % 4), c = rows.head.index * HEAD_DIM + of_head;
+            const float* const gains = rows.head.gains;
+            const Four4 gain = RING ? four(gains, of_head) : four(p.gain, c);
+            const Four4 shift = RING ? four(gains + HEAD_DIM, of_head) : four(p.shift, c);
+            const Four4 row_gain = !V_OFFSET ? shift : RING ? four(gains + 2 * HEAD_DIM, of_head) : four(p.row_gain, c);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t fixed[4];
