@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
 #if RING
     const Ring<decltype(head_of)> ring = {p, head_of, memory, count, warp, lane};
     ring.begin();
-    const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane)}; };
+    const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane), ring.queries()}; };
     int n = warp / kRound, part = warp % kRound;  // a head, and a tile of it
     ring.begin_queries(rows_at(part, head_of(min(n, count - 1))));
 #pragma unroll 1
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const __grid_constant
         const Rows rows = rows_at(part, head);
         uint32_t q[kSteps][4];
         ring.end_queries(rows, q);
-        ring.begin_queries(rows_at(next_part, head_of(min(next_n, count - 1))));
-        if (!Once::of(rows).run(q, [] {}, [&] { ring.leave(n); })) {
+        const auto begin_next = [&] { ring.begin_queries(rows_at(next_part, head_of(min(next_n, count - 1)))); };
+        if (!Once::of(rows).run(q, begin_next, [&] { ring.leave(n); })) {
             const Head copy = head;  // its address is given away, that of `head` is not
             thrice(p, copy, rows.query0);
             ring.leave(n);

@@ -168,8 +168,10 @@ __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const 
 // A score as the reference engine has it, by one lane.
 __device__ __forceinline__ float exact_score(const int8_t* q, const Head& head, const Place& at, int key) {
     int s = 0;
-    for (int d = 0; d < HEAD_DIM; d += 4) {
-        s = dot4(word_at(q + d), word_at(head.keys + key * HEAD_DIM + d), s);
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM; d += 16) {
+        const uint4 a = *reinterpret_cast<const uint4*>(q + d), b = *reinterpret_cast<const uint4*>(head.keys + key * HEAD_DIM + d);
+        s += dot4(a.w, b.w, dot4(a.z, b.z, dot4(a.y, b.y, dot4(a.x, b.x, 0))));
     }
     s = kKeySums ? 2 * s + head.key_sums[key] : s;
     return BIAS ? placed(s, head.scale, at.bias[key], MASK && at.regions[key] != at.region)

@@ -108,6 +108,7 @@ struct Ring {
     // A lane's own pieces of the queries of a tile come to shared memory while the tile before is computed.
     __device__ __forceinline__ void begin_queries(const Rows& rows) const {
         if constexpr (HEAD_DIM == 64) {
+            __syncwarp();  // nobody reads those before
             unsigned char* const to = memory + kQueriesAt + 1024 * warp + 16 * lane;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -117,10 +118,16 @@ struct Ring {
         }
     }
 
+    // Rows of 16 queries of 64 channels, until the next ones begin to come.
+    __device__ __forceinline__ const int8_t* queries() const {
+        return HEAD_DIM == 64 ? reinterpret_cast<const int8_t*>(memory + kQueriesAt + 1024 * warp) : nullptr;
+    }
+
     // They are operands, as in `Rows::load_q`.
     __device__ __forceinline__ void end_queries(const Rows& rows, uint32_t (&q)[kSteps][4]) const {
         if constexpr (HEAD_DIM == 64) {
             copies_wait<0>();
+            __syncwarp();  // others' pieces are there, too
             const unsigned char* const from = memory + kQueriesAt + 1024 * warp + 16 * lane;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
