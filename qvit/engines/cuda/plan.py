@@ -475,7 +475,7 @@ class Plan(ABC):
         of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
         ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
-            ring = min(_RING_MOST, (_HOPPER_SHARED - 256 - 1024 * _RING_WARPS) // of_head)
+            ring = min(_RING_MOST, (_HOPPER_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
             warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * -(-shape.tokens // 16) // 2)
             blocks = 1
             pack = -(-shape.images // max(1, blocks_of_head))
@@ -531,7 +531,11 @@ class Plan(ABC):
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
         tiles = -(-shape.tokens // 16)
-        shared = ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps if ring else (1 if long else 2) * of_head
+        shared = (
+            ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
+            if ring
+            else (1 if long else 2) * of_head
+        )
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
         split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1

@@ -97,6 +97,10 @@ def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]]) ->
     for launch in kinds.values():
         assert launch.shared <= 227 * 1024
         assert compile_kernel("gemm_hopper", launch.defines, "sm_90a").startswith(b"\x7fELF")
+    attention = next(launch for launch in launches if launch.kernel == "attention")
+    assert attention.defines["RING"] == 7
+    assert attention.shared <= 227 * 1024
+    assert compile_kernel("attention", attention.defines, "sm_90a").startswith(b"\x7fELF")
 
 
 @pytest.mark.usefixtures("nvrtc")

@@ -142,6 +142,34 @@ def test_the_longest_tables_pass_through_shared_memory(
     check(model, gpu, count)
 
 
+@pytest.mark.parametrize(("heads", "patch", "bits"), [(3, 8, 4), (1, 16, 2)])
+def test_heads_go_through_a_ring_on_hopper(
+    heads: int,
+    patch: int,
+    bits: int,
+    make_student: Factory,
+    small_vit: Factory,
+    perturb: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 50 tokens, and of fewer than a warp takes at a time; more heads than there are stages; with and without much doubt."""
+    gpu = open_gpu(hopper=True)
+    image = 56 if patch == 8 else 32
+    options = {"embed_dim": 64 * heads, "num_heads": heads, "depth": 1, "patch_size": patch, "img_size": image}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
+    count = 9 * max(1, gpu.multiprocessors // heads) + 1
+    (launch,) = (one for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
+    images = -(-count // max(1, gpu.multiprocessors // heads))
+    assert 2 < launch.defines["RING"] < images
+    assert launch.grid == (heads * -(-count // images), 1, 1)
+    check(model, gpu, count)
+    (block,) = model.blocks
+    least = float(constants.AttentionConstants.of(block.attention, CPU).score_scale.min())
+    monkeypatch.setattr(constants, "_ULPS", 1e-6 * 2**24 * least / 600)
+    assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
+    check(model, gpu, count)
+
+
 def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, small_vit: Factory) -> None:
     gpu = open_gpu(hopper=True)
     for bits in (2, 3):

@@ -52,33 +52,36 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
                 index,
                 (static_cast<size_t>(image) * p.heads + index) * TOKENS,
                 scale,
-                step};
+                step,
+                RING ? reinterpret_cast<const float*>(memory + kGainsAt) : nullptr};
     };
 
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
 #if RING
-    const Ring<decltype(head_of)> ring = {p, head_of, memory + kStages * kStageBytes, count, warp, lane};
+    const Ring<decltype(head_of)> ring = {p, head_of, memory, count, warp, lane};
     ring.begin();
-    const auto rows_at = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), anew(lane)}; };
-    ring.begin_queries(rows_at(warp, head_at(warp)));
+    const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane), ring.queries()}; };
+    int n = warp / kRound, part = warp % kRound;  // a head, and a tile of it
+    ring.begin_queries(rows_at(part, head_of(min(n, count - 1))));
 #pragma unroll 1
-    for (int tile = warp; tile < count * kRound;) {
-        const int next = ring.take(), n = tile / kRound;
-        ring.enter(n, tile - n * kRound);
-        Head head = head_at(tile);
+    while (n < count) {
+        const int next = ring.take(), next_n = next / kRound, next_part = next - next_n * kRound;
+        ring.enter(n, part);
+        Head head = head_of(n);
         head.index = anew(index);
-        const Rows rows = rows_at(tile, head);
+        const Rows rows = rows_at(part, head);
         uint32_t q[kSteps][4];
         ring.end_queries(rows, q);
-        ring.begin_queries(rows_at(next, head_at(next)));
-        if (!Once::of(rows).run(q, [] {}, [&] { ring.leave(n); })) {
+        const auto begin_next = [&] { ring.begin_queries(rows_at(next_part, head_of(min(next_n, count - 1)))); };
+        if (!Once::of(rows).run(q, begin_next, [&] { ring.leave(n); })) {
             const Head copy = head;  // its address is given away, that of `head` is not
             thrice(p, copy, rows.query0);
             ring.leave(n);
         }
-        tile = next;
+        n = next_n;
+        part = next_part;
     }
 #else
     // Tiles of 16 queries, of one head after another: WARPS of them a round, which may be the last ones of a head and the first ones

@@ -44,6 +44,8 @@ constexpr int kStages = RING ? RING : LONG ? 1 : 2;        // heads in shared me
 // Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
 constexpr int kRound = RING ? kQueryTiles : kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
 constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups;
+constexpr int kQueriesAt = (kStages * kStageBytes + 20 * RING + 4 + 15) / 16 * 16;  // RING: a kilobyte a warp
+constexpr int kGainsAt = kQueriesAt + 1024 * WARPS;        // RING
 constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
 constexpr float kLog2e = 1.44269504f;
@@ -72,6 +74,7 @@ struct Head {
     int image, index;
     size_t first;  // row of token 0 in q
     float scale, step;
+    const float* gains;  // RING: in shared memory, gain, shift and row_gain of its channels
 };
 
 // What is added to the scores of one query: a row of the bias, and regions of the window's tokens beside its own.
@@ -165,8 +168,10 @@ __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const 
 // A score as the reference engine has it, by one lane.
 __device__ __forceinline__ float exact_score(const int8_t* q, const Head& head, const Place& at, int key) {
     int s = 0;
-    for (int d = 0; d < HEAD_DIM; d += 4) {
-        s = dot4(word_at(q + d), word_at(head.keys + key * HEAD_DIM + d), s);
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM; d += 16) {
+        const uint4 a = *reinterpret_cast<const uint4*>(q + d), b = *reinterpret_cast<const uint4*>(head.keys + key * HEAD_DIM + d);
+        s += dot4(a.w, b.w, dot4(a.z, b.z, dot4(a.y, b.y, dot4(a.x, b.x, 0))));
     }
     s = kKeySums ? 2 * s + head.key_sums[key] : s;
     return BIAS ? placed(s, head.scale, at.bias[key], MASK && at.regions[key] != at.region)

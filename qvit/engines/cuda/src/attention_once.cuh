@@ -170,7 +170,8 @@ struct Once {
                 for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        code[tile][i] = __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole));
+                        code[tile][i] =
+                            2 * pair + tile < kTiles ? __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole)) : 0;
                     }
                 }
                 words[pair] = {capped(code[0][0], code[0][1], code[1][0], code[1][1]),
@@ -206,8 +207,8 @@ struct Once {
         for (int group = 0; group < kGroups; group++) {
             values.add(words[2 * group], words[2 * group + 1], rows, group);
         }
-        next();
         leave();
+        next();
 #if SHOW
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
@@ -280,11 +281,12 @@ struct Once {
     // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
         const double own = static_cast<double>(scaled(s, rows.head.scale));
+        const int8_t* const q = RING && HEAD_DIM == 64 ? rows.held + (query - rows.query0) * HEAD_DIM : rows.q_of(query);
         double total = 0.0;
 #pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {
             const int key = first + rows.lane;
-            const float score = exact_score(rows.q_of(query), rows.head, rows.place(query), key < TOKENS ? key : 0);
+            const float score = exact_score(q, rows.head, rows.place(query), key < TOKENS ? key : 0);
             const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
             total += key < TOKENS ? one : 0.0;
         }

@@ -29,7 +29,7 @@ __device__ __forceinline__ int anew(int x) {
 // One more, in no order with other accesses.
 __device__ __forceinline__ int take_shared(int* to) {
     int old;
-    asm volatile("atom.relaxed.cta.shared::cta.add.s32 %0, [%1], 1;" : "=r"(old) : "r"(shared_address(to)));
+    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], 0x7FFFFFFF;" : "=r"(old) : "r"(shared_address(to)));
     return old;
 }
 // What others wrote before their own addition is seen after this one.
@@ -46,19 +46,19 @@ template <class HeadOf>
 struct Ring {
     const AttentionArgs& p;
     const HeadOf& head_of;
-    unsigned char* end;  // of the heads in shared memory: barriers, counters and queries follow
+    unsigned char* memory;  // heads, barriers, counters, queries, gains
     int count, warp, lane;
 
     static constexpr int kAhead = 2;
-    static constexpr int kQueriesAt = (20 * RING + 4 + 15) / 16 * 16;  // a kilobyte a warp
     // Of a barrier only one bit of the phase is seen: no warp may wait for a head while the one that had the stage before is not
     // there. Then all tiles from that one on would have to be among those that warps have, or have taken to do next.
     static_assert((RING - kAhead) * kQueryTiles >= 2 * WARPS && kGroups <= kQueryTiles);
 
-    __device__ __forceinline__ Barrier* full(int n) const { return reinterpret_cast<Barrier*>(end) + n % RING; }
-    __device__ __forceinline__ Barrier* ready(int n) const { return reinterpret_cast<Barrier*>(end) + RING + n % RING; }
-    __device__ __forceinline__ int* left(int n) const { return reinterpret_cast<int*>(end + 16 * RING) + n % RING; }
-    __device__ __forceinline__ int* taken() const { return reinterpret_cast<int*>(end + 20 * RING); }
+    __device__ __forceinline__ unsigned char* end() const { return memory + kStages * kStageBytes; }  // of the heads
+    __device__ __forceinline__ Barrier* full(int n) const { return reinterpret_cast<Barrier*>(end()) + n % RING; }
+    __device__ __forceinline__ Barrier* ready(int n) const { return reinterpret_cast<Barrier*>(end()) + RING + n % RING; }
+    __device__ __forceinline__ int* left(int n) const { return reinterpret_cast<int*>(end() + 16 * RING) + n % RING; }
+    __device__ __forceinline__ int* taken() const { return reinterpret_cast<int*>(end() + 20 * RING); }
 
     // First of all; by all warps.
     __device__ __forceinline__ void begin() const {
@@ -74,6 +74,13 @@ struct Ring {
             for (int n = 0; n < min(count, RING); n++) {
                 load(n);
             }
+        }
+        float* const gains = reinterpret_cast<float*>(memory + kGainsAt);
+        for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) {
+            const int c = head_of(0).index * HEAD_DIM + i;
+            gains[i] = p.gain[c];
+            gains[HEAD_DIM + i] = p.shift[c];
+            gains[2 * HEAD_DIM + i] = p.row_gain[c];
         }
         __syncthreads();
         for (int i = warp; i < min(count, kAhead) * kGroups; i += WARPS) {
@@ -101,7 +108,8 @@ struct Ring {
     // A lane's own pieces of the queries of a tile come to shared memory while the tile before is computed.
     __device__ __forceinline__ void begin_queries(const Rows& rows) const {
         if constexpr (HEAD_DIM == 64) {
-            unsigned char* const to = end + kQueriesAt + 1024 * warp + 16 * lane;
+            __syncwarp();  // nobody reads those before
+            unsigned char* const to = memory + kQueriesAt + 1024 * warp + 16 * lane;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 copy_async(to + 512 * half, rows.q_of(rows.query(half)) + kLaneBytes * (rows.lane % 4), true);
@@ -110,11 +118,17 @@ struct Ring {
         }
     }
 
+    // Rows of 16 queries of 64 channels, until the next ones begin to come.
+    __device__ __forceinline__ const int8_t* queries() const {
+        return HEAD_DIM == 64 ? reinterpret_cast<const int8_t*>(memory + kQueriesAt + 1024 * warp) : nullptr;
+    }
+
     // They are operands, as in `Rows::load_q`.
     __device__ __forceinline__ void end_queries(const Rows& rows, uint32_t (&q)[kSteps][4]) const {
         if constexpr (HEAD_DIM == 64) {
             copies_wait<0>();
-            const unsigned char* const from = end + kQueriesAt + 1024 * warp + 16 * lane;
+            __syncwarp();  // others' pieces are there, too
+            const unsigned char* const from = memory + kQueriesAt + 1024 * warp + 16 * lane;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const uint4 a = *reinterpret_cast<const uint4*>(from + 512 * half);

@@ -7,6 +7,7 @@ struct Rows {
     const AttentionArgs& p;
     const Head& head;
     int query0, lane;
+    const int8_t* held = nullptr;  // the queries in shared memory, if they are there
 
     __device__ __forceinline__ int query(int half) const { return query0 + lane / 4 + 8 * half; }
     __device__ __forceinline__ const int8_t* q_of(int query) const {

@@ -59,8 +59,11 @@ struct Values {
         uint32_t words[2][kColumns], fractions[2][kColumns];
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
-            const int c = rows.head.index * HEAD_DIM + 16 * j + 4 * (rows.lane % 4);
-            const Four4 gain = four(p.gain, c), shift = four(p.shift, c), row_gain = V_OFFSET ? four(p.row_gain, c) : shift;
+            const int of_head = 16 * j + 4 * (rows.lane % 4), c = rows.head.index * HEAD_DIM + of_head;
+            const float* const gains = rows.head.gains;
+            const Four4 gain = RING ? four(gains, of_head) : four(p.gain, c);
+            const Four4 shift = RING ? four(gains + HEAD_DIM, of_head) : four(p.shift, c);
+            const Four4 row_gain = !V_OFFSET ? shift : RING ? four(gains + 2 * HEAD_DIM, of_head) : four(p.row_gain, c);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 uint32_t fixed[4];
@@ -130,25 +133,29 @@ struct Values {
     }
 
 #if OUT_BITS
-    // Both rows of codes as words of bits; of each word a lane of a quad has eight bits.
+    // Both rows of codes as words of bits, of which lane t of a quad writes that of 32 channels t / 2 and plane t % 2. Each lane has
+    // eight bits of every word: as a byte's halves, as they are of different pieces of 16 channels.
     __device__ __forceinline__ static void write(const Rows& rows, const uint32_t (&words)[2][kColumns]) {
         const int t = rows.lane % 4;
+        const uint32_t even_odd = t % 2 ? 0x3715 : 0x6240, low_high = t / 2 ? 0x3276 : 0x5410;
+        const int column = bit_at(rows.head.index * HEAD_DIM + 32 * (t / 2), t % 2);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            uint32_t high[4] = {0u, 0u, 0u, 0u};  // in the highest byte; see `plane_of_pairs`
 #pragma unroll
             for (int w = 0; w < HEAD_DIM / 32; w++) {
-#pragma unroll
-                for (int plane = 0; plane < 2; plane++) {
-                    uint32_t bits = four_bits(words[half][2 * w], plane) << (4 * t);
-                    bits |= four_bits(words[half][2 * w + 1], plane) << (16 + 4 * t);
-                    bits |= __shfl_xor_sync(kAll, bits, 1);
-                    bits |= __shfl_xor_sync(kAll, bits, 2);
-                    if (rows.query(half) < TOKENS && t == 2 * (w % 2) + plane) {
-                        const int row = rows.head.image * TOKENS + rows.query(half);
-                        const int column = bit_at(rows.head.index * HEAD_DIM + 32 * w, plane);
-                        *reinterpret_cast<uint32_t*>(rows.p.out + code_at(row, column, rows.p.ldo)) = bits;
-                    }
-                }
+                const uint32_t pairs = words[half][2 * w] | words[half][2 * w + 1] << 4;
+                high[2 * w] = (pairs & 0x11111111u) * 0x01020408u;
+                high[2 * w + 1] = (pairs >> 1 & 0x11111111u) * 0x01020408u;
+            }
+            uint32_t x = __byte_perm(__byte_perm(high[0], high[1], 0x73), __byte_perm(high[2], high[3], 0x73), 0x5410);
+            x = __byte_perm(x, __shfl_xor_sync(kAll, x, 1), even_odd);
+            x = __byte_perm(x, __shfl_xor_sync(kAll, x, 2), low_high);  // byte i is lane i's
+            const uint32_t low = x & 0x0F0F0F0Fu, rest = x >> 4 & 0x0F0F0F0Fu;
+            x = __byte_perm(low | low >> 4, rest | rest >> 4, 0x6420);
+            if (rows.query(half) < TOKENS && t < HEAD_DIM / 16) {
+                const int row = rows.head.image * TOKENS + rows.query(half);
+                *reinterpret_cast<uint32_t*>(rows.p.out + code_at(row, column, rows.p.ldo)) = x;
             }
         }
     }

@@ -24,5 +24,3 @@ __device__ __forceinline__ size_t code_at(int row, int column, int chunks) {
 // The byte of a column's bit:
 __device__ __forceinline__ int bit_at(int column, int plane) { return column / 256 * 64 + (1 - plane) * 32 + column % 256 / 8; }
 
-// Bit `plane` of four codes, one a byte, as four bits.
-__device__ __forceinline__ uint32_t four_bits(uint32_t codes, int plane) { return (codes >> plane & 0x01010101u) * 0x10204080u >> 28; }
