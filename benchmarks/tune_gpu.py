@@ -29,6 +29,7 @@ from qvit.bench.run import make_random_model
 from qvit.engines.cuda import CudaEngine
 from qvit.engines.cuda.compiler import compile_kernel
 from qvit.engines.cuda.device import Gpu
+from qvit.engines.cuda.layout import chunks
 from qvit.engines.cuda.tiles import HopperTile, MmaTile
 from qvit.engines.cuda.tuned import FILES, Choice, Tuned, file_name, tuned_for, write
 from qvit.errors import UnsupportedModelError
@@ -66,26 +67,44 @@ def sites(model: IntegerModel, planes: bool) -> list[Site]:
 
 def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
     """Tiles to try, whether they fit or not; ``None``: planes as bytes, or LayerNorm in a launch of its own."""
-    staged = site.kind in ("rows", "floats")
+    floats = site.kind in ("rows", "floats")
     tiles: list[MmaTile | HopperTile | None] = [None] if site.kind in ("rows", "planes") else []
     if site.kind == "codes":
         tiles += [MmaTile(128, 128, 64, 4, 2, 2), MmaTile(128, 64, 64, 4, 4, 1)]
-    widths = [site.n] if site.kind == "rows" else [64, 128, 192, *([384] if staged else [])]
+    if floats:
+        tiles += _whole_rows(site)
+    if site.kind == "rows":
+        return tiles
     for groups in (2, 3):
-        for bn in widths:
-            base = HopperTile(groups, bn, 4, bits=site.bits, whole_rows=site.kind == "rows")
-            if not staged:
+        for bn in (64, 128, 192, *([384] if floats else [])):
+            base = HopperTile(groups, bn, 4, bits=site.bits)
+            if not floats:
                 tiles += [replace(base, stages=stages) for stages in ((1, 2, 3) if site.bits else (3, 4, 6, 8))]
                 continue
             rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2)]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
-            streams = [(1, 3)] if site.bits and site.kind == "rows" else [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3)]
+            streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3)]
             tiles += [
                 replace(base, stages=stages, row_stages=row_stages, piece=piece, slots=slots, keeps_rows=bn < 192 or site.bits)
                 for stages, row_stages in streams
                 for piece, slots in rings
             ]
     return tiles
+
+
+def _whole_rows(site: Site) -> list[HopperTile]:
+    """Tiles as wide as a row, which need no room for floats: b stays, or streams as far ahead as fits."""
+    if site.n not in (64, 128, 192, 384):
+        return []
+    all_of_b = chunks(site.k) * (2 if site.n > 256 else 1)
+    streams = [(1, 3)] if site.bits else [(all_of_b, 2), (all_of_b, 3), (4, 3), (4, 4), (5, 4)]
+    base = HopperTile(2, site.n, 4, direct=True, bits=site.bits, keeps_rows=site.bits)
+    return [
+        replace(base, stages=stages, row_stages=row_stages, ahead=ahead, early=early)
+        for stages, row_stages in dict.fromkeys(streams)
+        for ahead in (4, 6, 8)
+        for early in (False, True)
+    ]
 
 
 def fits(tile: MmaTile | HopperTile | None, site: Site, m: int, multiprocessors: int) -> bool:

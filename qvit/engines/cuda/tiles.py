@@ -100,8 +100,8 @@ class HopperTile:
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
-        ahead: loads of what is added to such rows that a lane has under way, two or more.
-        early: the first of them are on their way while a tile is multiplied.
+        ahead: loads of what is added to such rows that a lane issues at once, an even number up to ``bn / 8``.
+        early: the first of them are on their way from before a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
@@ -113,7 +113,7 @@ class HopperTile:
     stages: int
     row_stages: int = 3
     direct: bool = False
-    ahead: int = 4
+    ahead: int = 6
     early: bool = True
     bits: bool = False
     piece: int = 0
@@ -221,7 +221,7 @@ def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
     """All of b stays where that leaves room, else as much of it is on its way as there is room for."""
     part = 192 if n > 256 else n
     stay = HopperTile(2, n, chunks(k) * (n // part), row_stages=3, direct=True, keeps_rows=False)
-    streams = HopperTile(2, n, 5, row_stages=4, direct=True, ahead=6, early=False, keeps_rows=False)
+    streams = HopperTile(2, n, 5, row_stages=4, direct=True, early=False, keeps_rows=False)
     return stay, streams
 
 

@@ -12,7 +12,7 @@ constexpr int kConstants = kOfOutput;
 __device__ __forceinline__ void load_constants(const GemmArgs& p, float* to) { load_output_constants(p, to); }
 
 __device__ __forceinline__ void finish(const GemmArgs& p, Part& part, int lane, unsigned char*, const float* of_columns,
-                                       const int (&sums)[kRows][kColumns][4]) {
+                                       int (&sums)[kRows][kColumns][4]) {
     add_up_tile(p, part, lane, of_columns + 4 * (lane % 4), sums, [](int, const float(&)[4]) {});
 }
 

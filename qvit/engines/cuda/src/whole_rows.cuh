@@ -1,12 +1,14 @@
 // Rows of floats behind a product of whole rows (DIRECT): what is added comes into registers, sums go out from them.
 //
 // b's columns are permuted (`slots` in `qvit/engines/cuda/step_tables.py`), so that the four that a lane has of every sixteen are
-// neighbours: 16 bytes, and a quad's are whole sectors. A unit is four such floats of one of the lane's two rows. kAhead loads are
-// under way: the first from before the products on where EARLY, the others while units before them are added up.
+// neighbours: 16 bytes, and a quad's are whole sectors. A unit is four such floats of one of the lane's two rows. Units are loaded
+// in batches of kAhead, one load behind the other: whoever waits for a load waits for all that share its scoreboard, of which a
+// warp has few, so a load that is issued while others are used would make them wait too. The first batch is on its way from
+// before the products on where EARLY, each other one from when the one before it has been added up.
 #pragma once
 
 constexpr int kUnitsOfTile = kBN / 8;  // of a lane: even ones are of row lane / 4, odd ones of the row eight below
-static_assert(kAhead % 2 == 0 && kAhead <= kUnitsOfTile, "loads that are under way are of both rows");
+static_assert(kAhead % 2 == 0 && kAhead <= kUnitsOfTile, "a batch is of both rows");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
 struct FourFloats {
@@ -23,6 +25,10 @@ __device__ __forceinline__ FourFloats load_four(const float* from) {
 #endif
     return to;
 }
+
+// False, which the compiler does not know. A loop that ends with it holds instructions of before and after apart: without, loads
+// of a batch mix with what follows, and sums wait for their stores in registers that are not there.
+__device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
 
 // A lane's part of a tile: four neighbours of every sixteen columns of rows `row` and `row + 8`.
 struct Part {
@@ -44,24 +50,27 @@ struct Part {
                          : RESIDUAL ? p.residual + static_cast<size_t>(moved) * LDO + c
                                     : nullptr;
         }
-#pragma unroll
-        for (int unit = 0; unit < kAhead; unit++) {
-            fetch(unit);
-        }
+        fetch(0);
     }
     __device__ __forceinline__ bool is_there(int half) const { return row + 8 * half < rows; }
-    __device__ __forceinline__ void fetch(int unit) {
+    // The batch of unit `first`, none behind the last unit.
+    __device__ __forceinline__ void fetch(int first) {
         if constexpr (RESIDUAL || POSITION) {
-            ahead[unit % kAhead] = load_four(from[unit % 2] + unit / 2 * 16);
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < kAhead; i++) {
+                const int unit = first + i;
+                if (unit < kUnitsOfTile) {
+                    ahead[i] = load_four(from[unit % 2] + unit / 2 * 16);
+                }
+            }
+            __syncwarp();
         }
     }
     // y of a unit, the layer's output, becomes the sum, and goes out.
-    __device__ __forceinline__ void add_up(int unit, const float (&gamma)[4], float (&y)[4]) {
+    __device__ __forceinline__ void add_up(int unit, float (&y)[4]) const {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            if constexpr (GAMMA) {
-                y[e] = __fmul_rn(y[e], gamma[e]);
-            }
             if constexpr (RESIDUAL || POSITION) {
                 y[e] = __fadd_rn(ahead[unit % kAhead].x[e], y[e]);
             }
@@ -71,9 +80,6 @@ struct Part {
         }
         if (is_there(unit % 2)) {
             *reinterpret_cast<float4*>(to[unit % 2] + unit / 2 * 16) = {y[0], y[1], y[2], y[3]};
-        }
-        if (unit + kAhead < kUnitsOfTile) {
-            fetch(unit + kAhead);
         }
     }
 };
@@ -93,27 +99,48 @@ __device__ __forceinline__ void load_output_constants(const GemmArgs& p, float* 
     }
 }
 
+// A pair of units becomes the layer's output, where its sums are: y's bits.
+__device__ __forceinline__ void to_output(const GemmArgs& p, int pair, int lane, const float* constants, int (&sums)[kRows][kColumns][4]) {
+    float scale[4], bias[4], gamma[4];
+    load_quad(constants + kScale + 16 * pair, scale);
+    load_quad(constants + kBias + 16 * pair, bias);
+    if constexpr (GAMMA) {
+        load_quad(p.gamma + 4 * (lane % 4) + 16 * pair, gamma);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            int& own = sums[0][2 * pair + e / 2][2 * half + e % 2];
+            const float y = __fadd_rn(__fmul_rn(__int2float_rn(own), scale[e]), bias[e]);
+            own = __float_as_int(GAMMA ? __fmul_rn(y, gamma[e]) : y);
+        }
+    }
+}
+
 // Adds up a tile: `take(unit, y)` is given the sums of unit after unit. `constants`: those of this lane's first column.
 template <class Take>
-__device__ __forceinline__ void add_up_tile(const GemmArgs& p, Part& part, int lane, const float* constants, const int (&sums)[kRows][kColumns][4],
+__device__ __forceinline__ void add_up_tile(const GemmArgs& p, Part& part, int lane, const float* constants, int (&sums)[kRows][kColumns][4],
                                             const Take& take) {
 #pragma unroll
-    for (int i = 0; i < kUnitsOfTile / 2; i++) {
-        float scale[4], bias[4], gamma[4];
-        load_quad(constants + kScale + 16 * i, scale);
-        load_quad(constants + kBias + 16 * i, bias);
-        if constexpr (GAMMA) {
-            load_quad(p.gamma + 4 * (lane % 4) + 16 * i, gamma);
+    for (int first = 0; first < kUnitsOfTile; first += kAhead) {
+        if (first > 0) {
+            part.fetch(first);
+        }
+        // While that is on its way:
+#pragma unroll
+        for (int unit = first; unit < first + kAhead && unit < kUnitsOfTile; unit += 2) {
+            to_output(p, unit / 2, lane, constants, sums);
         }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int unit = first; unit < first + kAhead && unit < kUnitsOfTile; unit++) {
             float y[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                y[e] = __fadd_rn(__fmul_rn(__int2float_rn(sums[0][2 * i + e / 2][2 * half + e % 2]), scale[e]), bias[e]);
+                y[e] = __int_as_float(sums[0][unit / 2 * 2 + e / 2][2 * (unit % 2) + e % 2]);
             }
-            part.add_up(2 * i + half, gamma, y);
-            take(2 * i + half, y);
+            part.add_up(unit, y);
+            take(unit, y);
         }
     }
 }
