@@ -149,7 +149,7 @@ class Tuner:
 
     def options(self) -> Iterator[tuple[Site, list[Choice]]]:
         """Sites, with their choices."""
-        planes = all(layer.weight.spec.bits == 2 for layer in self.model.blocks[0].linears()) and self.gpu.hopper
+        planes = self.model.block_bits() == (2, 2) and self.gpu.hopper
         for site in sites(self.model, planes):
             tiles = [tile for tile in candidates(site) if self.gpu.hopper or not isinstance(tile, HopperTile)]
             choices = [self.choice(site, tile) for tile in tiles]

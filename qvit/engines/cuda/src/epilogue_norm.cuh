@@ -29,6 +29,10 @@ __device__ __forceinline__ float multiply_add_saturated(float a, float b, float 
 #endif
 }
 
+// False, which the compiler does not know. A loop that ends with it holds instructions of before and after apart: without, sums
+// wait for their stores in registers that are not there.
+__device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
+
 // The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
 // held in registers for a case that is rare. All that it reads is on its way before anything is used.
 #ifndef QVIT_EMULATION

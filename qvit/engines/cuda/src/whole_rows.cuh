@@ -21,14 +21,12 @@ __device__ __forceinline__ FourFloats load_four(const float* from) {
 #ifdef QVIT_EMULATION
     memcpy(to.x, from, sizeof to.x);
 #else
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to.x[0]), "=f"(to.x[1]), "=f"(to.x[2]), "=f"(to.x[3]) : "l"(from));
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(to.x[0]), "=f"(to.x[1]), "=f"(to.x[2]), "=f"(to.x[3])
+                 : "l"(from));
 #endif
     return to;
 }
-
-// False, which the compiler does not know. A loop that ends with it holds instructions of before and after apart: without, loads
-// of a batch mix with what follows, and sums wait for their stores in registers that are not there.
-__device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
 
 // A lane's part of a tile: four neighbours of every sixteen columns of rows `row` and `row + 8`.
 struct Part {
@@ -53,7 +51,8 @@ struct Part {
         fetch(0);
     }
     __device__ __forceinline__ bool is_there(int half) const { return row + 8 * half < rows; }
-    // The batch of unit `first`, none behind the last unit.
+    // The batch of unit `first`, none behind the last unit. Loads do not move across a warp's barrier: without, ptxas issues some
+    // later, among the uses of others.
     __device__ __forceinline__ void fetch(int first) {
         if constexpr (RESIDUAL || POSITION) {
             __syncwarp();
@@ -100,7 +99,8 @@ __device__ __forceinline__ void load_output_constants(const GemmArgs& p, float* 
 }
 
 // A pair of units becomes the layer's output, where its sums are: y's bits.
-__device__ __forceinline__ void to_output(const GemmArgs& p, int pair, int lane, const float* constants, int (&sums)[kRows][kColumns][4]) {
+__device__ __forceinline__ void to_output(const GemmArgs& p, int pair, int lane, const float* constants,
+                                          int (&sums)[kRows][kColumns][4]) {
     float scale[4], bias[4], gamma[4];
     load_quad(constants + kScale + 16 * pair, scale);
     load_quad(constants + kBias + 16 * pair, bias);
@@ -120,8 +120,8 @@ __device__ __forceinline__ void to_output(const GemmArgs& p, int pair, int lane,
 
 // Adds up a tile: `take(unit, y)` is given the sums of unit after unit. `constants`: those of this lane's first column.
 template <class Take>
-__device__ __forceinline__ void add_up_tile(const GemmArgs& p, Part& part, int lane, const float* constants, int (&sums)[kRows][kColumns][4],
-                                            const Take& take) {
+__device__ __forceinline__ void add_up_tile(const GemmArgs& p, Part& part, int lane, const float* constants,
+                                            int (&sums)[kRows][kColumns][4], const Take& take) {
 #pragma unroll
     for (int first = 0; first < kUnitsOfTile; first += kAhead) {
         if (first > 0) {
