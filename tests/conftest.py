@@ -86,7 +86,14 @@ def _small_swin(name: str = "swin_tiny_patch4_window7_224", **options: Any) -> n
     By default 8 x 8 tokens in 4 windows, in a shifted and an unshifted block, then 4 x 4 tokens in one window.
     """
     defaults: dict[str, Any] = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4), "img_size": 32, "window_size": 4}
-    return _randomise(timm.create_model(name, **({"num_classes": 5} | defaults | options))).eval()
+    given = {"num_classes": 5} | defaults | options
+    try:
+        model = timm.create_model(name, **given)
+    except TypeError:
+        if isinstance(given["window_size"], int):
+            raise
+        pytest.skip(f"timm {timm.__version__} has no oblong windows")
+    return _randomise(model).eval()
 
 
 def _set_plausible_scales(student: nn.Module, images: torch.Tensor) -> nn.Module:

@@ -98,7 +98,7 @@ __device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA
     }
 }
 
-// What the epilogue is going to read comes into the first-level cache while operands are under way; `place`: 16 bytes to no use.
+// What the epilogue is going to read comes into the first-level cache while operands are under way; `place`: 16 bytes to no use, of 16 such.
 struct Toucher {
     unsigned char* place;
 
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p
 #endif
     __syncwarp();  // the compiler is to load here, not where products begin
 #if TOUCH
-    const Toucher toucher = {lines + 16 * lane};
+    const Toucher toucher = {lines + 16 * (lane % 16)};
     toucher.constants(p, column0);
 #if EPILOGUE == 0 && (RESIDUAL || POSITION)
     toucher.rows(p, row0, column0);
