@@ -175,7 +175,19 @@ def describe(model: Any) -> SwinArchitecture:
 
 def build(a: SwinArchitecture) -> nn.Module:
     """A float timm model of the architecture, with random weights."""
-    model: Any = SwinTransformer(
+    try:
+        model: Any = _model(a, a.windows)
+    except TypeError:  # timm 1.0.29 takes one window for all stages, and clips it where a map is smaller
+        model = _model(a, a.windows[0])
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = a.norm_eps
+    model.pretrained_cfg = {"architecture": a.name}  # where `describe` finds the name again
+    return model
+
+
+def _model(a: SwinArchitecture, windows: Any) -> SwinTransformer:
+    return SwinTransformer(
         img_size=a.img_size,  # type: ignore[arg-type]
         patch_size=a.patch_size,  # type: ignore[arg-type]
         in_chans=a.in_chans,
@@ -183,16 +195,11 @@ def build(a: SwinArchitecture) -> nn.Module:
         embed_dim=a.embed_dim,
         depths=a.depths,
         num_heads=a.num_heads,
-        window_size=a.windows,  # type: ignore[arg-type]
+        window_size=windows,
         mlp_ratio=tuple(mlp_ratio(a.width(stage), hidden) for stage, hidden in enumerate(a.mlp_hidden)),  # type: ignore[arg-type]
         qkv_bias=a.qkv_bias,
         drop_path_rate=0.0,
     )
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = a.norm_eps
-    model.pretrained_cfg = {"architecture": a.name}  # where `describe` finds the name again
-    return model
 
 
 def stages(model: Any) -> list[tuple[Any | None, list[Any]]]:
