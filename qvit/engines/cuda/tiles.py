@@ -199,7 +199,8 @@ class HopperTile:
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))
 _BITS = tuple(
-    HopperTile(*sizes, bits=True, twice=True) for sizes in ((3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
+    HopperTile(*sizes, bits=True, twice=True)
+    for sizes in ((4, 128, 2), (3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
 )
 # For floats: the same with room for what is added to them.
 _FLOATS = (

@@ -172,6 +172,6 @@ def test_ceilings_and_kernels(models: Callable[[int], IntegerModel]) -> None:
     assert ceilings.gb_per_s > 10
     engine = CudaEngine(models(4))
     rows = kernel_rows(engine, 4, Ceilings(ceilings.gb_per_s, ceilings.bf16_tflops, ceilings.int8_tops))
-    assert {row["kernel"] for row in rows} >= {"gemm", "attention", "norm", "pixels"}
+    assert {row["kernel"] for row in rows} >= {"gemm_few", "attention", "pixels"}
     assert all(0 < row["ms"] < 100 for row in rows)
     assert sum(row["launches"] for row in rows) == len(engine.launches(4))
