@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, compiler
+from qvit.engines.cuda import CudaEngine, compiler, plan
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import cache_folder, compile_kernel
 from qvit.engines.cuda.tuned import Tuned
@@ -98,7 +98,7 @@ def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]]) ->
         assert launch.shared <= 227 * 1024
         assert compile_kernel("gemm_hopper", launch.defines, "sm_90a").startswith(b"\x7fELF")
     attention = next(launch for launch in launches if launch.kernel == "attention")
-    assert attention.defines["RING"] == 7
+    assert attention.defines["RING"] == plan._RING_MOST
     assert attention.shared <= 227 * 1024
     assert compile_kernel("attention", attention.defines, "sm_90a").startswith(b"\x7fELF")
 
