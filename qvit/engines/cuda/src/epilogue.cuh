@@ -35,7 +35,7 @@ struct GemmArgs {
     float low_k, high_k, margin_k, low_v, high_v;
     float slope, slope_k;              // heads, PERMUTED: what is added to the margins
     uint32_t tokens_inverse;           // heads, PERMUTED: 2^32 / tokens
-    double eps;                        // of the rectified heads
+    double eps;                        // standardised
 };
 
 // Codes go out through shared memory, so many columns at a time; the padding of a row spreads banks.
