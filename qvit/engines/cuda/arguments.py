@@ -1,4 +1,4 @@
-"""The kernels' arguments, field by field as the structs in ``src/*.cu``, and what each kernel is launched with."""
+"""The kernels' arguments, field by field as the structs in ``src``, and what each kernel is launched with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GemmArgs(ctypes.Structure):
 
 
 class AttentionArgs(ctypes.Structure):
-    """``src/attention.cu``."""
+    """``src/attention_head.cuh``."""
 
     _fields_ = _fields(
         p="q k v out map score_scale map_scale value_scale value_row offset step gain row_gain shift bias regions",
@@ -42,7 +42,7 @@ class AttentionArgs(ctypes.Structure):
 
 
 class NormArgs(ctypes.Structure):
-    """``src/norm.cu``."""
+    """``src/norm_row.cuh``."""
 
     _fields_ = _fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps")
 

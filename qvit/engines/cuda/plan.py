@@ -16,18 +16,26 @@ from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
-from qvit.engines.cuda.tiles import HopperTile, Tile, choose, choose_bits, choose_floats, choose_whole_rows, with_columns
+from qvit.engines.cuda.tiles import (
+    MOST_SHARED,
+    HopperTile,
+    Tile,
+    choose,
+    choose_bits,
+    choose_floats,
+    choose_whole_rows,
+    with_columns,
+)
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-_FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # epilogues of src/gemm.cu
+_FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
 _PIECE = 16  # bytes that a lane copies at a time
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 3  # of the only one where it has a ring of heads: warps, and heads in the ring
-_HOPPER_SHARED = 227 * 1024  # bytes of a block
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
@@ -475,7 +483,7 @@ class Plan(ABC):
         of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
         ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
-            ring = min(_RING_MOST, (_HOPPER_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
+            ring = min(_RING_MOST, (MOST_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
             warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * -(-shape.tokens // 16) // 2)
             blocks = 1
             pack = -(-shape.images // max(1, blocks_of_head))

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
 
-_MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
+MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
 
 
@@ -105,7 +105,6 @@ class HopperTile:
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
-        prefetch: what is added to the floats comes into the L2 cache while a tile is multiplied.
     """
 
     groups: int
@@ -118,7 +117,6 @@ class HopperTile:
     bits: bool = False
     piece: int = 0
     slots: int = 1
-    prefetch: bool = True
     keeps_rows: bool = True
     ordered: bool = False
     twice: bool = False
@@ -175,7 +173,6 @@ class HopperTile:
             "EARLY": int(self.early),
             "kPiece": self.piece,
             "kSlots": self.slots,
-            "PREFETCH": int(self.prefetch),
             "ORDERED": int(self.ordered),
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
@@ -192,7 +189,7 @@ class HopperTile:
 
     def suits(self, m: int, n: int, k: int, multiprocessors: int) -> bool:
         """Whether there is work for all multiprocessors, and a block's shared memory holds its part."""
-        fits = self.shared(k) <= _MOST_SHARED and (self._resident(k) or not self.bits)
+        fits = self.shared(k) <= MOST_SHARED and (self._resident(k) or not self.bits)
         return fits and self.tiles(m, n) >= multiprocessors
 
 
@@ -258,7 +255,7 @@ def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
     if isinstance(tile, HopperTile):
         for stages in range(tile.column_stages, 0, -1):
             wider = replace(tile, column_stages=stages, column_bytes=column_bytes)
-            if wider.shared(k) <= _MOST_SHARED:
+            if wider.shared(k) <= MOST_SHARED:
                 return wider
     return tile
 

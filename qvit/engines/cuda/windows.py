@@ -40,7 +40,7 @@ class WindowConstants:
 
 
 def bias_line(tokens: int) -> int:
-    """Floats from one row of the bias to the next, as in ``src/attention.cu``."""
+    """Floats from one row of the bias to the next, as in ``src/attention_head.cuh``."""
     return pad(tokens, 32) + _BANKS
 
 

@@ -265,6 +265,33 @@ inline unsigned __vabsdiffu4(unsigned a, unsigned b) {
     }
     return out;
 }
+template <class T>
+T __ldg(const T* from) {
+    return *from;
+}
+inline int __double2loint(double a) {
+    uint64_t bits;
+    memcpy(&bits, &a, 8);
+    return static_cast<int>(bits);
+}
+inline int __double2hiint(double a) {
+    uint64_t bits;
+    memcpy(&bits, &a, 8);
+    return static_cast<int>(bits >> 32);
+}
+inline double __hiloint2double(int high, int low) {
+    const uint64_t bits = static_cast<uint64_t>(high) << 32 | static_cast<uint32_t>(low);
+    double a;
+    memcpy(&a, &bits, 8);
+    return a;
+}
+inline int __dp4a(int a, int b, int sum) {
+    for (int i = 0; i < 32; i += 8) {
+        sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    }
+    return sum;
+}
+inline int __viaddmin_s32_relu(int a, int b, int most) { return std::max(std::min(a + b, most), 0); }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline int atomicExch(int* to, int value) {
     const int old = *to;
@@ -273,3 +300,101 @@ inline int atomicExch(int* to, int value) {
 }
 using std::max;
 using std::min;
+
+// What `warp.cuh` has in PTX.
+
+struct Four {
+    uint32_t x[4];
+};
+struct Operands {
+    uint32_t a[4], b[2];
+};
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+    const Four out = emulation::together<const void*, Four>(row, [](const void* const* rows, Four* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                memcpy(&out[lane].x[i], static_cast<const char*>(rows[8 * i + lane / 4]) + 4 * (lane % 4), 4);
+            }
+        }
+    });
+    memcpy(to, out.x, sizeof out);
+}
+
+template <class Product>
+inline void multiply_with(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Product& product) {
+    Operands in;
+    memcpy(in.a, a, sizeof a);
+    memcpy(in.b, b, sizeof b);
+    const Four out = emulation::together<Operands, Four>(in, [&](const Operands* in, Four* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+                int sum = 0;
+                for (int word = 0; word < 8; word++) {
+                    const Operands &left = in[4 * (row % 8) + word % 4], &right = in[4 * column + word % 4];
+                    sum += product(left.a[row / 8 + 2 * (word / 4)], right.b[word / 4]);
+                }
+                out[lane].x[i] = static_cast<uint32_t>(sum);
+            }
+        }
+    });
+    for (int i = 0; i < 4; i++) {
+        d[i] += static_cast<int>(out.x[i]);
+    }
+}
+
+template <class A, class B>
+inline int byte_product(uint32_t a, uint32_t b) {
+    int sum = 0;
+    for (int i = 0; i < 32; i += 8) {
+        sum += static_cast<A>(a >> i) * static_cast<B>(b >> i);
+    }
+    return sum;
+}
+
+inline void copy_async(void* to, const void* from, bool wanted) {
+    wanted ? memcpy(to, from, 16) : memset(to, 0, 16);
+}
+inline void touch(void*, const void* from) {
+    unsigned char sixteen[16];
+    memcpy(sixteen, from, 16);
+}
+inline void copies_end_group() {}
+template <int kLeft>
+inline void copies_wait() {}
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float log2_fast(float x) { return log2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+
+// d += a b of unsigned bytes a (signed if kSigned) and signed bytes b.
+template <bool kSigned>
+inline void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    if (kSigned) {
+        multiply_with(d, a, b, byte_product<int8_t, int8_t>);
+    } else {
+        multiply_with(d, a, b, byte_product<uint8_t, int8_t>);
+    }
+}
+// The same, b unsigned and a unsigned.
+inline void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_with(d, a, b, byte_product<uint8_t, uint8_t>);
+}
+inline void multiply_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_with(d, a, b, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
+}
+
+// `load_matrices` of transposed matrices of 16-bit elements.
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+    const Four out = emulation::together<const void*, Four>(row, [](const void* const* rows, Four* out) {
+        for (int lane = 0; lane < 32; lane++) {
+            for (int i = 0; i < 4; i++) {
+                for (int half = 0; half < 2; half++) {
+                    const char* const from = static_cast<const char*>(rows[8 * i + 2 * (lane % 4) + half]);
+                    memcpy(reinterpret_cast<char*>(&out[lane].x[i]) + 2 * half, from + 2 * (lane / 4), 2);
+                }
+            }
+        }
+    });
+    memcpy(to, out.x, sizeof out);
+}

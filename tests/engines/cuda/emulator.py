@@ -1,4 +1,4 @@
-"""Runs the CUDA sources on the CPU: the host's C++ compiler and ``emulation.h`` in place of NVRTC and a GPU."""
+"""Runs the CUDA sources on the CPU: the host's C++ compiler and ``emulation*.h`` in place of NVRTC and a GPU."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Emulated:
 
     def _library(self, launch: Launch) -> Any:
         defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
-        texts = [path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), HERE / "emulation.h"])]
+        texts = [path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h")])]
         name = hashlib.sha256(b"|".join([*texts, launch.kernel.encode(), *(define.encode() for define in defines)])).hexdigest()
         path = self._folder / f"{launch.kernel}-{name[:24]}.so"
         if path not in self._libraries:

@@ -104,6 +104,15 @@ def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]]) ->
 
 
 @pytest.mark.usefixtures("nvrtc")
+def test_rows_that_pass_through_shared_memory_compile(make_launches: Callable[..., list[Launch]]) -> None:
+    """Those of DeiT-B, which are too wide for a warpgroup's registers."""
+    launches = make_launches("deit_base_patch16_224", 768, 14, 1, hopper=True)
+    staged = next(launch for launch in launches if launch.defines.get("STAGED") and launch.defines["RESIDUAL"])
+    assert staged.shared <= 227 * 1024
+    assert compile_kernel("gemm_hopper", staged.defines, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
 def test_swins_kernels_compile(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:
     """Those that a ViT's launches do not have: windows of 49 tokens, shifted, rows gathered, rows scattered behind a norm."""
     shape = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 64, "num_heads": (2, 4), "depths": (2, 1)}

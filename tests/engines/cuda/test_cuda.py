@@ -125,6 +125,20 @@ def test_more_rows_than_tiles(
     check(qvit.freeze(student), either, 27)
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_rows_that_registers_do_not_hold_whole_pass_through_shared_memory(
+    bits: int, make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    """Of 96 channels, with what is added to them; the last tile of rows and that of columns are not full."""
+    gpu = open_gpu(hopper=True)
+    options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 1.0, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
+    if gpu.device.type == "cpu":
+        staged = [one.defines for one in CudaEngine(model, gpu).launches(33) if one.defines.get("STAGED")]
+        assert [(one["POSITION"], one["RESIDUAL"], one["BITS"]) for one in staged] == [(1, 0, 0), *[(0, 1, int(bits == 2))] * 2]
+    check(model, gpu, 33)
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 def test_the_longest_tables_pass_through_shared_memory(
     ordered: bool, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import pytest
 
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
 from qvit.engines.cuda.tiles import (
-    _MOST_SHARED,
+    MOST_SHARED,
     HopperTile,
     MmaTile,
     choose,
@@ -27,14 +27,14 @@ def test_every_product_of_deit(width: int, batch: int) -> None:
     for n, k in ((3 * width, width), (width, width), (4 * width, width), (width, 4 * width), (1000, width)):
         for hopper in (False, True):
             tile = choose(rows, n, k, MULTIPROCESSORS, hopper)
-            assert tile.shared(k) <= _MOST_SHARED
+            assert tile.shared(k) <= MOST_SHARED
             assert tile.threads() <= 1024
             assert isinstance(tile, MmaTile) or hopper
         found = [choose_bits(rows, n, k, MULTIPROCESSORS)]
         for bits in (False, True):
             found += [choose(rows, n, k, MULTIPROCESSORS, bits) for choose in (choose_floats, choose_whole_rows)]
         for special in found:
-            assert special is None or (special.shared(k) <= _MOST_SHARED and special.tiles(rows, n) >= MULTIPROCESSORS)
+            assert special is None or (special.shared(k) <= MOST_SHARED and special.tiles(rows, n) >= MULTIPROCESSORS)
 
 
 def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
@@ -71,7 +71,7 @@ def test_room_for_what_is_known_of_columns() -> None:
     for tile, stages in ((small, 2), (large, 1), (HopperTile(2, 128, 10), 0)):
         wider = with_columns(tile, 384, 280)
         assert wider.defines(384)["COLUMN_STAGES"] == stages
-        assert wider.shared(384) <= _MOST_SHARED
+        assert wider.shared(384) <= MOST_SHARED
     mma = MmaTile(64, 64, 64, 4, 4, 1)
     assert with_columns(mma, 384, 280) == mma
 
@@ -97,7 +97,7 @@ def test_few_rows(width: int, rows: int, multiprocessors: int) -> None:
         assert (tile.bm % 16, tile.bn % tile.warps_n, columns % 8, tile.bn % tile.part, tile.part % part) == (0, 0, 0, 0, 0)
         assert tile.units * (tile.bm // 8 + columns // 8) <= 24
         assert tile.threads() <= 512
-        assert tile.shared(k) <= _MOST_SHARED
+        assert tile.shared(k) <= MOST_SHARED
         defines = tile.defines(k)
         covered, needed = tile.split * tile.units * defines["kRounds"], -(-k // 64)
         assert needed <= covered < needed + tile.split * tile.units

@@ -15,10 +15,7 @@
 #endif
 
 // What `Once` could not decide, out of its way: its own registers, and not in the instructions that all warps go through.
-#ifndef QVIT_EMULATION
-__noinline__
-#endif
-    __device__ void thrice(const AttentionArgs& p, const Head& head, int query0) {
+__noinline__ __device__ void thrice(const AttentionArgs& p, const Head& head, int query0) {
     const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32)};
     Thrice{rows}.run();
 }

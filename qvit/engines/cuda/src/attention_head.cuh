@@ -91,11 +91,7 @@ __device__ __forceinline__ float placed(int sum, float scale, float bias, bool a
 }
 
 __device__ __forceinline__ int dot4(uint32_t a, uint32_t b, int sum) {
-#ifdef QVIT_EMULATION
-    return sum + byte_product<int8_t, int8_t>(a, b);
-#else
     return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
-#endif
 }
 
 __device__ __forceinline__ uint32_t word_at(const void* p) { return *static_cast<const uint32_t*>(p); }

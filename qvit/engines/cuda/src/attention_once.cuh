@@ -107,7 +107,8 @@ struct Once {
     // Whether the score next to a boundary would be in doubt.
     __device__ __forceinline__ bool suspect(const Row& of, float log_step, float boundary) const {
         const float y = log_step + log2_fast(boundary), unit = rows.p.map_unit;  // |r| is in `near`
-        const float e = exponential(score_at(log_step, boundary)), off = PACKED ? fmaf(e, of.inverse, -boundary) : fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
+        const float e = exponential(score_at(log_step, boundary));
+        const float off = PACKED ? fmaf(e, of.inverse, -boundary) : fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
         return fabsf(off) <= fmaf(kEach * unit, fabsf(y), of.near * unit) * boundary;
     }
 #endif
@@ -181,7 +182,7 @@ struct Once {
                 for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const float v = saturated(__fmul_rn(e[pair][tile][i], of[i / 2].inverse));
+                        const float v = __saturatef(__fmul_rn(e[pair][tile][i], of[i / 2].inverse));
                         const float whole = fmaf(v, kMapHigh, kWhole);
 #if !ROW_CHECK
                         const float off = fmaf(v, kMapHigh, -(whole - kWhole));
@@ -222,7 +223,7 @@ struct Once {
     // Four codes, the lower halves of words, not more than the highest one.
     __device__ __forceinline__ static uint32_t capped(int a, int b, int c, int d) {
         constexpr uint32_t kHigh = 0x10001u * MAP_HIGH;
-        return __byte_perm(lesser_halves(__byte_perm(a, b, 0x5410), kHigh), lesser_halves(__byte_perm(c, d, 0x5410), kHigh), 0x6420);
+        return __byte_perm(__vminu2(__byte_perm(a, b, 0x5410), kHigh), __vminu2(__byte_perm(c, d, 0x5410), kHigh), 0x6420);
     }
 
 #if ROW_CHECK

@@ -4,73 +4,34 @@
 
 #include "rounding.cuh"
 
-constexpr int kWholeBits = 0x4B400000;  // kWhole: a small whole number added to these bits is added to the float
-
 #ifdef QVIT_EMULATION
-// d = kWholeBits + a b of signed bytes: the bits of the float kWhole + a b.
 inline void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    for (int i = 0; i < 4; i++) {
-        d[i] = kWholeBits;
-    }
+    d[0] = d[1] = d[2] = d[3] = kWholeBits;
     multiply<true>(d, a, b);
 }
-
-// `load_matrices` of transposed matrices of 16-bit elements.
-inline void load_transposed(uint32_t (&to)[4], const void* row) {
-    const Four out = emulation::together<const void*, Four>(row, [](const void* const* rows, Four* out) {
-        for (int lane = 0; lane < 32; lane++) {
-            for (int i = 0; i < 4; i++) {
-                for (int half = 0; half < 2; half++) {
-                    const char* const from = static_cast<const char*>(rows[8 * i + 2 * (lane % 4) + half]);
-                    memcpy(reinterpret_cast<char*>(&out[lane].x[i]) + 2 * half, from + 2 * (lane / 4), 2);
-                }
-            }
-        }
-    });
-    memcpy(to, out.x, sizeof out);
-}
-
-inline int low_bits(double x) {
-    long long bits;
-    memcpy(&bits, &x, 8);
-    return static_cast<int>(bits);
-}
-inline double scaled_by(double x, int exponent) { return ldexp(x, exponent); }
-inline float log2_fast(float x) { return log2f(x); }
-inline float saturated(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
-inline int first_bit(unsigned x) { return __builtin_ctz(x); }
-inline uint32_t lesser_halves(uint32_t a, uint32_t b) {
-    return (min(a >> 16, b >> 16) << 16) | min(a & 0xFFFFu, b & 0xFFFFu);
-}
 #else
+// d = kWholeBits + a b of signed bytes: the bits of the float kWhole + a b.
 __device__ __forceinline__ void multiply_first(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(kWholeBits));
 }
 
+// `load_matrices` of transposed matrices of 16-bit elements.
 __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
+#endif
 
-__device__ __forceinline__ int low_bits(double x) { return __double2loint(x); }
 // x * 2^exponent, both a normal number.
 __device__ __forceinline__ double scaled_by(double x, int exponent) {
     return __hiloint2double(__double2hiint(x) + (exponent << 20), __double2loint(x));
 }
-__device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float saturated(float x) { return __saturatef(x); }
+
 __device__ __forceinline__ int first_bit(unsigned x) { return __ffs(static_cast<int>(x)) - 1; }
-// The lesser of both high and of both low halves.
-__device__ __forceinline__ uint32_t lesser_halves(uint32_t a, uint32_t b) { return __vminu2(a, b); }
-#endif
 
 // exp(x), |x| < 700, without a branch, so that several go side by side: 2^n times the series of the rest, of 14 terms, which leave
 // 4e-18. Even and odd ones are two chains.
@@ -86,7 +47,7 @@ __device__ __forceinline__ double exp_series(double x) {
         even = fma(even, square, kEven[i]);
         odd = fma(odd, square, kOdd[i]);
     }
-    return scaled_by(fma(odd, rest, even), low_bits(shifted));
+    return scaled_by(fma(odd, rest, even), __double2loint(shifted));
 }
 
 // The values of 32 keys, rows of 16 kColumns channels, become operands, in place, by a warp: 512 bytes for 16 channels each. A lane's

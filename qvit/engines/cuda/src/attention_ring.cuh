@@ -12,15 +12,7 @@
 #include "attention_rows.cuh"
 #include "hopper.cuh"
 
-#ifdef QVIT_EMULATION
-inline int add_shared(int* to, int value) {
-    *to += value;
-    return *to - value;
-}
-inline int take_shared(int* to) { return add_shared(to, 1); }
-inline void proxies_meet() {}
-inline int anew(int x) { return x; }
-#else
+#ifndef QVIT_EMULATION  // else in emulation_hopper.h
 // The same number, of which the compiler does not know it: what follows from it is computed here, not kept over a loop.
 __device__ __forceinline__ int anew(int x) {
     asm volatile("" : "+r"(x));

@@ -70,12 +70,12 @@ struct Values {
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const float rest = V_OFFSET ? fmaf(row_sum[half], row_gain.x[e], shift.x[e]) : shift.x[e];
-                    const float place = saturated(fmaf(__int2float_rn(sum(j, half, e)), gain.x[e], rest));
+                    const float place = __saturatef(fmaf(__int2float_rn(sum(j, half, e)), gain.x[e], rest));
                     fixed[e] = static_cast<uint32_t>(__float_as_int(fmaf(place, p.fixed_step, p.fixed_first))) << (16 - FIXED);
                 }
                 words[half][j] = from_low(__byte_perm(__byte_perm(fixed[0], fixed[1], 0x0062),
                                                       __byte_perm(fixed[2], fixed[3], 0x0062), 0x5410));
-                fractions[half][j] = lesser_halves(__byte_perm(fixed[0], fixed[1], 0x5410), __byte_perm(fixed[2], fixed[3], 0x5410));
+                fractions[half][j] = __vminu2(__byte_perm(fixed[0], fixed[1], 0x5410), __byte_perm(fixed[2], fixed[3], 0x5410));
             }
         }
 #pragma unroll
@@ -83,7 +83,7 @@ struct Values {
             uint32_t least = fractions[half][0];
 #pragma unroll
             for (int j = 1; j < kColumns; j++) {
-                least = lesser_halves(least, fractions[half][j]);
+                least = __vminu2(least, fractions[half][j]);
             }
             if (doubtful(p, least)) {
 #pragma unroll

@@ -35,7 +35,7 @@ struct GemmArgs {
     float low_k, high_k, margin_k, low_v, high_v;
     float slope, slope_k;              // heads, PERMUTED: what is added to the margins
     uint32_t tokens_inverse;           // heads, PERMUTED: 2^32 / tokens
-    double eps;                        // of the rectified heads
+    double eps;                        // standardised
 };
 
 // Codes go out through shared memory, so many columns at a time; the padding of a row spreads banks.
@@ -50,21 +50,13 @@ __device__ __forceinline__ float affine(int sum, float scale, float bias) {
 
 // min(max(sum + shift, 0), most), one instruction on Hopper.
 __device__ __forceinline__ int clamp_sum(int sum, int shift, int most) {
-#ifdef QVIT_EMULATION
-    return max(min(sum + shift, most), 0);
-#else
     return __viaddmin_s32_relu(sum, shift, most);
-#endif
 }
 
 // What no kernel writes.
 template <class T>
 __device__ __forceinline__ T load_constant(const T* from) {
-#ifdef QVIT_EMULATION
-    return *from;
-#else
     return __ldg(from);
-#endif
 }
 
 // The same of a column, which may have been copied to shared memory.

@@ -20,13 +20,14 @@ __device__ __forceinline__ uint32_t shifted(uint32_t codes, int low, bool double
     return (codes * (doubled ? 2u : 1u) + first * 0x01010101u) ^ 0x80808080u;
 }
 
-// Standardised (row by row) and rounded as defined: a warp computes one row of a head, HEAD_DIM / 32 columns a lane. `own` has the
-// lane's values of its quad's row, and the row that is computed is `quad`'s. Returns the codes of a row that are the lane's, with
-// the lowest as 0.
+// Words of a row that a lane has: all of its codes, or a quarter of its values.
 struct RowCodes {
     uint32_t at[kWords];
 };
 
+// Standardised (row by row) and rounded as defined: a warp computes one row of a head, HEAD_DIM / 32 columns a lane. `own` has the
+// lane's values of its quad's row, and the row that is computed is `quad`'s. Returns the codes of a row that are the lane's, with
+// the lowest as 0.
 __device__ __noinline__ RowCodes exact_row(int quad, const float* weight, const float* affine, const float* offset, const float* step,
                                            double eps, float low, float high, RowCodes own0, RowCodes own1, RowCodes own2,
                                            RowCodes own3) {
@@ -78,8 +79,8 @@ __device__ __noinline__ RowCodes exact_row(int quad, const float* weight, const 
 
 // Two rows of one head that a quad holds, from sums to codes with the lowest as 0; `steps`: of its columns.
 template <bool kStaged>
-__device__ __forceinline__ void rectified(const GemmArgs& p, const int4* steps, const int (&sums)[kColumns][4], int first_fragment, int first, int part,
-                                          int lane, uint32_t (&codes)[2][kWords]) {
+__device__ __forceinline__ void rectified(const GemmArgs& p, const int4* steps, const int (&sums)[kColumns][4],
+                                          int first_fragment, int first, int part, int lane, uint32_t (&codes)[2][kWords]) {
     const float low = part == 0 ? p.low : p.low_k, high = part == 0 ? p.high : p.high_k;
     const int4* constants = steps + 2 * (lane % 4);
     float y[kHeadColumns][4];

@@ -35,10 +35,7 @@ __device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
 
 // The codes of row r, as they are defined: the whole warp together, from the floats that it has just written, so that nothing is
 // held in registers for a case that is rare. All that it reads is on its way before anything is used.
-#ifndef QVIT_EMULATION
-__noinline__
-#endif
-__device__ inline void codes_again(const GemmArgs& p, int r, int lane) {
+__device__ __noinline__ inline void codes_again(const GemmArgs& p, int r, int lane) {
     constexpr int kOwn = kWN / 32;  // columns a lane
     const float* const from = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * LDO + lane;
     const float *const weights = p.weight + lane, *const affines = p.affine + lane, *const offsets = p.offset + lane;

@@ -14,7 +14,7 @@
 //
 // NORM: a is no codes but floats, and every block makes the codes of their LayerNorm itself, in shared memory.
 //
-// Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py`.
+// Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `few_tiles.py`.
 
 constexpr int kWarps = kSplit * kWarpsN;
 constexpr int kThreads = 32 * kWarps;
@@ -165,10 +165,8 @@ struct Toucher {
 #if NORM
 
 // The codes in doubt of a row that has just been read, as they are defined; `doubts`: a bit for each of the lane's values.
-#ifndef QVIT_EMULATION
-__noinline__
-#endif
-__device__ inline void codes_again(const NormArgs& p, const float* row, int lane, uint32_t doubts, unsigned char* codes) {
+__device__ __noinline__ inline void codes_again(const NormArgs& p, const float* row, int lane, uint32_t doubts,
+                                                unsigned char* codes) {
     float x[kLanes];
     load_row([&](int c) { return row + c; }, lane, x);
     const Moments of = exact_moments(x, lane, p.eps);

@@ -6,7 +6,7 @@
 // Warpgroups meet at barriers of buffers only: while one is busy with its epilogue, others multiply. Where b stays they share
 // nothing else: each has tiles of 64 rows of its own, and a warp that copies them, so that they fall out of step.
 //
-// Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py`.
+// Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `tiles.py`.
 constexpr int kBM = 64 * kGroups;
 constexpr int kThreads = 128 * (kGroups + 1);
 constexpr int kRows = 1, kColumns = kBN / 8;  // a warp's part, in fragments
@@ -115,7 +115,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, i
 // The residual of a tile, on its way into the L2 cache while the tile is multiplied.
 __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, int column0) {
 #if STAGED || DIRECT
-    if (PREFETCH && RESIDUAL && SCATTER != 1) {
+    if (RESIDUAL && SCATTER != 1) {
         const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
         const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
         const int together = columns == p.ldo ? 16 : 1;
@@ -385,7 +385,7 @@ constexpr bool kHasLines = !COLUMN_STAGES && !((STAGED || DIRECT) && EPILOGUE ==
 #if !STAGED
 constexpr int kSlot = 0, kMovedRows = 0;
 #endif
-#if !STAGED && !DIRECT
+#if !DIRECT
 constexpr int kConstants = 0;
 #endif
 
@@ -398,13 +398,13 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
 #if STAGED
-    const Room room = {behind.slots + warp * kSlots * kSlot, lines, behind.constants};
+    unsigned char* const slots = behind.slots + warp * kSlots * kSlot;
     int* const moved = behind.moved + warp * kMovedRows;
     const auto place = [&](int tile) -> Place {
         return {tile < range.last ? tile / tiles_n * kTileM + 16 * own : p.m, tile % tiles_n * kBN, moved + tile % 2 * 16};
     };
     move_rows(p, place(range.first), lane);
-    fetch_first(p, place(range.first), lane, room.slots);
+    fetch_first(p, place(range.first), lane, slots);
 #endif
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
@@ -431,7 +431,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
         }
 #endif
 #if STAGED
-        finish(p, place(tile), place(tile + 1), lane, room, sums.fragments);
+        finish(p, place(tile), place(tile + 1), lane, slots, sums.fragments);
 #elif DIRECT
         finish(p, part, lane, lines, behind.constants, sums.fragments);
 #elif COLUMN_STAGES
@@ -488,7 +488,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
 #endif
         barriers_ready();
     }
-#if STAGED || DIRECT
+#if DIRECT
     load_constants(p, behind.constants);
 #endif
     __syncthreads();

@@ -6,12 +6,13 @@
 
 #include "warp.cuh"
 
-constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, half to even
+constexpr float kWhole = 12582912.0f;   // 1.5 * 2^23: adding it rounds to a whole number, half to even
+constexpr int kWholeBits = 0x4B400000;  // its bits: a small whole number added to these is added to the float
 
 __device__ __forceinline__ float clamp(float v, float low, float high) { return fminf(fmaxf(v, low), high); }
 
 // The code of a clamped value.
-__device__ __forceinline__ int code_of(float clamped) { return __float_as_int(clamped + kWhole) - 0x4B400000; }
+__device__ __forceinline__ int code_of(float clamped) { return __float_as_int(clamped + kWhole) - kWholeBits; }
 
 __device__ __forceinline__ bool is_close(float clamped, float margin) {
     return fabsf(clamped - ((clamped + kWhole) - kWhole)) > 0.5f - margin;

@@ -19,12 +19,6 @@ struct Place {
     int* moved;
 };
 
-// What a warp has of shared memory.
-struct Room {
-    unsigned char *slots, *lines;
-    const float* constants;  // the block's
-};
-
 constexpr int kAcross = kPiece / 4, kAtOnce = 32 / kAcross;   // a lane moves 16 bytes; rows that a warp moves at once
 constexpr bool kFullColumns = LDO % kBN == 0;
 
@@ -81,11 +75,11 @@ __device__ __forceinline__ void fetch_first(const GemmArgs& p, const Place& of, 
     }
 }
 
-// Adds up one piece: `give(j, y)` gives the layer's output at fragment j of the tile, `take(j, y)` is given the sum. Then it goes
-// out, and its slot is filled again.
-template <class Give, class Take>
+// Adds up one piece: `give(j, y)` gives the layer's output at fragment j of the tile. Then the sum goes out, and its slot is filled
+// again.
+template <class Give>
 __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of, const Place& next, int piece, int lane,
-                                             unsigned char* slots, const Give& give, const Take& take) {
+                                             unsigned char* slots, const Give& give) {
     unsigned char* const slot = slots + piece % kSlots * kSlot;
     unsigned char* const mine = slot + lane / 4 * kPieceLine + 8 * (lane % 4);
     if constexpr (RESIDUAL || POSITION) {
@@ -127,7 +121,6 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
             }
             *reinterpret_cast<float2*>(at) = {y[2 * half], y[2 * half + 1]};
         }
-        take(j, y);
     }
     __syncwarp();
     const unsigned char* const from = slot + lane / kAcross * kPieceLine + 16 * (lane % kAcross);

@@ -20,7 +20,6 @@ typedef unsigned char uint8_t;
 typedef signed char int8_t;
 typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
-typedef int int32_t;
 typedef unsigned long long uint64_t;
 #define QVIT_CONSTANT __grid_constant__  // arguments that are read where they are, also by functions that are not inlined
 #define QVIT_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -29,89 +28,7 @@ typedef unsigned long long uint64_t;
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-#ifdef QVIT_EMULATION
-
-struct Four {
-    uint32_t x[4];
-};
-struct Operands {
-    uint32_t a[4], b[2];
-};
-
-inline void load_matrices(uint32_t (&to)[4], const void* row) {
-    const Four out = emulation::together<const void*, Four>(row, [](const void* const* rows, Four* out) {
-        for (int lane = 0; lane < 32; lane++) {
-            for (int i = 0; i < 4; i++) {
-                memcpy(&out[lane].x[i], static_cast<const char*>(rows[8 * i + lane / 4]) + 4 * (lane % 4), 4);
-            }
-        }
-    });
-    memcpy(to, out.x, sizeof out);
-}
-
-template <class Product>
-inline void multiply_with(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Product& product) {
-    Operands in;
-    memcpy(in.a, a, sizeof a);
-    memcpy(in.b, b, sizeof b);
-    const Four out = emulation::together<Operands, Four>(in, [&](const Operands* in, Four* out) {
-        for (int lane = 0; lane < 32; lane++) {
-            for (int i = 0; i < 4; i++) {
-                const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-                int sum = 0;
-                for (int word = 0; word < 8; word++) {
-                    const Operands &left = in[4 * (row % 8) + word % 4], &right = in[4 * column + word % 4];
-                    sum += product(left.a[row / 8 + 2 * (word / 4)], right.b[word / 4]);
-                }
-                out[lane].x[i] = static_cast<uint32_t>(sum);
-            }
-        }
-    });
-    for (int i = 0; i < 4; i++) {
-        d[i] += static_cast<int>(out.x[i]);
-    }
-}
-
-template <class A, class B>
-inline int byte_product(uint32_t a, uint32_t b) {
-    int sum = 0;
-    for (int i = 0; i < 32; i += 8) {
-        sum += static_cast<A>(a >> i) * static_cast<B>(b >> i);
-    }
-    return sum;
-}
-
-inline void copy_async(void* to, const void* from, bool wanted) {
-    wanted ? memcpy(to, from, 16) : memset(to, 0, 16);
-}
-inline void touch(void*, const void* from) {
-    unsigned char sixteen[16];
-    memcpy(sixteen, from, 16);
-}
-inline void copies_end_group() {}
-template <int kLeft>
-inline void copies_wait() {}
-inline float exp2_fast(float x) { return exp2f(x); }
-inline float reciprocal_fast(float x) { return 1.0f / x; }
-
-// d += a b of unsigned bytes a (signed if kSigned) and signed bytes b.
-template <bool kSigned>
-inline void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    if (kSigned) {
-        multiply_with(d, a, b, byte_product<int8_t, int8_t>);
-    } else {
-        multiply_with(d, a, b, byte_product<uint8_t, int8_t>);
-    }
-}
-// The same, b unsigned and a unsigned.
-inline void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    multiply_with(d, a, b, byte_product<uint8_t, uint8_t>);
-}
-inline void multiply_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    multiply_with(d, a, b, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
-}
-
-#else
+#ifndef QVIT_EMULATION  // else in emulation.h
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -168,6 +85,11 @@ __device__ __forceinline__ void copies_wait() {
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 __device__ __forceinline__ float reciprocal_fast(float x) {

@@ -1,0 +1,87 @@
+// What `hopper.cuh` and `attention_ring.cuh` have in PTX, on the CPU: barriers that count bytes, bulk copies, wgmma.
+#pragma once
+
+// Counts arrivals and bytes of one phase after the other.
+struct alignas(8) Barrier {
+    int16_t count, arrived;
+    int phase_and_bytes;  // phase in the last bit, bytes that are awaited above
+};
+
+inline void barrier_init(Barrier* b, int count) { *b = {static_cast<int16_t>(count), 0, 0}; }
+inline void barriers_ready() {}
+inline void barrier_turn_if_done(Barrier* b) {
+    if (b->arrived == b->count && b->phase_and_bytes < 2 && b->phase_and_bytes >= 0) {
+        b->arrived = 0;
+        b->phase_and_bytes ^= 1;
+    }
+}
+inline void barrier_arrive(Barrier* b) {
+    b->arrived++;
+    barrier_turn_if_done(b);
+}
+inline void barrier_expect(Barrier* b, int bytes) {
+    b->phase_and_bytes += 2 * bytes;
+    barrier_arrive(b);
+}
+inline void barrier_wait(Barrier* b, int phase) {
+    while ((b->phase_and_bytes & 1) == phase) {
+        emulation::yield();
+    }
+}
+inline void prefetch(const void*, int) {}
+inline int uniform(int value) { return value; }
+inline void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
+    memcpy(to, from, bytes);
+    b->phase_and_bytes -= 2 * bytes;
+    barrier_turn_if_done(b);
+}
+
+typedef const unsigned char* Operand;
+inline Operand operand(const void* tile) { return static_cast<Operand>(tile); }
+inline Operand advance(Operand o, int bytes) { return o + bytes; }
+// Byte k of row r of an operand: the swizzle is a matter of addresses.
+inline unsigned char byte_of(Operand o, int row, int k) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(o) + row / 8 * 1024 + row % 8 * 128 + k;
+    return *reinterpret_cast<const unsigned char*>(at ^ (at >> 7 & 7) << 4);
+}
+template <int kCount>
+inline void registers_up() {}
+template <int kCount>
+inline void registers_down() {}
+template <int N>
+inline void settle(int (&)[N]) {}
+inline void products_begin() {}
+inline void products_end_group() {}
+template <int kLeft>
+inline void products_wait() {}
+
+template <int N, class Product>
+inline void emulate_product(int (&d)[N / 2], Operand a, Operand b, bool add, const Product& product) {
+    const int lane = emulation::current % 32, warp = emulation::current / 32 % 4;
+    for (int i = 0; i < N / 2; i++) {
+        const int row = 16 * warp + lane / 4 + 8 * (i / 2 % 2), column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+        int sum = add ? d[i] : 0;
+        for (int k = 0; k < 32; k++) {
+            sum += product(byte_of(a, row, k), byte_of(b, column, k));
+        }
+        d[i] = sum;
+    }
+}
+template <int N, bool kSigned>
+inline void warpgroup_multiply(int (&d)[N / 2], Operand a, Operand b, bool add) {
+    emulate_product<N>(d, a, b, add, [](unsigned char x, unsigned char y) {
+        return (kSigned ? static_cast<int>(static_cast<int8_t>(x)) : static_cast<int>(x)) * static_cast<int8_t>(y);
+    });
+}
+template <int N>
+inline void warpgroup_multiply_bits(int (&d)[N / 2], Operand a, Operand b, bool add) {
+    emulate_product<N>(d, a, b, add, [](unsigned char x, unsigned char y) { return __builtin_popcount(x & y); });
+}
+
+inline int add_shared(int* to, int value) {
+    *to += value;
+    return *to - value;
+}
+inline int take_shared(int* to) { return add_shared(to, 1); }
+inline void proxies_meet() {}
+inline int anew(int x) { return x; }
