@@ -12,7 +12,7 @@ import pytest
 import qvit
 from qvit.engines.cuda import CudaEngine, tuned
 from qvit.engines.cuda.tiles import HopperTile, MmaTile
-from qvit.engines.cuda.tuned import FILES, Choice, Tuned, file_name, tuned_for, write
+from qvit.engines.cuda.tuned import Choice, Tuned, file_name, tuned_for, write
 from qvit.spec import ModelSpec
 from tests.engines.cuda.emulator import Emulated
 
@@ -37,15 +37,10 @@ def test_the_nearest_number_of_rows_counts() -> None:
 def test_a_file_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuned, "FILES", tmp_path)
     assert tuned_for("NVIDIA X1 80GB").all() == []
+    assert file_name("NVIDIA X1 80GB") == "nvidia-x1-80gb"
     write(tmp_path / "nvidia-x1-80gb.json", "NVIDIA X1 80GB", CHOICES, {"torch": "2"})
+    assert json.loads((tmp_path / "nvidia-x1-80gb.json").read_text())["gpu"] == "NVIDIA X1 80GB"
     assert sorted(map(repr, tuned_for("NVIDIA X1 80GB").all())) == sorted(map(repr, CHOICES))
-
-
-def test_files_of_the_package_are_readable() -> None:
-    for path in FILES.glob("*.json"):
-        content = json.loads(path.read_text())
-        assert file_name(content["gpu"]) == path.stem
-        assert len(tuned_for(content["gpu"]).all()) == len(content["choices"])
 
 
 def test_plans_take_them(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> None:
