@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+import qvit.training.loop
 
 CLASSES = ("blue", "green", "red")
 TRAIN, VAL = 40, 11  # images; neither is a multiple of anything convenient
@@ -48,3 +52,16 @@ def environment() -> dict[str, str]:
     """Of a program that trains on the CPU."""
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def interrupt_at_step(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Training gets a Ctrl-C when it asks for the learning rate for the ``step``-th time, until the patch is undone."""
+    original, calls = qvit.training.loop.learning_rate, []
+
+    def interrupting(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(qvit.training.loop, "learning_rate", interrupting)

@@ -34,7 +34,7 @@ from qvit.training.evaluate import evaluate
 from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.recipe import Recipe
 
-from .helpers import VAL, tiny_values
+from .helpers import VAL, interrupt_at_step, tiny_values
 
 MakeRecipe = Callable[..., Recipe]
 RUNNER = Path(__file__).with_name("run_fit.py")
@@ -231,15 +231,7 @@ def test_swin_resumes_with_the_same_bits(tiny_recipe: MakeRecipe, tmp_path: Path
     recipe = tiny_recipe(
         model={"name": "swin_tiny_patch4_window7_224", "args": SWIN}, distill={"dgd": 0.3}, schedule={"epochs": 2}
     )
-    original, calls = qvit.training.loop.learning_rate, []
-
-    def interrupting(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(qvit.training.loop, "learning_rate", interrupting)
+    interrupt_at_step(monkeypatch, 7)
     with pytest.raises(TrainingInterrupted):
         fit(recipe, tmp_path / "a", progress=False)
     monkeypatch.undo()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import torch
 import yaml
 from PIL import Image
 
-import qvit.training.loop
 from qvit.errors import RecipeError
 from qvit.preprocessing import Preprocessing
 from qvit.training.checkpoint import LAST
@@ -24,7 +22,7 @@ from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.loaders import stored_form
 from qvit.training.recipe import Recipe
 
-from .helpers import VAL, tiny_values
+from .helpers import VAL, interrupt_at_step, tiny_values
 from .test_engine import RUNNER, environment, metrics, same_tensors
 
 MakeRecipe = Callable[..., Recipe]
@@ -52,15 +50,7 @@ def test_stopping_and_resuming_with_the_cache_changes_nothing(
     tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(**CACHED)
-    original, calls = qvit.training.loop.learning_rate, []
-
-    def interrupting(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(qvit.training.loop, "learning_rate", interrupting)
+    interrupt_at_step(monkeypatch, 7)
     with pytest.raises(TrainingInterrupted):
         fit(recipe, tmp_path / "a", progress=False)
     monkeypatch.undo()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qvit.training.engine import fit, open_loop
 from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.recipe import Recipe
 
+from .helpers import interrupt_at_step
 from .test_engine import RANDOM, SWIN, metrics, same_tensors
 
 MakeRecipe = Callable[..., Recipe]
@@ -56,15 +56,7 @@ def test_it_learns_features_of_another_shape_and_exports_the_model_alone(
 def test_it_resumes_with_the_same_bits(tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes: dict[str, Any] = {"distill": FEATURES | {"soft": 1}, "schedule": {"epochs": 2}, **RANDOM}
     recipe = tiny_recipe(method="float", **changes)
-    original, calls = qvit.training.loop.learning_rate, []
-
-    def interrupting(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 7:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args)
-
-    monkeypatch.setattr(qvit.training.loop, "learning_rate", interrupting)
+    interrupt_at_step(monkeypatch, 7)
     with pytest.raises(TrainingInterrupted):
         fit(recipe, tmp_path / "a", teacher=teacher(), progress=False)
     monkeypatch.undo()
