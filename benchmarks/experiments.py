@@ -44,25 +44,49 @@ class DataSet:
         files: recipe key -> file names in the data folder; a list becomes a list.
         teacher: file of the float model, in the data folder; trained by ``float_recipe`` where that is given instead.
         float_recipe: trains the float model.
-        by_bits: overrides for a number of bits.
+        float_teacher: file of the model that teaches the float model, in the data folder.
+        changes: overrides of ``recipe``.
+        by_bits: overrides for a number of bits, after those.
     """
 
     recipe: str
     files: dict[str, str | list[str]] = field(default_factory=dict)
     teacher: str | None = None
     float_recipe: str | None = None
+    float_teacher: str | None = None
+    changes: list[str] = field(default_factory=list)
     by_bits: dict[int, list[str]] = field(default_factory=dict)
+
+
+_IMAGENETTE: dict[str, str | list[str]] = {
+    "data.train": ["imagenette224-train-0.tar", "imagenette224-train-1.tar"],
+    "data.val": "imagenette224-val.tar",
+}
+_VIT_SMALL = "vit_small_patch14_224_imagenette.safetensors"
 
 
 DATA_SETS = {
     "imagenette": DataSet(
         recipe="imagenette",
-        files={
-            "data.train": ["imagenette224-train-0.tar", "imagenette224-train-1.tar"],
-            "data.val": "imagenette224-val.tar",
-        },
-        teacher="vit_small_patch14_224_imagenette.safetensors",
+        files=_IMAGENETTE,
+        teacher=_VIT_SMALL,
         by_bits={2: ["optim.lr=5.0e-4"], 3: ["optim.lr=3.0e-4"]},
+    ),
+    "imagenette-deit-tiny": DataSet(
+        recipe="imagenette",
+        files=_IMAGENETTE,
+        float_recipe="imagenette_deit_tiny_float",
+        float_teacher=_VIT_SMALL,
+        changes=["model.name=deit_tiny_patch16_224", "model.args={num_classes: 10}"],
+        by_bits={2: ["optim.lr=5.0e-4", "schedule.epochs=80"], 4: ["schedule.epochs=40"]},
+    ),
+    "imagenette-swin-tiny": DataSet(
+        recipe="imagenette",
+        files=_IMAGENETTE,
+        float_recipe="imagenette_swin_float",
+        float_teacher=_VIT_SMALL,
+        changes=["model.name=swin_tiny_patch4_window7_224", "model.args={num_classes: 10}"],
+        by_bits={2: ["optim.lr=5.0e-4", "schedule.epochs=30"]},
     ),
     "cifar10": DataSet(recipe="cifar10", files={"data.train": "cifar10.tar"}, float_recipe="cifar10_float"),
     "digits": DataSet(recipe="digits", float_recipe="digits_float"),
@@ -92,8 +116,15 @@ class Experiment:
         """All overrides but those that name files."""
         if self.variant == "float":
             return [f"seed={self.seed}", *self.overrides]
-        by_bits = DATA_SETS[self.data].by_bits.get(self.bits, [])
-        return [*by_bits, *VARIANTS[self.variant], *self.overrides, f"quant.bits={self.bits}", f"seed={self.seed}"]
+        data = DATA_SETS[self.data]
+        return [
+            *data.changes,
+            *data.by_bits.get(self.bits, []),
+            *VARIANTS[self.variant],
+            *self.overrides,
+            f"quant.bits={self.bits}",
+            f"seed={self.seed}",
+        ]
 
     @property
     def recipe_name(self) -> str:
@@ -122,7 +153,9 @@ class Experiment:
         data = DATA_SETS[self.data]
         start = data.teacher or f"runs/{data.float_recipe}"
         files = [word for key, names in data.files.items() for word in _flags(key, names)]
-        checkpoint = [] if self.variant == "float" else ["--checkpoint", start]
+        checkpoint = ["--checkpoint", start]
+        if self.variant == "float":
+            checkpoint = ["--teacher", data.float_teacher] if data.float_teacher else []
         output = f"runs/{self.name()}{part}"
         return shlex.join(["qvit", "train", self.recipe_name, *files, *checkpoint, *changes, "-o", output])
 
@@ -178,6 +211,8 @@ class Bench:
             files.append(f"{key}={json.dumps(paths if len(paths) > 1 else paths[0])}")
         if experiment.variant != "float":
             files.append(f"model.checkpoint={self.float_checkpoint(experiment.data)}")
+        elif teacher := DATA_SETS[experiment.data].float_teacher:
+            files.append(f"teacher.checkpoint={self.located(teacher)}")
         return Recipe.load(experiment.recipe_name, [*files, f"data.workers={self.workers}", *experiment.changes])
 
     def located(self, name: str) -> Path:

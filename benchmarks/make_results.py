@@ -28,6 +28,8 @@ PUBLISHED: list[tuple[str, str, float | None, float | None, float | None, float 
 ]
 DATA = {
     "imagenette": "Imagenette, ViT-S/14 at 224 from a DINOv2 teacher",
+    "imagenette-deit-tiny": "Imagenette, DeiT-T at 224, float model from our own recipe and the same teacher",
+    "imagenette-swin-tiny": "Imagenette, Swin-T at 224, float model from our own recipe and the same teacher",
     "cifar10": "CIFAR-10, DeiT-T's shape with patches of 4 at 32 x 32, float model from our own recipe",
     "digits": "handwritten digits, a ViT of four small blocks",
 }

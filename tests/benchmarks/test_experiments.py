@@ -28,6 +28,19 @@ def test_every_variant_is_a_recipe_whose_model_can_be_made(data: str, variant: s
         assert qvit.quantize(model, spec=recipe.model_spec()).qvit.spec.weight_bits == 3
 
 
+@pytest.mark.parametrize("data", [name for name, of in DATA_SETS.items() if of.float_recipe])
+def test_a_float_model_is_the_one_that_students_start_from(data: str) -> None:
+    parent = Recipe.load(DATA_SETS[data].float_recipe or "", Experiment(data, "float", 32, 0).changes)
+    student = Recipe.load(DATA_SETS[data].recipe, Experiment(data, "ours", 2, 0).changes)
+    assert parent.method == "float"
+    assert parent.model is not None
+    assert student.model is not None
+    assert (student.model.name, student.model.args.get("num_classes")) == (
+        parent.model.name,
+        parent.model.args.get("num_classes"),
+    )
+
+
 def test_the_papers_methods_are_without_what_is_beyond_the_paper() -> None:
     beyond = ["quant.weight_quantizer=statsq", "anneal.share=0.1", "oscillation.weight=0.01", "activations_first.epochs=1"]
     plain = Recipe.load("imagenette", ["method=qvit"])
@@ -51,6 +64,7 @@ def test_names_and_commands_tell_experiments_apart() -> None:
         Experiment("imagenette", "qvit", 2, 0),
         Experiment("cifar10", "ours", 2, 0),
         Experiment("cifar10", "float", 32, 0),
+        Experiment("imagenette-swin-tiny", "float", 32, 0),
     ]
     assert len({e.name() for e in experiments}) == len(experiments)
     assert len({e.command() for e in experiments}) == len(experiments)
@@ -59,6 +73,8 @@ def test_names_and_commands_tell_experiments_apart() -> None:
     assert "--checkpoint vit_small_patch14_224_imagenette.safetensors" in command
     assert "--set optim.lr=1e-3" in command
     assert "--checkpoint" not in experiments[5].command()
+    assert "--teacher" not in experiments[5].command()
+    assert "--teacher vit_small_patch14_224_imagenette.safetensors" in experiments[6].command()
 
 
 def test_a_cascade_shares_the_epochs() -> None:
