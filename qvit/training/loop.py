@@ -368,7 +368,8 @@ class TrainingLoop:
         self._save(LAST, self.optimizer)
 
     def _check_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        # Stacked, so that a GPU is waited for once.
+        if not bool(torch.stack([p.isfinite().all() for p in self.parameters]).all()):
             raise TrainingError(self._not_a_number("model"))
 
     def _save(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:
