@@ -6,8 +6,8 @@ the time of one block, a Swin Transformer that of one for each of its shapes. No
 is left in the model afterwards. Only steps run what was compiled: their shapes never change. Evaluation, whose last batch has
 any size and which must equal the integer engines, runs the plain modules.
 
-What has kernels of its own (`QuantAttention`, `QuantMlp`) and a teacher's attention whose q and k are tapped stay as they are: in
-such a block, what lies between them is fused.
+What has kernels of its own (`QuantAttention`, `QuantMlp`) and a teacher's attention whose q and k are tapped stay as they are:
+in such a block, what lies between them is fused.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ class TrainingLoop:
             self.model.set_distilled_training(True)
 
     def _run_epoch(self) -> None:
-        watch = Stopwatch()
+        watch = Stopwatch(self.device)
         self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
         if self.targets is not None:
             self.targets.start()
