@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qvit.errors import TrainingError
+from qvit.kernels import switch
 from qvit.layers.blocks import transformer_blocks
 
 # A channel in which the teacher is nearly constant counts with this share of the mean variance, so that it does not rule.
@@ -98,6 +99,10 @@ def feature_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tens
             f"The student's features are {list(student.shape)} and the teacher's {list(teacher.shape)}: use a teacher of the "
             "student's shape, or set the weight of feature to 0."
         )
+    if switch.active(student):
+        from qvit.kernels.feature_distance import fused_feature_distance  # needs Triton
+
+        return fused_feature_distance(student, teacher, _LEAST_VARIANCE, _TINY)
     target = teacher.detach().float()
     variance = target.var((0, 1), unbiased=False)
     variance = variance.clamp_min(_LEAST_VARIANCE * variance.mean()).clamp_min(_TINY)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from qvit.kernels.input_quantize import quantize_input, quantize_input_backward
+from qvit.kernels.linear_operands import column_sums, fold, unfold
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -19,24 +20,22 @@ class _QuantizedLinear(torch.autograd.Function):
     def forward(ctx, x, scale, offset, weight, bias, qn, qp, kind, dtype):  # type: ignore[override]
         x, weight = x.contiguous(), weight.to(dtype)
         codes = quantize_input(x, scale, offset, qn, qp, kind, dtype)
-        shift = torch.mv(weight.float(), offset)
-        if bias is not None:
-            shift = shift + bias.float()
+        operand, shift = fold(weight, scale, offset, bias)
         ctx.save_for_backward(x, scale, offset, weight, codes)
         ctx.arguments = (qn, qp, kind)
         ctx.has_bias = bias is not None
-        return F.linear(codes, (weight * scale).to(dtype), shift.to(dtype))
+        return F.linear(codes, operand, shift)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
         x, scale, offset, weight, codes = ctx.saved_tensors
-        rows = grad.to(weight.dtype).reshape(-1, grad.shape[-1])
-        sums = rows.sum(0, dtype=torch.float32)
+        rows = grad.to(weight.dtype).reshape(-1, grad.shape[-1]).contiguous()
+        sums = column_sums(rows)
         grad_codes = rows @ weight
         grad_x, grad_scale, grad_offset = quantize_input_backward(grad_codes, x, scale, offset, *ctx.arguments)
         products = rows.t() @ codes.reshape(-1, codes.shape[-1])
-        grad_weight = torch.addcmul(products.float() * scale, sums[:, None], offset)
-        return grad_x, grad_scale, grad_offset, grad_weight.to(weight.dtype), sums if ctx.has_bias else None, *[None] * 4
+        grad_weight = unfold(products, scale, offset, sums)
+        return grad_x, grad_scale, grad_offset, grad_weight, sums if ctx.has_bias else None, *[None] * 4
 
 
 def quantized_linear(

@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from qvit.kernels import switch
 from qvit.layers.code_matmul import code_linear
-from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.lsq import SMALLEST_SCALE, LSQQuantizer
 from qvit.quantizers.statsq import StatsQuantizer
-from qvit.spec import Dims, PerGroup, PerTensor, QuantSpec, SpecError
+from qvit.spec import Dims, HalfStep, PerGroup, PerTensor, QuantSpec, SpecError
 
 
 class QuantLinear(nn.Module):
@@ -67,10 +67,26 @@ class QuantLinear(nn.Module):
         quantizer = self.input_quantizer
         scale, offset = quantizer.learned_parameters()
         offset = scale.new_zeros(self.in_features) if offset is None else offset.expand(self.in_features)
-        weight = self.weight_quantizer(self.weight).value if self.weight_quantizer.enabled else self.weight
         qn, qp = quantizer.spec.qn, quantizer.spec.qp
         dtype = switch.training_dtype(x.device)
+        weight = self._fused_weight(dtype)
         return quantized_linear(x, scale, offset.contiguous(), weight, self.bias, qn, qp, activation, dtype)
+
+    def _fused_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight's values [M, K], by `qvit.kernels.weight_quantize` where its scale is a row's or the whole weight's."""
+        quantizer = self.weight_quantizer
+        if not quantizer.enabled:
+            return self.weight
+        if not isinstance(quantizer, LSQQuantizer) or isinstance(quantizer.spec.scale, PerGroup):
+            return quantizer(self.weight).value
+        from qvit.kernels.weight_quantize import quantize_weight  # needs Triton
+
+        quantizer.check_calibrated()
+        spec = quantizer.spec
+        half_step = isinstance(spec.offset, HalfStep)
+        return quantize_weight(
+            self.weight, quantizer.scale, spec.qn, spec.qp, half_step, SMALLEST_SCALE, quantizer.grad_factor, dtype
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -83,11 +83,11 @@ class _LSQ(torch.autograd.Function):
         return *_backward(grad_value, *ctx.saved_tensors, *ctx.range), None, None, None
 
 
-_SMALLEST_SCALE = 1e-8
+SMALLEST_SCALE = 1e-8
 
 
 class _LearnedScale(torch.autograd.Function):
-    """A scale, at least `_SMALLEST_SCALE`, whose gradient is multiplied by a factor.
+    """A scale, at least `SMALLEST_SCALE`, whose gradient is multiplied by a factor.
 
     The gradient passes where the scale was raised, too, so that one which an optimizer made negative comes back. A positive
     scale stays the same bit for bit.
@@ -96,7 +96,7 @@ class _LearnedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale, factor):  # type: ignore[override]
         ctx.factor = factor
-        return scale.clamp_min(_SMALLEST_SCALE)
+        return scale.clamp_min(SMALLEST_SCALE)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[override]
@@ -192,7 +192,7 @@ class LSQQuantizer(nn.Module):
 
     def effective_scale(self) -> torch.Tensor:
         """The scale that the forward uses: never zero or negative, whatever an optimizer did. Shape of `scale`."""
-        return self.scale.clamp_min(_SMALLEST_SCALE)
+        return self.scale.clamp_min(SMALLEST_SCALE)
 
     def learned_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Scale and offset as the forward uses them, with gradients; what a fused kernel is given.
@@ -200,10 +200,11 @@ class LSQQuantizer(nn.Module):
         Raises:
             NotCalibratedError: run before calibration.
         """
-        self._check_calibrated()
+        self.check_calibrated()
         return learned_parameters(self.scale, self.offset, self.spec, self.grad_factor)
 
-    def _check_calibrated(self) -> None:
+    def check_calibrated(self) -> None:
+        """Raises `NotCalibratedError` if the quantizer has no parameters yet; what a fused kernel stands in for asks this."""
         if not self._calibrated:
             raise NotCalibratedError(
                 "The quantized model is not calibrated: run qvit.calibrate(model, loader) before using it."
@@ -211,7 +212,7 @@ class LSQQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Quantized:
         """x [.., rows, channels] -> the same shape, quantized."""
-        self._check_calibrated()
+        self.check_calibrated()
         return lsq_quantize(x, self.scale, self.offset, self.spec, self.grad_factor)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # type: ignore[no-untyped-def]

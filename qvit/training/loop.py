@@ -21,6 +21,7 @@ from qvit.kernels.switch import fused
 from qvit.training.annealing import Annealing
 from qvit.training.averaging import average_gradients
 from qvit.training.checkpoint import BEST, LAST, PROJECTOR, Checkpoint, Metadata, load_optimizer, save_checkpoint
+from qvit.training.compiled import CompiledBlocks
 from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
 from qvit.training.graphed import GraphedBackward
@@ -97,6 +98,7 @@ class TrainingLoop:
 
         graphed = recipe.cuda_graph and self.device.type == "cuda"
         self.backward = GraphedBackward(self._backward, self.parameters, graphed)
+        self.compiled = CompiledBlocks(self.model, setup.teacher, tapped=setup.loss.needs_taps, enabled=recipe.compile)
 
         self.step = resumed.metadata.step if resumed else 0
         self.epochs = resumed.metadata.epochs if resumed else 0
@@ -157,6 +159,7 @@ class TrainingLoop:
                 *pairs, _ = matched_blocks(*depths, self.recipe.distill.feature_blocks)
                 self.student_features = stack.enter_context(FeatureTap(self.model, [own for own, _ in pairs]))
                 self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, [other for _, other in pairs]))
+            stack.enter_context(self.compiled.attached())
             self._train_mode()
             yield
 
@@ -167,7 +170,7 @@ class TrainingLoop:
             self.model.set_distilled_training(True)
 
     def _run_epoch(self) -> None:
-        watch = Stopwatch()
+        watch = Stopwatch(self.device)
         self.sampler.start(self.epochs, self.step - self.epochs * self.steps_per_epoch)
         if self.targets is not None:
             self.targets.start()
@@ -186,7 +189,7 @@ class TrainingLoop:
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step on images [B, C, H, W] and labels [B] on the device; within `stepping`."""
-        with suppress(torch.OutOfMemoryError), fused(self.fuse):
+        with suppress(torch.OutOfMemoryError), fused(self.fuse), self.compiled.running():
             self._train_step(images, labels)
             return
         # Only here is the traceback gone, which held what the step had computed.
@@ -368,7 +371,8 @@ class TrainingLoop:
         self._save(LAST, self.optimizer)
 
     def _check_weights(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
+        # Stacked, so that a GPU is waited for once.
+        if not bool(torch.stack([p.isfinite().all() for p in self.parameters]).all()):
             raise TrainingError(self._not_a_number("model"))
 
     def _save(self, name: str, optimizer: torch.optim.Optimizer | None = None) -> None:

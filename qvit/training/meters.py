@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,23 +35,32 @@ class LossWindow:
 
 
 class Stopwatch:
-    """Time spent in training and, within it, in waiting for images.
+    """Time spent in training and, within it, in getting images.
+
+    On a GPU, launches run ahead of the work: a host that asks for a batch is then often held up by a full queue of launches
+    while the GPU computes. So what counts there is the GPU's own time between the end of a step and the batch being there: for
+    images that come from the host, how long it had nothing to do; for images that it keeps itself, how long it crops them.
+
+    Args:
+        device: that trains.
 
     Attributes:
-        images: that went by; seconds: spent; waited: of them, waiting for the loader.
+        images: that went by; seconds: spent; waited: of them, in getting images.
     """
 
-    def __init__(self) -> None:
-        self.images, self.seconds, self.waited = 0, 0.0, 0.0
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.images, self.seconds = 0, 0.0
+        self._on_gpu = torch.device(device).type == "cuda"
+        self._waited = 0.0
+        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches, tuples that begin with the images."""
         iterator = iter(batches)
         while True:
-            asked = time.perf_counter()
+            asked, start = time.perf_counter(), self._mark()
             batch = next(iterator, None)
-            got = time.perf_counter()
-            self.waited += got - asked
+            self._count(start, asked)
             if batch is None:
                 return
             try:
@@ -59,11 +69,39 @@ class Stopwatch:
                 self.images += len(batch[0])
                 self.seconds += time.perf_counter() - asked
 
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count(self, start: torch.cuda.Event | None, asked: float) -> None:
+        end = self._mark()
+        if start is None or end is None:
+            self._waited += time.perf_counter() - asked
+            return
+        self._spans.append((start, end))
+        while self._spans[0][1].query() and len(self._spans) > 1:  # what has passed by now, without waiting
+            self._take_span()
+
+    def _take_span(self) -> None:
+        start, end = self._spans.popleft()
+        self._waited += start.elapsed_time(end) / 1e3
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent in getting images; on a GPU, reading it waits for the last batch."""
+        while self._spans:
+            self._spans[0][1].synchronize()
+            self._take_span()
+        return self._waited
+
     def add(self, other: Stopwatch) -> None:
         """Adds what another one measured."""
         self.images += other.images
         self.seconds += other.seconds
-        self.waited += other.waited
+        self._waited += other.waited
 
     @property
     def rate(self) -> float:
@@ -72,5 +110,5 @@ class Stopwatch:
 
     @property
     def idle(self) -> float:
-        """Share of the time spent waiting."""
-        return self.waited / self.seconds if self.seconds else 0.0
+        """Share of the time spent in getting images."""
+        return min(self.waited / self.seconds, 1.0) if self.seconds else 0.0

@@ -43,6 +43,8 @@ class Recipe(Section):
         needs_gpu: refuse to start where there is no GPU, rather than train for weeks on a CPU.
         precision: ``bf16`` autocast, ``fp32``, or ``auto``: bf16 on a GPU, fp32 on a CPU.
         cuda_graph: on a GPU, record a step once and replay it (`qvit.training.graphed`).
+        compile: run the transformer blocks of student and teacher through ``torch.compile`` in training steps, which costs a
+            few seconds of compiling for each shape of block (`qvit.training.compiled`).
         log_every: steps between two lines of the log.
         eval_every: epochs between two evaluations; the last epoch is always evaluated.
         checkpoint_every: steps between two checkpoints within an epoch; one is always written at the end of an epoch.
@@ -64,6 +66,7 @@ class Recipe(Section):
     needs_gpu: bool = False
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     cuda_graph: bool = True
+    compile: bool = False
     log_every: Annotated[int, Field(ge=1)] = 50
     eval_every: Annotated[int, Field(ge=1)] = 1
     checkpoint_every: Annotated[int, Field(ge=1)] | None = None
