@@ -121,7 +121,7 @@ class QuantAttention(nn.Module):
         b, n, _ = x.shape
         quantizers = (self.q_quantizer, self.k_quantizer, self.v_quantizer)
         ranges = Ranges(*[bound for q in quantizers for bound in (q.spec.qn, q.spec.qp)])
-        columns = self._columns()
+        columns = self.columns()
         codes, q, k = rectify_quantize(
             self.qkv(x).to(switch.training_dtype(x.device)),
             columns,
@@ -136,7 +136,7 @@ class QuantAttention(nn.Module):
         map_scale = map_scale.flatten().expand(self.num_heads).contiguous()
         return quantized_attention(codes, columns, map_scale, self.num_heads, self.map_quantizer.spec.qp)
 
-    def _columns(self) -> torch.Tensor:
+    def columns(self) -> torch.Tensor:
         """Scale, offset, IRM's weight and IRM's bias of every channel of q, k and v, [4, 3 H D]."""
         shape = (self.num_heads, 1, self.head_dim)
         rows: list[list[torch.Tensor]] = [[], [], [], []]

@@ -8,7 +8,7 @@ cached logits are ``targets.<key>``, the linear maps of feature matching ``proje
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,26 @@ def save_checkpoint(
     Raises:
         InputError: the file cannot be written; what was at ``path`` before is still there.
     """
+    snapshot(path, model, metadata, optimizer, more)()
+
+
+def snapshot(
+    path: Path,
+    model: nn.Module,
+    metadata: Metadata,
+    optimizer: torch.optim.Optimizer | None = None,
+    more: Mapping[str, torch.Tensor] | None = None,
+) -> Callable[[], None]:
+    """Copies to the host what `save_checkpoint` would write, and returns what writes it, now or later, here or on a thread."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= more or {}
     header: dict[str, Any] = metadata.to_dict()
     if optimizer is not None:
         header["optimizer"], state = _pack_optimizer(optimizer)
         tensors |= state
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, safetensors.torch.save(contiguous, {_HEADER: json.dumps(header)}))
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    text = {_HEADER: json.dumps(header)}
+    return lambda: write_atomically(path, safetensors.torch.save(copies, text))
 
 
 def _pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

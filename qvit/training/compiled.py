@@ -7,7 +7,7 @@ is left in the model afterwards. Only steps run what was compiled: their shapes 
 any size and which must equal the integer engines, runs the plain modules.
 
 What has kernels of its own (`QuantAttention`, `QuantMlp`) and a teacher's attention whose q and k are tapped stay as they are:
-in such a block, what lies between them is fused.
+in such a block, what lies between them is fused, and the forty small steps that lay out attention's scales for its kernels.
 """
 
 from __future__ import annotations
@@ -59,18 +59,20 @@ class CompiledBlocks:
         with ExitStack() as stack:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS))
             for part in self._opaque:
-                stack.enter_context(_forward(part, torch.compiler.disable(part.forward)))
+                stack.enter_context(_replaced(part, "forward", torch.compiler.disable(part.forward)))
+                if isinstance(part, QuantAttention):
+                    stack.enter_context(_replaced(part, "columns", self._either(part.columns)))
             for block in self._blocks:
-                stack.enter_context(_forward(block, self._either(block.forward)))
+                stack.enter_context(_replaced(block, "forward", self._either(block.forward)))
             yield
 
     def _either(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         compiled = torch.compile(plain, dynamic=False)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def either(*args: Any, **kwargs: Any) -> Any:
             return (compiled if self._running else plain)(*args, **kwargs)
 
-        return forward
+        return either
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -104,13 +106,13 @@ def _is_float_attention(part: Any) -> bool:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it the module, under all of its hooks, runs ``forward``."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
+def _replaced(module: nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Within it the module has another method of this name; a ``forward`` lies under all of the module's hooks."""
+    before = module.__dict__.get(name)
+    setattr(module, name, method)
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
         if before is not None:
-            module.forward = before
+            setattr(module, name, before)

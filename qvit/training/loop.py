@@ -20,7 +20,7 @@ from qvit.errors import InputError, TrainingError
 from qvit.kernels.switch import fused
 from qvit.training.annealing import Annealing
 from qvit.training.averaging import average_gradients
-from qvit.training.checkpoint import BEST, LAST, PROJECTOR, Checkpoint, Metadata, load_optimizer, save_checkpoint
+from qvit.training.checkpoint import BEST, LAST, PROJECTOR, Checkpoint, Metadata, load_optimizer, snapshot
 from qvit.training.compiled import CompiledBlocks
 from qvit.training.data import BatchMixer, EpochSampler, batches_of
 from qvit.training.evaluate import count_correct
@@ -38,6 +38,7 @@ from qvit.training.seeding import seed_everything
 from qvit.training.setup import Setup
 from qvit.training.stages import Stages
 from qvit.training.targets import CachedTargets
+from qvit.training.writer import BackgroundWriter
 
 
 class _Stop(Exception):
@@ -106,6 +107,7 @@ class TrainingLoop:
         if setup.float_top1 is not None:
             self.metrics["float_top1"] = setup.float_top1
         self.window = LossWindow()
+        self.writer = BackgroundWriter()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.session = Stopwatch()
@@ -138,8 +140,10 @@ class TrainingLoop:
             try:
                 while self.epochs < self.recipe.schedule.epochs:
                     self._run_epoch()
+                self.writer.wait()
             except _Stop:
                 self._save_last()
+                self.writer.wait()
                 raise TrainingInterrupted(
                     f"Stopped after step {self.step} of {self.total_steps}: resume the run in {self.output} to go on."
                 ) from None
@@ -298,6 +302,7 @@ class TrainingLoop:
         return f"The {what} is not a finite number at step {self.step}: lower optim.lr or set optim.clip_grad; {self._kept()}."
 
     def _kept(self) -> str:
+        self.writer.wait()
         last = self.output / LAST
         return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was due yet"
 
@@ -328,6 +333,7 @@ class TrainingLoop:
         if self.targets is not None:
             self.targets.share()
         self._check_weights()
+        self.writer.wait()  # one epoch's copies at a time
         if improved:
             self._save(BEST)
         # The last one last: a run that is killed before it evaluates this epoch again, and writes the best one again.
@@ -368,6 +374,7 @@ class TrainingLoop:
         if self.targets is not None:
             self.targets.share()
         self._check_weights()
+        self.writer.wait()
         self._save(LAST, self.optimizer)
 
     def _check_weights(self) -> None:
@@ -388,7 +395,7 @@ class TrainingLoop:
                 metrics=self.metrics,
             )
             more = {} if optimizer is None else self._to_resume()
-            save_checkpoint(self.output / name, self.model, metadata, optimizer, more)
+            self.writer.submit(snapshot(self.output / name, self.model, metadata, optimizer, more))
 
     def _to_resume(self) -> dict[str, torch.Tensor]:
         """Tensors that a run goes on with, beside the model and the optimizer's."""
