@@ -86,7 +86,7 @@ DATA_SETS = {
         float_recipe="imagenette_swin_float",
         float_teacher=_VIT_SMALL,
         changes=["model.name=swin_tiny_patch4_window7_224", "model.args={num_classes: 10}"],
-        by_bits={2: ["optim.lr=5.0e-4", "schedule.epochs=30"]},
+        by_bits={2: ["optim.lr=5.0e-4", "schedule.epochs=24"]},
     ),
     "cifar10": DataSet(recipe="cifar10", files={"data.train": "cifar10.tar"}, float_recipe="cifar10_float"),
     "digits": DataSet(recipe="digits", float_recipe="digits_float"),
