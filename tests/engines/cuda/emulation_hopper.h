@@ -85,3 +85,16 @@ inline int add_shared(int* to, int value) {
 inline int take_shared(int* to) { return add_shared(to, 1); }
 inline void proxies_meet() {}
 inline int anew(int x) { return x; }
+// `normed_rows.cuh`: the 128 threads of a warpgroup.
+inline void warpgroup_barrier(int group) {
+    static int waiting[8];
+    static long turns[8];
+    const long turn = turns[group];
+    if (++waiting[group] == 128) {
+        waiting[group] = 0;
+        turns[group]++;
+    }
+    while (turns[group] == turn) {
+        emulation::yield();
+    }
+}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants, step_tables, tiles
+from qvit.engines.cuda import CudaEngine, constants, plan, step_tables, tiles
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -123,6 +123,54 @@ def test_more_rows_than_tiles(
     options = {"embed_dim": width, "num_heads": width // 32, "depth": 2, "mlp_ratio": 0.5, "img_size": 16}
     student = perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits)))
     check(qvit.freeze(student), either, 27)
+
+
+@pytest.mark.parametrize("where", ["behind", "alone"])
+def test_where_norms_are_computed(
+    where: str, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the products of floats, or in launches of their own; elsewhere in front of the products of codes."""
+    monkeypatch.setattr(plan, "_NORM", where)
+    gpu = open_gpu(hopper=True)
+    options = {"embed_dim": 128, "num_heads": 4, "depth": 1, "mlp_ratio": 0.5, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3))))
+    if gpu.device.type == "cpu":
+        launches = CudaEngine(model, gpu).launches(27)
+        assert any(one.defines.get("EPILOGUE") == 3 for one in launches) == (where == "behind")
+        assert not any(one.defines.get("NORM") for one in launches if one.kernel == "gemm_hopper")
+    check(model, gpu, 27)
+
+
+@pytest.mark.parametrize(
+    ("width", "bits", "sets", "count"),
+    [(192, 2, 2, 51), (384, 2, 1, 51), (384, 4, 2, 51), (768, 4, 2, 35), (768, 2, 2, 35), (96, 3, 2, 51), (64, 4, 1, 35)],
+)
+def test_norms_in_front_of_products(
+    width: int,
+    bits: int,
+    sets: int,
+    count: int,
+    make_student: Factory,
+    small_vit: Factory,
+    perturb: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two row blocks a multiprocessor, the last not full, or three for two of them; few rows are in doubt."""
+    monkeypatch.setattr(constants, "_ULPS", 3e-5)
+    monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(1, 128, 4),))
+    monkeypatch.setattr(tiles, "_BITS", (tiles.HopperTile(1, 128, 2, bits=True, twice=True),))
+    cut_down = tiles._cut_down
+    monkeypatch.setattr(tiles, "_cut_down", lambda tile: (one for one in cut_down(tile) if one.row_sets <= sets))
+    gpu = open_gpu(hopper=True)
+    heads = width // 32 if width % 64 else width // 64
+    options = {"embed_dim": width, "num_heads": heads, "depth": 1, "mlp_ratio": 0.5, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
+    if gpu.device.type == "cpu":
+        launches = [one.defines for one in CudaEngine(model, gpu).launches(count) if one.kernel == "gemm_hopper"]
+        normed = [one for one in launches if one["EPILOGUE"] > 0]
+        assert {(one["NORM"], one["ROW_SETS"], one["BITS"]) for one in normed} == {(1, sets, int(bits == 2))}
+        assert {one["ALIGNED"] for one in normed} == {int(count == 51)}
+    check(model, gpu, count)
 
 
 @pytest.mark.parametrize("bits", [2, 3])
