@@ -10,7 +10,7 @@ from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
 
 MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
-_EVEN = 0.95  # share of the time that multiprocessors work, from which on whole row blocks are dealt out
+_EVEN = 0.95  # share of multiprocessors that have work, or of their time, that is as good as all
 
 
 class Tile(Protocol):
@@ -104,12 +104,15 @@ class HopperTile:
         normed: whether warpgroups make the codes of their rows themselves, by their LayerNorm; of rows that stay.
         row_sets: buffers for such rows: 2, so that the next ones are made while these are multiplied, or 1.
         backwards: the last rows come first.
+        skew: clocks by which every other block begins later.
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
         ahead: loads of what is added to such rows that a lane issues at once, an even number up to ``bn / 8``.
         early: the first of them are on their way from before a tile is multiplied.
+        prefetch: what is added to floats is on its way into the L2 cache from before a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
+        overlaps: such pieces of a tile are worked on while the next tile is multiplied; for ``bn`` of one instruction.
     """
 
     groups: int
@@ -119,9 +122,11 @@ class HopperTile:
     direct: bool = False
     ahead: int = 6
     early: bool = True
+    prefetch: bool = True
     bits: bool = False
     piece: int = 0
     slots: int = 1
+    overlaps: bool = False
     keeps_rows: bool = True
     ordered: bool = False
     twice: bool = False
@@ -130,6 +135,7 @@ class HopperTile:
     normed: bool = False
     row_sets: int = 1
     backwards: bool = False
+    skew: int = 0
 
     kernel: ClassVar[str] = "gemm_hopper"
 
@@ -179,8 +185,10 @@ class HopperTile:
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
             "EARLY": int(self.early),
+            "PREFETCH": int(self.prefetch),
             "kPiece": self.piece,
             "kSlots": self.slots,
+            "OVERLAP": int(self.overlaps),
             "ORDERED": int(self.ordered),
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
@@ -188,6 +196,7 @@ class HopperTile:
             "NORM": int(self.normed),
             "ROW_SETS": self.row_sets,
             "REVERSED": int(self.backwards),
+            "SKEW": self.skew,
             **({"CHANNELS": k} if self.normed else {}),
         }
 
@@ -205,9 +214,9 @@ class HopperTile:
         return min(multiprocessors, self.tiles(m, n))
 
     def suits(self, m: int, n: int, k: int, multiprocessors: int) -> bool:
-        """Whether there is work for all multiprocessors, and a block's shared memory holds its part."""
+        """Whether there is work for (nearly) all multiprocessors, and a block's shared memory holds its part."""
         fits = self.shared(k) <= MOST_SHARED and (self._resident(k) or not self.bits)
-        return fits and self.tiles(m, n) >= multiprocessors
+        return fits and self.tiles(m, n) >= _EVEN * multiprocessors
 
 
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
@@ -218,18 +227,18 @@ _BITS = tuple(
 )
 # For floats: the same with room for what is added to them.
 _FLOATS = (
-    HopperTile(2, 384, 4, row_stages=3, piece=32, slots=4, keeps_rows=False),
-    HopperTile(2, 192, 4, row_stages=3, piece=32, slots=3, keeps_rows=False),
-    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2),
-    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4),
-    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2),
+    HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, prefetch=False, keeps_rows=False),
+    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4, overlaps=True, prefetch=False),
+    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2, overlaps=True, prefetch=False),
 )
 _FLOATS_OF_BITS = (
-    HopperTile(3, 128, 2, bits=True, piece=32, slots=2),
-    HopperTile(2, 128, 2, bits=True, piece=32, slots=2),
-    HopperTile(2, 64, 2, bits=True, piece=32, slots=2),
+    HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
+_MOST_NORMED = 3  # warpgroups of a block with LayerNorm in front: more would spill registers
 
 
 def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
@@ -290,7 +299,7 @@ def with_norm(tile: HopperTile, m: int, n: int, k: int, multiprocessors: int, co
     for other in like:
         for some in dict.fromkeys((column_bytes, 0)):
             normed = replace(other, normed=True, row_sets=2, column_bytes=some, backwards=tile.backwards)
-            if normed._resident(k) and other.suits(m, n, k, multiprocessors):
+            if normed._resident(k) and other.groups <= _MOST_NORMED and other.suits(m, n, k, multiprocessors):
                 fit += [cut for cut in _cut_down(normed) if cut.shared(k) <= MOST_SHARED][:1]
     return min(fit, key=lambda tile: (tile.column_bytes == 0, not tile.aligned(m, multiprocessors)), default=None)
 
@@ -306,10 +315,9 @@ def _cut_down(tile: HopperTile) -> Iterator[HopperTile]:
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
     """A tile for floats of rows a multiple of four wide, on Hopper; ``None`` where there is none, or too little work."""
-    if (whole := choose_whole_rows(m, n, k, multiprocessors, bits)) is not None:
-        return whole
     tiles = (tile for tile in (_FLOATS_OF_BITS if bits else _FLOATS) if n % tile.bn == 0 or tile.bn % 192 != 0)
-    return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None) if n % 4 == 0 else None
+    narrow = next((tile for tile in tiles if n % 4 == 0 and tile.suits(m, n, k, multiprocessors)), None)
+    return narrow or choose_whole_rows(m, n, k, multiprocessors, bits)
 
 
 def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:

@@ -29,6 +29,7 @@ inline void barrier_wait(Barrier* b, int phase) {
     }
 }
 inline void prefetch(const void*, int) {}
+inline void wait_clocks(int) {}
 inline int uniform(int value) { return value; }
 inline void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
     memcpy(to, from, bytes);

@@ -34,7 +34,7 @@ def test_every_product_of_deit(width: int, batch: int) -> None:
         for bits in (False, True):
             found += [choose(rows, n, k, MULTIPROCESSORS, bits) for choose in (choose_floats, choose_whole_rows)]
         for special in found:
-            assert special is None or (special.shared(k) <= MOST_SHARED and special.tiles(rows, n) >= MULTIPROCESSORS)
+            assert special is None or (special.shared(k) <= MOST_SHARED and special.tiles(rows, n) >= 0.95 * MULTIPROCESSORS)
 
 
 def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
@@ -53,7 +53,11 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
         tile = choose_whole_rows(256 * 197, 384, k, MULTIPROCESSORS, bits=False)
         assert tile is not None
         assert (tile.defines(k)["B_STAYS"], tile.defines(k)["DIRECT"]) == (stays, 1)
-        assert choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits=False) == tile  # whole rows, also without a LayerNorm
+        floats = choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits=False)
+        assert floats is not None
+        assert (floats.bn, floats.overlaps) == (192, True)  # the floats of one tile are added up while the next is multiplied
+    # 131 blocks are as good as 132.
+    assert choose_whole_rows(85 * 197, 384, 1536, MULTIPROCESSORS, bits=False) == tile
     assert choose_floats(256 * 197, 1001, 384, MULTIPROCESSORS, bits=False) is None  # rows do not begin at 16 bytes
     assert choose_floats(256 * 197, 384, 1536, MULTIPROCESSORS, bits=False) is not None
 

@@ -6,6 +6,8 @@
 // Warpgroups meet at barriers of buffers only: while one is busy with its epilogue, others multiply. Where b stays they share
 // nothing else: each has tiles of 64 rows of its own, and a warp that copies them, so that they fall out of step.
 //
+// OVERLAP: what follows a tile's products is done, piece by piece, while the next tile's are made: a warp has the sums of both.
+//
 // NORM: a is no codes but floats, and each warpgroup makes the codes of their LayerNorm itself (`normed_rows.cuh`), those of the
 // next row block while the tiles of this one are multiplied (ROW_SETS is 2), or between the two (1).
 //
@@ -141,7 +143,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, i
 // The residual of a tile, on its way into the L2 cache while the tile is multiplied.
 __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, int column0) {
 #if STAGED || DIRECT
-    if (RESIDUAL && SCATTER != 1) {
+    if (PREFETCH && RESIDUAL && SCATTER != 1) {
         const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
         const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
         const int together = columns == p.ldo ? 16 : 1;
@@ -190,6 +192,10 @@ __device__ __forceinline__ void produce(const HopperArgs& p, const Buffers& of, 
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
 #endif
+    // Blocks that all multiply at the same time all write at the same time, and the memory has nothing to do in between.
+    if (SKEW && blockIdx.x % 2) {
+        wait_clocks(SKEW);
+    }
 #if NORM
     if (range.first < range.last) {
         prefetch_floats(p, tiles.row0(range.first));
@@ -245,6 +251,8 @@ __device__ __forceinline__ void produce(const HopperArgs& p, const Buffers& of, 
 #endif
     }
 }
+
+static_assert(!OVERLAP || (STAGED && kParts == 1), "what is put off passes through shared memory");
 
 union Sums {
     int parts[kParts][kPart / 2];
@@ -322,13 +330,14 @@ __device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operan
     }
 }
 
-// What `issue` issues, from begin to end.
-template <class Issue>
-__device__ __forceinline__ void multiply_and_wait(Sums& sums, const Issue& issue) {
+// What `issue` issues, from begin to end; `meanwhile` is done before they are waited for.
+template <class Issue, class Meanwhile>
+__device__ __forceinline__ void multiply_and_wait(Sums& sums, const Issue& issue, const Meanwhile& meanwhile) {
     settle(sums);
     products_begin();
     issue();
     products_end_group();
+    meanwhile();
     products_wait<0>();
     settle(sums);
 }
@@ -346,7 +355,9 @@ __device__ __forceinline__ void change(Sums& sums, const Change& how) {
 
 // a = 2 a1 + a0 and b = -2 b1 + b0, so a b = -2 (2 a1 b1 + a0 b1) + 2 a1 b0 + a0 b0. Twice a product is the product twice: a half
 // more of them, which the tensor cores have time for, and two waits and one pass over the sums in place of four and three.
-__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
+constexpr int kSlices = TWICE ? 2 : 4;
+template <class Meanwhile>
+__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
@@ -355,17 +366,19 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     reader.await_turn();
     const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
     if (TWICE) {
-        multiply_and_wait(sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); });
+        multiply_and_wait(
+            sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); }, [&] { meanwhile(0); });
         change(sums, [](int x) { return -2 * x; });
-        multiply_and_wait(sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); });
+        multiply_and_wait(
+            sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); }, [&] { meanwhile(1); });
     } else {
-        multiply_and_wait(sums, [&] { multiply(1, 1, false); });
+        multiply_and_wait(sums, [&] { multiply(1, 1, false); }, [&] { meanwhile(0); });
         change(sums, [](int x) { return 2 * x; });
-        multiply_and_wait(sums, [&] { multiply(0, 1, true); });
+        multiply_and_wait(sums, [&] { multiply(0, 1, true); }, [&] { meanwhile(1); });
         change(sums, [](int x) { return -x; });
-        multiply_and_wait(sums, [&] { multiply(1, 0, true); });
+        multiply_and_wait(sums, [&] { multiply(1, 0, true); }, [&] { meanwhile(2); });
         change(sums, [](int x) { return 2 * x; });
-        multiply_and_wait(sums, [&] { multiply(0, 0, true); });
+        multiply_and_wait(sums, [&] { multiply(0, 0, true); }, [&] { meanwhile(3); });
     }
     reader.pass_turn();
     reader.release(reader.cursor.at);
@@ -374,7 +387,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 
 #else
 
-__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
+// `meanwhile(slice)` is called kSlices times while products are made.
+constexpr int kSlices = kChunks;
+template <class Meanwhile>
+__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
     int before = -1, rows_before = -1;
     reader.await_turn();
     reader.cursor.begin<kChunks * kUnits>();
@@ -400,6 +416,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
                 if (!RESIDENT && part == 0) {
                     reader.release_rows(rows_before);
                 }
+            }
+            // Behind the release of what has been read: buffers are scarcer than time.
+            if (part == kParts - 1) {
+                meanwhile(chunk);
             }
             before = reader.cursor.at;
             reader.cursor.next();
@@ -446,10 +466,16 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
     unsigned char* const slots = behind.slots + warp * kSlots * kSlot;
     int* const moved = behind.moved + warp * kMovedRows;
     const auto place = [&](int tile) -> Place {
-        return {tile < range.last ? tiles.row0(tile) + 16 * own : p.m, tiles.column0(tile), moved + tile % 2 * 16};
+        const bool there = range.first <= tile && tile < range.last;
+        return {there ? tiles.row0(tile) + 16 * own : p.m, there ? tiles.column0(tile) : 0, moved + (tile & 1) * 16};
     };
-    move_rows(p, place(range.first), lane);
-    fetch_first(p, place(range.first), lane, slots);
+    if (!OVERLAP) {
+        move_rows(p, place(range.first), lane);
+    }
+    fetch_first(p, place(range.first - OVERLAP), lane, slots);
+#endif
+#if OVERLAP
+    Sums sums_before = {};  // of the tile before: of none, at first
 #endif
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
@@ -495,14 +521,25 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
         }
 #endif
 #if STAGED
-        move_rows(p, place(tile + 1), lane);
+        move_rows(p, place(tile + 1 - OVERLAP), lane);
 #elif DIRECT
         Part part;
         if (EARLY) {
             part.begin(p, walk.row0 + 16 * own, lane);
         }
 #endif
-        multiply_all(reader, sums);
+#if OVERLAP
+        const Place before = place(tile - 1), now = place(tile);
+        multiply_all(reader, sums, [&](int slice) {
+#pragma unroll
+            for (int piece = slice * kPieces / kSlices; piece < (slice + 1) * kPieces / kSlices; piece++) {
+                finish_piece(p, before, now, piece, lane, slots, sums_before.fragments);
+            }
+        });
+        sums_before = sums;
+#else
+        multiply_all(reader, sums, [](int) {});
+#endif
         if (RESIDENT && walk.last_of_rows()) {
             reader.release_rows(0);
         }
@@ -511,8 +548,9 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
             part.begin(p, walk.row0 + 16 * own, lane);
         }
 #endif
-#if STAGED
+#if STAGED && !OVERLAP
         finish(p, place(tile), place(tile + 1), lane, slots, sums.fragments);
+#elif OVERLAP
 #elif DIRECT
         finish(p, part, lane, lines, behind.constants, sums.fragments);
 #elif COLUMN_STAGES
@@ -538,6 +576,9 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
         }
 #endif
     }
+#if OVERLAP
+    finish(p, place(range.last - 1), place(range.last), lane, slots, sums_before.fragments);
+#endif
 }
 
 #ifndef QVIT_EMULATION
