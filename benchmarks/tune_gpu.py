@@ -83,11 +83,21 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                 continue
             rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2)]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
-            streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3)]
+            streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4)]
             tiles += [
-                replace(base, stages=stages, row_stages=row_stages, piece=piece, slots=slots, keeps_rows=bn < 192 or site.bits)
+                replace(
+                    base,
+                    stages=stages,
+                    row_stages=row_stages,
+                    piece=piece,
+                    slots=slots,
+                    overlaps=overlaps,
+                    prefetch=not overlaps,
+                    keeps_rows=bn < 192 or site.bits,
+                )
                 for stages, row_stages in streams
                 for piece, slots in rings
+                for overlaps in ((False, True) if bn <= 192 else (False,))
             ]
     return tiles
 
@@ -111,7 +121,7 @@ def fits(tile: MmaTile | HopperTile | None, site: Site, m: int, multiprocessors:
     """Whether a product may be cut so."""
     if not isinstance(tile, HopperTile):
         return True
-    registers = tile.bn // 2 + 40  # of a thread: its sums, and what it works with
+    registers = tile.bn // (1 if tile.overlaps else 2) + 40  # of a thread: its sums, and what it works with
     room = 65536 // (128 * (tile.groups + 1)) * (tile.groups + 1) // tile.groups
     return tile.suits(m, site.n, site.k, multiprocessors) and registers <= min(room, 240)
 

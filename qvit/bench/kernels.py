@@ -123,8 +123,8 @@ def _gemm(launch: Launch) -> Work:
     moved = (m * k + n * k) // (4 if bits else 1) + m * n * out // (4 if launch.defines.get("OUT_BITS") and out == 1 else 1)
     if launch.defines["EPILOGUE"] == 3:  # the codes beside the floats
         moved += m * n // (4 if launch.defines["OUT_BITS"] else 1)
-    if "norm" in values:  # floats come in
-        moved += 3 * m * k
+    if "norm" in values:  # floats come in, and no codes
+        moved += 4 * m * k - m * k // (4 if bits else 1)
     if values.get("residual") is not None:
         moved += 4 * m * n
     if values.get("position") is not None:

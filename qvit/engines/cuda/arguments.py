@@ -44,11 +44,14 @@ class AttentionArgs(ctypes.Structure):
 class NormArgs(ctypes.Structure):
     """``src/norm_row.cuh``."""
 
-    _fields_ = _fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps")
+    _fields_: ClassVar[list[tuple[str, Any]]] = [
+        *_fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps"),
+        *_fields(p="unit_gain unit_shift"),
+    ]
 
 
-class FewArgs(GemmArgs):
-    """``src/gemm_few.cu``."""
+class NormedArgs(GemmArgs):
+    """``src/normed_rows.cuh``, ``src/gemm_few.cu``: with the LayerNorm in front, which is left out where there is none."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs)]
 
@@ -71,8 +74,8 @@ class PoolArgs(ctypes.Structure):
 
 ARGUMENTS = {
     "gemm": GemmArgs,
-    "gemm_few": FewArgs,
-    "gemm_hopper": GemmArgs,
+    "gemm_few": NormedArgs,
+    "gemm_hopper": NormedArgs,
     "attention": AttentionArgs,
     "norm": NormArgs,
     "pixels": PixelArgs,

@@ -249,6 +249,7 @@ class NormConstants:
         weight, bias: float32 [C].
         eps: of the variance.
         gain, shift: float32 [C], both affine parts in one; ``None`` without codes.
+        unit_gain, unit_shift: the same to a code's place in its range, which is 0 to 1.
         codes: of the next input, or ``None``.
         margin: how near to the boundary between two codes a value is computed again.
     """
@@ -258,6 +259,8 @@ class NormConstants:
     eps: float
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    unit_gain: torch.Tensor | None = None
+    unit_shift: torch.Tensor | None = None
     codes: CodeConstants | None = None
     margin: float = 0.0
 
@@ -270,13 +273,16 @@ class NormConstants:
             return cls(weight, bias, norm.eps)
         scale = np.broadcast_to(quantizer.scale.astype(np.float64), (n,))
         offset = 0.0 if quantizer.offset is None else quantizer.offset.astype(np.float64)
-        shift = ((norm.bias - offset) / scale).astype(_F32)
+        gain, shift = (norm.weight / scale).astype(_F32), ((norm.bias - offset) / scale).astype(_F32)
+        low, codes = quantizer.spec.qn, quantizer.spec.qp - quantizer.spec.qn
         return cls(
             weight,
             bias,
             norm.eps,
-            gain=to.floats((norm.weight / scale).astype(_F32), n),
+            gain=to.floats(gain, n),
             shift=to.floats(shift, n),
+            unit_gain=to.floats((gain / _F32(codes)).astype(_F32), n),
+            unit_shift=to.floats(((shift - _F32(low)) / _F32(codes)).astype(_F32), n),
             codes=CodeConstants.of(quantizer, n, to),
             margin=_margin(quantizer.spec, shift),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from qvit.engines.cuda.tiles import (
     choose_floats,
     choose_whole_rows,
     with_columns,
+    with_norm,
 )
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
@@ -37,6 +38,11 @@ _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 3  # of the only one where it has a ring of heads: warps, and heads in the ring
 _MOST_WINDOWS = 8  # of a block of attention
+# Where a block's LayerNorms are computed on Hopper, rows being many: in "front" of the product that reads their codes, "behind"
+# the one that makes their floats, where that has whole rows, or "alone".
+_NORM = "front"
+# Products of codes behind products of floats go through the rows backwards.
+_BACKWARDS = True
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
 
@@ -226,7 +232,8 @@ class Plan(ABC):
             tile = self._few(layer, a, rows, 8)
         late = self._late.pop(a.data_ptr(), None)
         if late is not None:
-            if isinstance(tile, FewTile) and tile.normed:
+            if isinstance(tile, (FewTile, HopperTile)) and tile.normed:
+                assert isinstance(tile, FewTile) or late.values["ldx"] == layer.k
                 values["norm"] = late.values
             else:
                 self._add(late)
@@ -244,6 +251,8 @@ class Plan(ABC):
             **values,
         }
         defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        if isinstance(tile, HopperTile):
+            defines["ALIGNED"] = int(tile.aligned(rows, self._gpu.multiprocessors))
         if defines.get("STAGED") or direct:
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m
@@ -323,7 +332,11 @@ class Plan(ABC):
         if following is not None and self._gpu.hopper:
             bits = self._bits(layer) is not None
             choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
-            tile = choice.tile if choice else choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+            if choice is not None:
+                tile = choice.tile
+            elif _NORM == "behind" or gather is not None or not self._in_front(following[1]):
+                tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+            tile = tile if _NORM != "alone" else None
         if following is None or tile is None:
             to = None if gather is not None else index
             self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer))
@@ -384,21 +397,44 @@ class Plan(ABC):
             "CELLS": activation.cells,
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
         }
-        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16)
+        column_bytes = 0 if activation.permuted is None else activation.permuted.column_bytes
+        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes)
         if activation.permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
-            tile = with_columns(tile, layer.k, activation.permuted.column_bytes)
         self._gemm(layer, defines, a, values, tile)
 
-    def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int) -> tuple[Tile, bool]:
-        """How a layer of a block is computed from ``a``, and whether with one-bit products; ``part``: see `choose_few`."""
+    def _in_front(self, reader: c.LinearConstants) -> bool:
+        """Whether the LayerNorm of what a layer of a block reads is left to it, on Hopper and with many rows."""
+        if _NORM != "front" or not self._gpu.hopper:
+            return False
+        tile, _ = self._plain_tile(reader)
+        return isinstance(tile, HopperTile) and self._normed(reader, tile, 0) is not None
+
+    def _normed(self, layer: c.LinearConstants, tile: HopperTile, column_bytes: int) -> HopperTile | None:
+        return with_norm(tile, self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors, column_bytes)
+
+    def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int) -> tuple[Tile, bool]:
+        """How a layer of a block is computed from ``a``, and whether with one-bit products.
+
+        ``part``: see `choose_few`; ``column_bytes``: see `with_columns`.
+        """
+        if self._bits(layer) is None and (few := self._few(layer, a, self._shape.rows, part)) is not None:
+            return few, False
+        tile, bits = self._plain_tile(layer)
+        normed = None
+        if isinstance(tile, HopperTile):
+            tile = replace(tile, backwards=_BACKWARDS)
+            if a.data_ptr() in self._late and _NORM == "front":
+                normed = self._normed(layer, tile, column_bytes)
+        return normed or with_columns(tile, layer.k, column_bytes), bits
+
+    def _plain_tile(self, layer: c.LinearConstants) -> tuple[Tile, bool]:
+        """A tile for many rows, whatever is in front of a layer of a block and behind it."""
         if (bits := self._bits(layer)) is not None:
             return bits, True
         rows = self._shape.rows
-        if (few := self._few(layer, a, rows, part)) is not None:
-            return few, False
         choice = self._gpu.tuned.find("codes", rows, layer.m, layer.k, False)
         if choice is not None and choice.tile is not None:
             return choice.tile, False
@@ -439,13 +475,13 @@ class Plan(ABC):
             "eps": heads.eps,
         }
         layer: c.LinearConstants = block["qkv"]
-        tile, bits = self._tile(layer, a, shape.head_dim)
+        column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
+        tile, bits = self._tile(layer, a, shape.head_dim, column_bytes)
         if heads.permuted is not None:
             (margin, slope), (margin_k, slope_k) = heads.permuted_margins
             values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
             values |= {"tokens_inverse": min(2**32 // shape.tokens, 2**32 - 1)}
             values |= heads.permuted.arrays(layer, shape.head_dim, bits)
-            tile = with_columns(tile, layer.k, heads.permuted.column_bytes)
         defines = {
             "EPILOGUE": _HEADS,
             "PERMUTED": int(heads.permuted is not None),
@@ -574,6 +610,7 @@ class Plan(ABC):
         if isinstance(norm, c.NormConstants):
             values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
             values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
+            values |= {"unit_gain": norm.unit_gain, "unit_shift": norm.unit_shift}
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
         warps = 4
@@ -586,7 +623,8 @@ class Plan(ABC):
             "GATHER": pieces,
         }
         launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
-        plain = isinstance(norm, c.NormConstants) and codes is not None and not pieces and not defines["OUT_BITS"]
+        plain = isinstance(norm, c.NormConstants) and codes is not None and not pieces
+        plain &= not isinstance(to, c.LinearConstants) or self._bits(to) is None or self._in_front(to)
         if plain and self._may_be_late:
             self._late[out.data_ptr()] = launch
         else:

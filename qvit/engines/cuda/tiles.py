@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -9,6 +10,7 @@ from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
 
 MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
+_EVEN = 0.95  # share of multiprocessors that have work, or of their time, that is as good as all
 
 
 class Tile(Protocol):
@@ -99,12 +101,18 @@ class HopperTile:
         twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
+        normed: whether warpgroups make the codes of their rows themselves, by their LayerNorm; of rows that stay.
+        row_sets: buffers for such rows: 2, so that the next ones are made while these are multiplied, or 1.
+        backwards: the last rows come first.
+        skew: clocks by which every other block begins later.
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
         ahead: loads of what is added to such rows that a lane issues at once, an even number up to ``bn / 8``.
         early: the first of them are on their way from before a tile is multiplied.
+        prefetch: what is added to floats is on its way into the L2 cache from before a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
+        overlaps: such pieces of a tile are worked on while the next tile is multiplied; for ``bn`` of one instruction.
     """
 
     groups: int
@@ -114,14 +122,20 @@ class HopperTile:
     direct: bool = False
     ahead: int = 6
     early: bool = True
+    prefetch: bool = True
     bits: bool = False
     piece: int = 0
     slots: int = 1
+    overlaps: bool = False
     keeps_rows: bool = True
     ordered: bool = False
     twice: bool = False
     column_stages: int = 2
     column_bytes: int = 0
+    normed: bool = False
+    row_sets: int = 1
+    backwards: bool = False
+    skew: int = 0
 
     kernel: ClassVar[str] = "gemm_hopper"
 
@@ -145,7 +159,7 @@ class HopperTile:
 
     def shared(self, k: int) -> int:
         """Rows, b, floats and codes on their way, constants, barriers."""
-        rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
+        rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK * self.row_sets
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
         floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
         out = 64 if self.direct else 0 if self.piece or self.column_bytes else self.bn
@@ -171,26 +185,38 @@ class HopperTile:
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
             "EARLY": int(self.early),
+            "PREFETCH": int(self.prefetch),
             "kPiece": self.piece,
             "kSlots": self.slots,
+            "OVERLAP": int(self.overlaps),
             "ORDERED": int(self.ordered),
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
             "COLUMN_BYTES": self.column_bytes,
+            "NORM": int(self.normed),
+            "ROW_SETS": self.row_sets,
+            "REVERSED": int(self.backwards),
+            "SKEW": self.skew,
+            **({"CHANNELS": k} if self.normed else {}),
         }
 
     def tiles(self, m: int, n: int) -> int:
         """Of a product [m, n]."""
         return -(-m // (TILE_ROWS * self.groups)) * -(-n // self.bn)
 
+    def aligned(self, m: int, multiprocessors: int) -> bool:
+        """Whether blocks get whole row blocks, which is as good as even: then no LayerNorm's codes are made twice."""
+        row_blocks = -(-m // (TILE_ROWS * self.groups))
+        return self.normed and row_blocks >= _EVEN * multiprocessors * -(-row_blocks // multiprocessors)
+
     def blocks(self, m: int, n: int, multiprocessors: int) -> int:
         """One a multiprocessor, each with a range of tiles."""
         return min(multiprocessors, self.tiles(m, n))
 
     def suits(self, m: int, n: int, k: int, multiprocessors: int) -> bool:
-        """Whether there is work for all multiprocessors, and a block's shared memory holds its part."""
+        """Whether there is work for (nearly) all multiprocessors, and a block's shared memory holds its part."""
         fits = self.shared(k) <= MOST_SHARED and (self._resident(k) or not self.bits)
-        return fits and self.tiles(m, n) >= multiprocessors
+        return fits and self.tiles(m, n) >= _EVEN * multiprocessors
 
 
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
@@ -201,18 +227,18 @@ _BITS = tuple(
 )
 # For floats: the same with room for what is added to them.
 _FLOATS = (
-    HopperTile(2, 384, 4, row_stages=3, piece=32, slots=4, keeps_rows=False),
-    HopperTile(2, 192, 4, row_stages=3, piece=32, slots=3, keeps_rows=False),
-    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2),
-    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4),
-    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2),
+    HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, prefetch=False, keeps_rows=False),
+    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4, overlaps=True, prefetch=False),
+    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2, overlaps=True, prefetch=False),
 )
 _FLOATS_OF_BITS = (
-    HopperTile(3, 128, 2, bits=True, piece=32, slots=2),
-    HopperTile(2, 128, 2, bits=True, piece=32, slots=2),
-    HopperTile(2, 64, 2, bits=True, piece=32, slots=2),
+    HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
+_MOST_NORMED = 3  # warpgroups of a block with LayerNorm in front: more would spill registers
 
 
 def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
@@ -253,19 +279,45 @@ def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | No
 def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
     """The tile with room for what its epilogue knows of columns, so many bytes each, where it has such room."""
     if isinstance(tile, HopperTile):
-        for stages in range(tile.column_stages, 0, -1):
-            wider = replace(tile, column_stages=stages, column_bytes=column_bytes)
-            if wider.shared(k) <= MOST_SHARED:
-                return wider
+        for cut in _cut_down(replace(tile, column_bytes=column_bytes)):
+            if cut.shared(k) <= MOST_SHARED:
+                return cut
     return tile
+
+
+def with_norm(tile: HopperTile, m: int, n: int, k: int, multiprocessors: int, column_bytes: int) -> HopperTile | None:
+    """The tile, or another one of as many columns, with the LayerNorm of its rows in front; ``None`` where rows do not stay.
+
+    Args:
+        tile: for codes.
+        m, n, k: the product [m, k] x [k, n].
+        multiprocessors: of the GPU.
+        column_bytes: see `with_columns`.
+    """
+    like = [tile, *(other for other in (_BITS if tile.bits else _HOPPER) if other.bn == tile.bn)]
+    fit = []
+    for other in like:
+        for some in dict.fromkeys((column_bytes, 0)):
+            normed = replace(other, normed=True, row_sets=2, column_bytes=some, backwards=tile.backwards)
+            if normed._resident(k) and other.groups <= _MOST_NORMED and other.suits(m, n, k, multiprocessors):
+                fit += [cut for cut in _cut_down(normed) if cut.shared(k) <= MOST_SHARED][:1]
+    return min(fit, key=lambda tile: (tile.column_bytes == 0, not tile.aligned(m, multiprocessors)), default=None)
+
+
+def _cut_down(tile: HopperTile) -> Iterator[HopperTile]:
+    """The tile, and what is left of it where shared memory is short, the least harmful first."""
+    stages = [tile.stages, tile.stages - 1] if tile.normed and tile.stages > 2 else [tile.stages]
+    for column_stages in range(tile.column_stages, 0, -1) if tile.column_bytes else [tile.column_stages]:
+        for row_sets in range(tile.row_sets, 0, -1):
+            for some in stages:
+                yield replace(tile, row_sets=row_sets, column_stages=column_stages, stages=some)
 
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
     """A tile for floats of rows a multiple of four wide, on Hopper; ``None`` where there is none, or too little work."""
-    if (whole := choose_whole_rows(m, n, k, multiprocessors, bits)) is not None:
-        return whole
     tiles = (tile for tile in (_FLOATS_OF_BITS if bits else _FLOATS) if n % tile.bn == 0 or tile.bn % 192 != 0)
-    return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None) if n % 4 == 0 else None
+    narrow = next((tile for tile in tiles if n % 4 == 0 and tile.suits(m, n, k, multiprocessors)), None)
+    return narrow or choose_whole_rows(m, n, k, multiprocessors, bits)
 
 
 def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:

@@ -83,12 +83,21 @@ def test_every_geometry(
     assert torch.cuda.is_available() or (packs == {4}) == (name == "six windows")
 
 
-def test_norms_behind_hoppers_products(make_student: Factory, small_swin: Factory, perturb: Factory) -> None:
+@pytest.mark.parametrize(("norm", "wanted"), [("front", [2]), ("behind", [1, 2, 1])])
+def test_norms_behind_hoppers_products(
+    norm: str,
+    wanted: list[int],
+    make_student: Factory,
+    small_swin: Factory,
+    perturb: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Codes go from the order of windows to that of the map and back, in rows of 64 channels, of more than one tile."""
     model = qvit.freeze(perturb(make_student(small_swin(**HOPPER), weight_bits=3, act_bits=2)))
+    monkeypatch.setattr(plan, "_NORM", norm)
     gpu = open_gpu(hopper=True)
     kinds = [one.defines.get("SCATTER") for one in CudaEngine(model, gpu).launches(3) if one.defines.get("EPILOGUE") == 3]
-    assert torch.cuda.is_available() or kinds == [1, 2, 1]
+    assert torch.cuda.is_available() or kinds == wanted
     _check(model, gpu, 3)
 
 

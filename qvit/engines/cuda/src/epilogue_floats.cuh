@@ -20,20 +20,25 @@ __device__ __forceinline__ void finish(const GemmArgs& p, Part& part, int lane, 
 
 #include "staged_rows.cuh"
 
+__device__ __forceinline__ void finish_piece(const GemmArgs& p, const Place& of, const Place& next, int piece, int lane,
+                                             unsigned char* slots, const int (&sums)[kRows][kColumns][4]) {
+    add_up_piece(p, of, next, piece, lane, slots, [&](int j, float(&y)[4]) {
+        const int c = of.column + 8 * j + 2 * (lane % 4);
+        float scale[2], bias[2];
+        load_pair(p.scale + c, scale);
+        load_pair(p.bias + c, bias);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            y[e] = affine(sums[0][j][e], scale[e % 2], bias[e % 2]);
+        }
+    });
+}
+
 __device__ __forceinline__ void finish(const GemmArgs& p, const Place& of, const Place& next, int lane, unsigned char* slots,
-                                       int (&sums)[kRows][kColumns][4]) {
+                                       const int (&sums)[kRows][kColumns][4]) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; piece++) {
-        add_up_piece(p, of, next, piece, lane, slots, [&](int j, float(&y)[4]) {
-            const int c = of.column + 8 * j + 2 * (lane % 4);
-            float scale[2], bias[2];
-            load_pair(p.scale + c, scale);
-            load_pair(p.bias + c, bias);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                y[e] = affine(sums[0][j][e], scale[e % 2], bias[e % 2]);
-            }
-        });
+        finish_piece(p, of, next, piece, lane, slots, sums);
     }
 }
 

@@ -18,17 +18,6 @@ __device__ __forceinline__ void load_constants(const GemmArgs& p, float* to) {
     }
 }
 
-// a b + c, not below 0 and not above 1.
-__device__ __forceinline__ float multiply_add_saturated(float a, float b, float c) {
-#ifdef QVIT_EMULATION
-    return clamp(fmaf(a, b, c), 0.0f, 1.0f);
-#else
-    float d;
-    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
-    return d;
-#endif
-}
-
 // False, which the compiler does not know. A loop that ends with it holds instructions of before and after apart: without, sums
 // wait for their stores in registers that are not there.
 __device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }

@@ -6,6 +6,11 @@
 // Warpgroups meet at barriers of buffers only: while one is busy with its epilogue, others multiply. Where b stays they share
 // nothing else: each has tiles of 64 rows of its own, and a warp that copies them, so that they fall out of step.
 //
+// OVERLAP: what follows a tile's products is done, piece by piece, while the next tile's are made: a warp has the sums of both.
+//
+// NORM: a is no codes but floats, and each warpgroup makes the codes of their LayerNorm itself (`normed_rows.cuh`), those of the
+// next row block while the tiles of this one are multiplied (ROW_SETS is 2), or between the two (1).
+//
 // Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `tiles.py`.
 constexpr int kBM = 64 * kGroups;
 constexpr int kThreads = 128 * (kGroups + 1);
@@ -28,6 +33,8 @@ constexpr int kUnits = BITS ? 1 : kParts;  // buffers of a chunk of b
 constexpr int kBytesB = (BITS ? kBN : kPart) * kChunk;
 constexpr int kStage = (BITS ? kChunks : 1) * kBytesB;
 static_assert(RESIDENT || !BITS, "rows of one-bit products stay");
+static_assert(ROW_SETS == 1 || NORM, "rows that are copied have one set of buffers");
+constexpr int kRowSet = kChunks * kBytesA;  // bytes of a row block that stays
 static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b has its place");
 constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
 constexpr int kTeams = B_STAYS ? kGroups : 1;  // warpgroups that have tiles of their own
@@ -45,6 +52,13 @@ struct Barriers {
     Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
 #endif
 };
+
+#if NORM
+#include "normed_rows.cuh"
+typedef NormedArgs HopperArgs;
+#else
+typedef GemmArgs HopperArgs;
+#endif
 
 #if COLUMN_STAGES
 static_assert(kColumnBytes == COLUMN_BYTES * kBN, "the host has made room for what the epilogue knows of columns");
@@ -76,29 +90,43 @@ struct Cursor {
     }
 };
 
-// A team's tiles, numbered row block by row block.
+// All tiles of the product: so many a row block, numbered row block by row block. Where REVERSED the last rows come first: what
+// the kernel before has written last is what the L2 cache still holds.
+struct Tiles {
+    int row_blocks, across;
+
+    __device__ __forceinline__ int row0(int tile) const {
+        const int block = tile / across;
+        return (REVERSED ? row_blocks - 1 - block : block) * kTileM;
+    }
+    __device__ __forceinline__ int column0(int tile) const { return tile % across * kBN; }
+};
+
+// A team's tiles.
 struct Range {
     int first, last;
 };
 
-__device__ __forceinline__ Range range_of(int tiles, int team) {
+// Even shares; of whole row blocks where ALIGNED, so that no row block is two teams'.
+__device__ __forceinline__ Range range_of(const Tiles& tiles, int team) {
     const int blocks = static_cast<int>(gridDim.x), teams = kTeams * blocks, own = team * blocks + static_cast<int>(blockIdx.x);
-    const int some = tiles / teams, more = tiles % teams, first = some * own + (own < more ? own : more);
-    return {first, first + some + (own < more)};
+    const int all = ALIGNED ? tiles.row_blocks : tiles.row_blocks * tiles.across, each = ALIGNED ? tiles.across : 1;
+    const int some = all / teams, more = all % teams, first = some * own + (own < more ? own : more);
+    return {first * each, (first + some + (own < more)) * each};
 }
 
 // A tile of the range, without a division from one to the next.
 struct Walk {
     int tile, tiles_n, row0, column0;
 
-    __device__ __forceinline__ Walk(int first, int tiles) : tile(first), tiles_n(tiles) {
-        row0 = tile / tiles_n * kTileM;
-        column0 = tile % tiles_n * kBN;
-    }
+    __device__ __forceinline__ Walk(int first, const Tiles& tiles)
+        : tile(first), tiles_n(tiles.across), row0(tiles.row0(first)), column0(tiles.column0(first)) {}
     __device__ __forceinline__ bool last_of_rows() const { return column0 == (tiles_n - 1) * kBN; }
+    // Rows of the row block that follows.
+    __device__ __forceinline__ int next_row0() const { return REVERSED ? row0 - kTileM : row0 + kTileM; }
     __device__ __forceinline__ void next() {
         const bool wraps = last_of_rows();
-        row0 += wraps ? kTileM : 0;
+        row0 = wraps ? next_row0() : row0;
         column0 = wraps ? 0 : column0 + kBN;
         tile++;
     }
@@ -115,7 +143,7 @@ __device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, i
 // The residual of a tile, on its way into the L2 cache while the tile is multiplied.
 __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, int column0) {
 #if STAGED || DIRECT
-    if (RESIDUAL && SCATTER != 1) {
+    if (PREFETCH && RESIDUAL && SCATTER != 1) {
         const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
         const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
         const int together = columns == p.ldo ? 16 : 1;
@@ -126,6 +154,20 @@ __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, i
     }
 #endif
 }
+
+#if NORM
+// The floats of the first row block, on their way into the L2 cache from the beginning: no product waits for others.
+__device__ __forceinline__ void prefetch_floats(const NormedArgs& p, int row0) {
+    constexpr int kAtOnce = 16;
+    const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM;
+    for (int r = 0; r < rows; r += kAtOnce) {
+        const int count = rows - r < kAtOnce ? rows - r : kAtOnce;
+        if (count * CHANNELS % 4 == 0) {
+            prefetch(p.norm.x + static_cast<size_t>(row0 + r) * CHANNELS, count * CHANNELS * static_cast<int>(sizeof(float)));
+        }
+    }
+}
+#endif
 
 // All of b, where it stays: constants, so before what the former kernel writes is there.
 __device__ __forceinline__ void copy_all_of_b(const GemmArgs& p, const Buffers& of) {
@@ -142,7 +184,7 @@ __device__ __forceinline__ void copy_all_of_b(const GemmArgs& p, const Buffers& 
 }
 
 // A lane of the copying warpgroup, one a team.
-__device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Range range, int tiles_n, int team) {
+__device__ __forceinline__ void produce(const HopperArgs& p, const Buffers& of, Range range, const Tiles& tiles, int team) {
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;
     int rows_phase = 0;
@@ -150,11 +192,20 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
 #endif
-    for (Walk walk(range.first, tiles_n); walk.tile < range.last; walk.next()) {
+    // Blocks that all multiply at the same time all write at the same time, and the memory has nothing to do in between.
+    if (SKEW && blockIdx.x % 2) {
+        wait_clocks(SKEW);
+    }
+#if NORM
+    if (range.first < range.last) {
+        prefetch_floats(p, tiles.row0(range.first));
+    }
+#endif
+    for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile, row0 = walk.row0, column0 = walk.column0;
         const bool fresh = tile == range.first || column0 == 0;
         for (int chunk = 0; chunk < kChunks; chunk++) {
-            if (!RESIDENT || fresh) {
+            if (!NORM && (!RESIDENT || fresh)) {
                 // The first round finds its buffers empty: it waits for the phase before the first.
                 if (!RESIDENT) {
                     barrier_wait(&barriers->rows_empty[team][row_cursor.at], row_cursor.phase ^ 1);
@@ -201,6 +252,8 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
     }
 }
 
+static_assert(!OVERLAP || (STAGED && kParts == 1), "what is put off passes through shared memory");
+
 union Sums {
     int parts[kParts][kPart / 2];
     int fragments[kRows][kColumns][4];
@@ -240,7 +293,7 @@ struct Reader {
     // This warpgroup's rows of a chunk.
     __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
-        if (!RESIDENT || fresh) {
+        if (!NORM && (!RESIDENT || fresh)) {
             barrier_wait(&of.barriers->rows_full[team][at], RESIDENT ? rows_phase : row_cursor.phase);
         }
         return advance(rows, at * kBytesA);
@@ -277,13 +330,14 @@ __device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operan
     }
 }
 
-// What `issue` issues, from begin to end.
-template <class Issue>
-__device__ __forceinline__ void multiply_and_wait(Sums& sums, const Issue& issue) {
+// What `issue` issues, from begin to end; `meanwhile` is done before they are waited for.
+template <class Issue, class Meanwhile>
+__device__ __forceinline__ void multiply_and_wait(Sums& sums, const Issue& issue, const Meanwhile& meanwhile) {
     settle(sums);
     products_begin();
     issue();
     products_end_group();
+    meanwhile();
     products_wait<0>();
     settle(sums);
 }
@@ -301,7 +355,9 @@ __device__ __forceinline__ void change(Sums& sums, const Change& how) {
 
 // a = 2 a1 + a0 and b = -2 b1 + b0, so a b = -2 (2 a1 b1 + a0 b1) + 2 a1 b0 + a0 b0. Twice a product is the product twice: a half
 // more of them, which the tensor cores have time for, and two waits and one pass over the sums in place of four and three.
-__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
+constexpr int kSlices = TWICE ? 2 : 4;
+template <class Meanwhile>
+__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
@@ -310,17 +366,19 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
     reader.await_turn();
     const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
     if (TWICE) {
-        multiply_and_wait(sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); });
+        multiply_and_wait(
+            sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); }, [&] { meanwhile(0); });
         change(sums, [](int x) { return -2 * x; });
-        multiply_and_wait(sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); });
+        multiply_and_wait(
+            sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); }, [&] { meanwhile(1); });
     } else {
-        multiply_and_wait(sums, [&] { multiply(1, 1, false); });
+        multiply_and_wait(sums, [&] { multiply(1, 1, false); }, [&] { meanwhile(0); });
         change(sums, [](int x) { return 2 * x; });
-        multiply_and_wait(sums, [&] { multiply(0, 1, true); });
+        multiply_and_wait(sums, [&] { multiply(0, 1, true); }, [&] { meanwhile(1); });
         change(sums, [](int x) { return -x; });
-        multiply_and_wait(sums, [&] { multiply(1, 0, true); });
+        multiply_and_wait(sums, [&] { multiply(1, 0, true); }, [&] { meanwhile(2); });
         change(sums, [](int x) { return 2 * x; });
-        multiply_and_wait(sums, [&] { multiply(0, 0, true); });
+        multiply_and_wait(sums, [&] { multiply(0, 0, true); }, [&] { meanwhile(3); });
     }
     reader.pass_turn();
     reader.release(reader.cursor.at);
@@ -329,7 +387,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
 
 #else
 
-__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
+// `meanwhile(slice)` is called kSlices times while products are made.
+constexpr int kSlices = kChunks;
+template <class Meanwhile>
+__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
     int before = -1, rows_before = -1;
     reader.await_turn();
     reader.cursor.begin<kChunks * kUnits>();
@@ -355,6 +416,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums) {
                 if (!RESIDENT && part == 0) {
                     reader.release_rows(rows_before);
                 }
+            }
+            // Behind the release of what has been read: buffers are scarcer than time.
+            if (part == kParts - 1) {
+                meanwhile(chunk);
             }
             before = reader.cursor.at;
             reader.cursor.next();
@@ -390,8 +455,8 @@ constexpr int kConstants = 0;
 #endif
 
 // A warpgroup's products and what follows them.
-__device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range, int tiles_n,
-                                        int team, int warp, int lane) {
+__device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, const Behind& behind, Range range,
+                                        const Tiles& tiles, int team, int warp, int lane) {
     const int group = warp / 4;
     Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), group, team, lane, false};
     const int own = warp % (4 * kGroups / kTeams);  // which of the team's warps
@@ -401,37 +466,91 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
     unsigned char* const slots = behind.slots + warp * kSlots * kSlot;
     int* const moved = behind.moved + warp * kMovedRows;
     const auto place = [&](int tile) -> Place {
-        return {tile < range.last ? tile / tiles_n * kTileM + 16 * own : p.m, tile % tiles_n * kBN, moved + tile % 2 * 16};
+        const bool there = range.first <= tile && tile < range.last;
+        return {there ? tiles.row0(tile) + 16 * own : p.m, there ? tiles.column0(tile) : 0, moved + (tile & 1) * 16};
     };
-    move_rows(p, place(range.first), lane);
-    fetch_first(p, place(range.first), lane, slots);
+    if (!OVERLAP) {
+        move_rows(p, place(range.first), lane);
+    }
+    fetch_first(p, place(range.first - OVERLAP), lane, slots);
+#endif
+#if OVERLAP
+    Sums sums_before = {};  // of the tile before: of none, at first
 #endif
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
 #endif
-    for (Walk walk(range.first, tiles_n); walk.tile < range.last; walk.next()) {
+#if NORM
+    Normer normer(p, warp % 4, lane);
+    unsigned char *set = of.rows + group * kTileBytes, *other_set = set + (ROW_SETS - 1) * kRowSet;
+    if (range.first < range.last) {
+        normer.begin(tiles.row0(range.first) + kTileRows * group, set);
+        normer.finish();
+    }
+    const int steps_a_tile = (kNormSteps + tiles.across - 1) / tiles.across;
+#endif
+    for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile;
         reader.fresh = tile == range.first || walk.column0 == 0;
         reader.rows_phase ^= static_cast<int>(reader.fresh);
+#if NORM
+        if (reader.fresh) {
+            if (tile != range.first) {
+                if (ROW_SETS == 1) {
+                    // All four warps have waited for their products of the rows before: nobody reads the set any more.
+                    warpgroup_barrier(group);
+                    normer.begin(walk.row0 + kTileRows * group, set);
+                    normer.finish();
+                } else {
+                    unsigned char* const made = other_set;
+                    other_set = set, set = made;
+                }
+                reader.rows = operand(set);
+            }
+            // Each thread makes its own codes known to the products' way of reading, then all have made theirs. With two sets the
+            // barrier says, too, that all four warps have waited for their products of the other set, which is written next.
+            proxies_meet();
+            warpgroup_barrier(group);
+            if (ROW_SETS == 2 && tile + tiles.across - walk.column0 / kBN < range.last) {
+                normer.begin(walk.next_row0() + kTileRows * group, other_set);
+            }
+        }
+        NormRows ahead;
+        if (ROW_SETS == 2 && !normer.is_done()) {
+            normer.fetch(normer.step, ahead);
+        }
+#endif
 #if STAGED
-        move_rows(p, place(tile + 1), lane);
+        move_rows(p, place(tile + 1 - OVERLAP), lane);
 #elif DIRECT
         Part part;
         if (EARLY) {
-            part.begin(p, tile * kTileM + 16 * own, lane);
+            part.begin(p, walk.row0 + 16 * own, lane);
         }
 #endif
-        multiply_all(reader, sums);
+#if OVERLAP
+        const Place before = place(tile - 1), now = place(tile);
+        multiply_all(reader, sums, [&](int slice) {
+#pragma unroll
+            for (int piece = slice * kPieces / kSlices; piece < (slice + 1) * kPieces / kSlices; piece++) {
+                finish_piece(p, before, now, piece, lane, slots, sums_before.fragments);
+            }
+        });
+        sums_before = sums;
+#else
+        multiply_all(reader, sums, [](int) {});
+#endif
         if (RESIDENT && walk.last_of_rows()) {
             reader.release_rows(0);
         }
 #if DIRECT
         if (!EARLY) {
-            part.begin(p, tile * kTileM + 16 * own, lane);
+            part.begin(p, walk.row0 + 16 * own, lane);
         }
 #endif
-#if STAGED
+#if STAGED && !OVERLAP
         finish(p, place(tile), place(tile + 1), lane, slots, sums.fragments);
+#elif OVERLAP
 #elif DIRECT
         finish(p, part, lane, lines, behind.constants, sums.fragments);
 #elif COLUMN_STAGES
@@ -447,18 +566,30 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
         finish(p, walk.row0 + 16 * own, walk.column0, lane, lines, sums.fragments);
 #endif
         __syncwarp();
+#if NORM
+#pragma unroll 1
+        for (int i = 0; ROW_SETS == 2 && !normer.is_done() && (i < steps_a_tile || walk.last_of_rows()); i++) {
+            if (i > 0) {
+                normer.fetch(normer.step, ahead);
+            }
+            normer.write(ahead);
+        }
+#endif
     }
+#if OVERLAP
+    finish(p, place(range.last - 1), place(range.last), lane, slots, sums_before.fragments);
+#endif
 }
 
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT HopperArgs p) {
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     Buffers of;
     of.rows = memory;
-    of.stages = of.rows + kRowBuffers * kBytesA;
+    of.stages = of.rows + ROW_SETS * kRowBuffers * kBytesA;
     of.columns = of.stages + kStages * kStage;
     Behind behind;
     behind.slots = of.columns + COLUMN_STAGES * COLUMN_BYTES * kBN;
@@ -497,26 +628,26 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     }
     __syncwarp();
     await_former_kernel();
-    const int tiles_n = DIRECT ? 1 : (p.n + kBN - 1) / kBN;
+    const Tiles tiles = {(p.m + kTileM - 1) / kTileM, DIRECT ? 1 : (p.n + kBN - 1) / kBN};
     const int team = kTeams == 1 ? 0 : warp < 4 * kGroups ? warp / 4 : warp - 4 * kGroups;
-    const Range range = range_of((p.m + kTileM - 1) / kTileM * tiles_n, team);
+    const Range range = range_of(tiles, team);
     if (warp >= 4 * kGroups) {
         if (kTradesRegisters) {
             registers_down<kCopying>();
         }
         if (warp < 4 * kGroups + kTeams && lane == 0) {
-            produce(p, of, range, tiles_n, team);
+            produce(p, of, range, tiles, team);
         }
     } else {
         if (kTradesRegisters) {
             registers_up<kRegisters>();
         }
-        consume(p, of, behind, range, tiles_n, team, warp, lane);
+        consume(p, of, behind, range, tiles, team, warp, lane);
     }
 }
 
 #ifdef QVIT_EMULATION
 extern "C" void emulate(const void* args, int x, int y, int z, int threads, int bytes) {
-    emulation::launch([](const void* a) { kernel(*static_cast<const GemmArgs*>(a)); }, args, x, y, z, threads, bytes);
+    emulation::launch([](const void* a) { kernel(*static_cast<const HopperArgs*>(a)); }, args, x, y, z, threads, bytes);
 }
 #endif

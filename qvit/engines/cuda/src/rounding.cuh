@@ -18,6 +18,17 @@ __device__ __forceinline__ bool is_close(float clamped, float margin) {
     return fabsf(clamped - ((clamped + kWhole) - kWhole)) > 0.5f - margin;
 }
 
+// a b + c, not below 0 and not above 1.
+__device__ __forceinline__ float multiply_add_saturated(float a, float b, float c) {
+#ifdef QVIT_EMULATION
+    return clamp(fmaf(a, b, c), 0.0f, 1.0f);
+#else
+    float d;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+#endif
+}
+
 // The code of a float32, in the reference engine's operations.
 __device__ inline int exact_code(float x, float offset, float scale, float low, float high) {
     const float v = rintf(__fdiv_rn(__fsub_rn(x, offset), scale));
