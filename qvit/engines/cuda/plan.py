@@ -36,6 +36,7 @@ ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 3  # of the only one where it has a ring of heads: warps, and heads in the ring
+_STAGED = True  # whether the ring holds queries, too
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
@@ -481,10 +482,19 @@ class Plan(ABC):
         else:
             pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
+        staged = False
         ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
-            ring = min(_RING_MOST, (MOST_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
-            warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * -(-shape.tokens // 16) // 2)
+            tiles = -(-shape.tokens // 16)
+            of_head_and_queries = of_head + shape.tokens * shape.head_dim
+            ring = min(_RING_MOST, (MOST_SHARED - 1024) // of_head_and_queries)
+            staged = _STAGED and ring >= 4
+            if staged:
+                of_head = of_head_and_queries
+                warps = min(_RING_WARPS if shape.tokens <= 208 else 8, tiles)
+            else:
+                ring = min(_RING_MOST, (MOST_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
+                warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * tiles // 2)
             blocks = 1
             pack = -(-shape.images // max(1, blocks_of_head))
         values = {
@@ -533,17 +543,18 @@ class Plan(ABC):
             "SHOW": int(maps is not None),
             "LONG": int(long),
             "RING": ring,
+            "STAGED": int(staged),
             "PACKED": int(self._gpu.hopper and of.map_short),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
         tiles = -(-shape.tokens // 16)
-        shared = (
-            ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
-            if ring
-            else (1 if long else 2) * of_head
-        )
+        shared = (1 if long else 2) * of_head
+        if staged:
+            shared = ring * of_head + 12 * shape.head_dim + 24 * ring + 4
+        elif ring:
+            shared = ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
         split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1

@@ -10,13 +10,16 @@
 // queries at a time, with the exponentials of all keys in its registers where they fit (`Once`; LONG = 0), else computing the
 // scores three times (`Thrice`).
 #include "attention_once.cuh"
-#if RING
+#if STAGED
+#include "attention_stages.cuh"
+#elif RING
 #include "attention_ring.cuh"
 #endif
 
 // What `Once` could not decide, out of its way: its own registers, and not in the instructions that all warps go through.
 __noinline__ __device__ void thrice(const AttentionArgs& p, const Head& head, int query0) {
-    const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32)};
+    const int8_t* const held = STAGED ? reinterpret_cast<const int8_t*>(head.queries) : nullptr;
+    const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32), held};
     Thrice{rows}.run();
 }
 
@@ -42,6 +45,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         const int image = first_image + n;
         return {stage,
                 stage + kBytes,
+                stage + 2 * kBytes + 4 * 32 * kGroups,
                 reinterpret_cast<int*>(stage + 2 * kBytes),
                 bias,
                 MASK ? p.regions + image % p.windows * kRegionLine : nullptr,
@@ -56,7 +60,26 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
-#if RING
+#if STAGED
+    const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
+    stages.begin();
+    int tile = of_first_lane(lane == 0 ? warp : 0);
+#pragma unroll 1
+    while (tile < count * kQueryTiles) {
+        const int next = stages.take(), n = tile / kQueryTiles, part = tile - n * kQueryTiles;
+        stages.enter(n, part);
+        const Head head = head_of(n);
+        const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries)};
+        uint32_t q[kSteps][4];
+        rows.load_q(q);
+        if (!Once::of(rows).run(q, [] {}, [&] { stages.leave(n); })) {
+            const Head copy = head;  // its address is given away, that of `head` is not
+            thrice(p, copy, rows.query0);
+            stages.leave(n);
+        }
+        tile = of_first_lane(next);
+    }
+#elif RING
     const Ring<decltype(head_of)> ring = {p, head_of, memory, count, warp, lane};
     ring.begin();
     const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane), ring.queries()}; };

@@ -43,9 +43,11 @@ constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in share
 constexpr int kStages = RING ? RING : LONG ? 1 : 2;        // heads in shared memory
 // Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
 constexpr int kRound = RING ? kQueryTiles : kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
-constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups;
+constexpr int kQueryBytes = STAGED ? TOKENS * HEAD_DIM : 0;  // of q in shared memory
+constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups + kQueryBytes;
 constexpr int kQueriesAt = (kStages * kStageBytes + 20 * RING + 4 + 15) / 16 * 16;  // RING: a kilobyte a warp
-constexpr int kGainsAt = kQueriesAt + 1024 * WARPS;        // RING
+constexpr int kGainsAt = STAGED ? kStages * kStageBytes : kQueriesAt + 1024 * WARPS;  // RING
+constexpr int kGainBytes = 12 * HEAD_DIM;
 constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
 constexpr float kLog2e = 1.44269504f;
@@ -67,7 +69,7 @@ __device__ __forceinline__ float scaled(Score s, float scale) { return __fmul_rn
 
 // A head of an image, or of a window.
 struct Head {
-    unsigned char *keys, *values;  // in shared memory
+    unsigned char *keys, *values, *queries;  // in shared memory; STAGED: queries, too
     int* key_sums;
     const float* bias;       // [N, kBiasLine] of this head
     const uint8_t* regions;  // of this window
@@ -161,12 +163,16 @@ __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const 
     }
 }
 
-// A score as the reference engine has it, by one lane.
+// A score as the reference engine has it, by one lane. Lanes of neighbouring keys begin with another piece of them, so that they read
+// from all banks.
 __device__ __forceinline__ float exact_score(const int8_t* q, const Head& head, const Place& at, int key) {
     int s = 0;
+    const int first = HEAD_DIM == 64 ? key / 2 % 4 * 16 : 0;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
-        const uint4 a = *reinterpret_cast<const uint4*>(q + d), b = *reinterpret_cast<const uint4*>(head.keys + key * HEAD_DIM + d);
+        const int piece = d ^ first;
+        const uint4 a = *reinterpret_cast<const uint4*>(q + piece);
+        const uint4 b = *reinterpret_cast<const uint4*>(head.keys + key * HEAD_DIM + piece);
         s += dot4(a.w, b.w, dot4(a.z, b.z, dot4(a.y, b.y, dot4(a.x, b.x, 0))));
     }
     s = kKeySums ? 2 * s + head.key_sums[key] : s;

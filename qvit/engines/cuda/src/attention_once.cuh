@@ -11,7 +11,7 @@
 //     x, rounded      |y|, as |r| is below 1
 //     together        3.3 ln(2) |y| < 2.3 |y|, for v's own exponential; for the total their mean, sum of p |y|
 //     exp2            4 (2^-22), both for v and for the total
-//     total           a rounding a pair of tiles, four more
+//     total           a rounding every second pair of tiles, five more
 //     1 / (total * step * high) 4, product 1, the reference engine's p and p / step 2; terms of second order less than 1
 //
 // The mean: y = L + log2 p, so that sum of p |y| <= |L| + H(p) <= |L| + log2 N; and, as |y| = y + 2 max(-y, 0) and
@@ -28,7 +28,7 @@ struct Once {
     const Rows& rows;
     float factor, base, shift, inverse_factor;  // F, - fl(W F), r, 1 / F
 
-    static constexpr float kRoundings = 20.0f + kPairs;
+    static constexpr float kRoundings = 21.0f + (kPairs + 1) / 2;
     static constexpr float kEach = 2.3f, kLogTokens = 10.0f;  // log2 of at most 1024 keys
     static_assert(TOKENS <= 1024);
     static constexpr int kTiles = (TOKENS + 7) / 8;
@@ -125,7 +125,7 @@ struct Once {
         for (int i = 0; i < 4 * kSteps; i++) {
             q[i / 4][i % 4] = given[i / 4][i % 4] ^ zero;
         }
-        float e[kPairs][2][4], total[2] = {0.0f, 0.0f};
+        float e[kPairs][2][4], total[2][2] = {};  // of rows, even and odd pairs
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             exponentials(q, pair, e[pair]);
@@ -133,10 +133,10 @@ struct Once {
             for (int half = 0; half < 2; half++) {
                 const float a = e[pair][0][2 * half] + e[pair][0][2 * half + 1];
                 const float b = e[pair][1][2 * half] + e[pair][1][2 * half + 1];
-                total[half] += 16 * pair + 8 < TOKENS ? a + b : a;
+                total[half][pair % 2] += 16 * pair + 8 < TOKENS ? a + b : a;
             }
         }
-        const Row of[2] = {row(quad_sum(total[0])), row(quad_sum(total[1]))};
+        const Row of[2] = {row(quad_sum(total[0][0] + total[0][1])), row(quad_sum(total[1][0] + total[1][1]))};
         bool lost = of[0].lost || of[1].lost;
 #if ROW_CHECK
         unsigned suspects = 0;
@@ -282,7 +282,7 @@ struct Once {
     // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
         const double own = static_cast<double>(scaled(s, rows.head.scale));
-        const int8_t* const q = RING && HEAD_DIM == 64 ? rows.held + (query - rows.query0) * HEAD_DIM : rows.q_of(query);
+        const int8_t* const q = STAGED || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
         double total = 0.0;
 #pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {

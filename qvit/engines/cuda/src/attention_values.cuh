@@ -132,6 +132,17 @@ struct Values {
         return pack(codes[0], codes[1], codes[2], codes[3]);
     }
 
+    // Where codes of a row are, from the tiles on that its 16 rows begin in; they end in these or in the next ones below.
+    __device__ __forceinline__ static uint32_t place_of(const Rows& rows, int half, int column) {
+        const int row = (rows.head.image * TOKENS + rows.query0) % kTileRows + rows.lane / 4 + 8 * half;
+        const uint32_t tiles = column / kChunk + (row < kTileRows ? 0 : rows.p.ldo - 1);
+        return tiles * kTileBytes + row * kChunk + ((column % kChunk / 16) ^ (row % 8)) * 16 + column % 16;
+    }
+    __device__ __forceinline__ static uint8_t* tiles_of(const Rows& rows) {
+        const int tile_row = (rows.head.image * TOKENS + rows.query0) / kTileRows;
+        return rows.p.out + static_cast<size_t>(tile_row) * rows.p.ldo * kTileBytes;
+    }
+
 #if OUT_BITS
     // Both rows of codes as words of bits, of which lane t of a quad writes that of 32 channels t / 2 and plane t % 2. Each lane has
     // eight bits of every word: as a byte's halves, as they are of different pieces of 16 channels.
@@ -139,6 +150,8 @@ struct Values {
         const int t = rows.lane % 4;
         const uint32_t even_odd = t % 2 ? 0x3715 : 0x6240, low_high = t / 2 ? 0x3276 : 0x5410;
         const int column = bit_at(rows.head.index * HEAD_DIM + 32 * (t / 2), t % 2);
+        uint8_t* const out = tiles_of(rows);
+        uint32_t found[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t high[4] = {0u, 0u, 0u, 0u};  // in the highest byte; see `plane_of_pairs`
@@ -152,21 +165,22 @@ struct Values {
             x = __byte_perm(x, __shfl_xor_sync(kAll, x, 1), even_odd);
             x = __byte_perm(x, __shfl_xor_sync(kAll, x, 2), low_high);  // byte i is lane i's
             const uint32_t low = x & 0x0F0F0F0Fu, rest = x >> 4 & 0x0F0F0F0Fu;
-            x = __byte_perm(low | low >> 4, rest | rest >> 4, 0x6420);
+            found[half] = __byte_perm(low | low >> 4, rest | rest >> 4, 0x6420);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
             if (rows.query(half) < TOKENS && t < HEAD_DIM / 16) {
-                const int row = rows.head.image * TOKENS + rows.query(half);
-                *reinterpret_cast<uint32_t*>(rows.p.out + code_at(row, column, rows.p.ldo)) = x;
+                *reinterpret_cast<uint32_t*>(out + place_of(rows, half, column)) = found[half];
             }
         }
     }
 #else
     __device__ __forceinline__ static void write(const Rows& rows, const uint32_t (&words)[2][kColumns]) {
+        uint8_t* const out = tiles_of(rows);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            const uint32_t at = place_of(rows, half, rows.head.index * HEAD_DIM) + 4 * (rows.lane % 4);
             if (rows.query(half) < TOKENS) {
-                const int row = rows.head.image * TOKENS + rows.query(half);
-                const size_t at = code_at(row, rows.head.index * HEAD_DIM, rows.p.ldo);
-                uint8_t* const out = rows.p.out + 4 * (rows.lane % 4);
 #pragma unroll
                 for (int j = 0; j < kColumns; j++) {  // 16 channels on is another piece of the same 128 bytes
                     *reinterpret_cast<uint32_t*>(out + (at ^ (16 * j))) = words[half][j];
