@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
     }
     const float scale = p.score_scale[index], step = p.map_scale[index];
     const auto head_of = [&](int n) -> Head {
-        unsigned char* const stage = memory + n % kStages * kStageBytes;
+        unsigned char* const stage = memory + static_cast<unsigned>(n) % kStages * kStageBytes;
         const int image = first_image + n;
         return {stage,
                 stage + kBytes,
@@ -63,19 +63,24 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
 #if STAGED
     const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
     stages.begin();
-    int tile = of_first_lane(lane == 0 ? warp : 0);
+    unsigned tile = of_first_lane(lane == 0 ? warp : 0);
 #pragma unroll 1
     while (tile < count * kQueryTiles) {
-        const int next = stages.take(), n = tile / kQueryTiles, part = tile - n * kQueryTiles;
+        const int n = tile / kQueryTiles, part = tile % kQueryTiles;
         stages.enter(n, part);
         const Head head = head_of(n);
         const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries)};
         uint32_t q[kSteps][4];
         rows.load_q(q);
-        if (!Once::of(rows).run(q, [] {}, [&] { stages.leave(n); })) {
+        int next = 0;
+        const auto leave = [&] {
+            stages.leave(n);
+            next = stages.take();
+        };
+        if (!Once::of(rows).run(q, [] {}, leave)) {
             const Head copy = head;  // its address is given away, that of `head` is not
             thrice(p, copy, rows.query0);
-            stages.leave(n);
+            leave();
         }
         tile = of_first_lane(next);
     }

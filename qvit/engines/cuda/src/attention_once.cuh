@@ -287,7 +287,7 @@ struct Once {
 #pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {
             const int key = first + rows.lane;
-            const float score = exact_score(q, rows.head, rows.place(query), key < TOKENS ? key : 0);
+            const float score = exact_score(q, rows.head, rows.place(query), RING || key < TOKENS ? key : 0);
             const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
             total += key < TOKENS ? one : 0.0;
         }

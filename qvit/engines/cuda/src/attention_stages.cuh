@@ -47,9 +47,10 @@ struct Stages {
     __device__ __forceinline__ Barrier* barriers() const {
         return reinterpret_cast<Barrier*>(memory + kGainsAt + kGainBytes);
     }
-    __device__ __forceinline__ Barrier* full(int n) const { return barriers() + n % RING; }
-    __device__ __forceinline__ Barrier* ready(int n) const { return barriers() + RING + n % RING; }
-    __device__ __forceinline__ Barrier* free(int n) const { return barriers() + 2 * RING + n % RING; }
+    __device__ __forceinline__ Barrier* full(unsigned n) const { return barriers() + n % RING; }
+    __device__ __forceinline__ Barrier* ready(unsigned n) const { return barriers() + RING + n % RING; }
+    __device__ __forceinline__ Barrier* free(unsigned n) const { return barriers() + 2 * RING + n % RING; }
+    __device__ __forceinline__ static int phase(unsigned n) { return n / RING % 2; }
     __device__ __forceinline__ int* taken() const { return reinterpret_cast<int*>(barriers() + 3 * RING); }
 
     // First of all; by all warps.
@@ -80,7 +81,7 @@ struct Stages {
         }
     }
 
-    // The tile that a warp takes next, of which only the first lane knows; its first one is its own number.
+    // The tile that a warp takes next, for the first lane; its first one is its own number.
     __device__ __forceinline__ int take() const { return lane == 0 ? take_shared(taken()) : 0; }
 
     // Head n can be used for its tile `part`.
@@ -90,13 +91,13 @@ struct Stages {
         }
         if (part == kMiddle && n >= 2 && n - 2 + RING < count) {
             // Acquires what the warps that are done released: their loads come before what overwrites the stage.
-            barrier_wait(free(n - 2), (n - 2) / RING % 2);
+            barrier_wait(free(n - 2), phase(n - 2));
             if (lane == 0) {
                 proxies_meet();
                 load(n - 2 + RING);
             }
         }
-        barrier_wait(ready(n), n / RING % 2);
+        barrier_wait(ready(n), phase(n));
     }
 
     // A tile of head n needs it no more.
@@ -120,7 +121,7 @@ private:
 
     // Values are turned in place by ordinary loads and stores; the stage's next bulk copy is ordered behind them by `free`.
     __device__ __forceinline__ void prepare(int n, int group) const {
-        barrier_wait(full(n), n / RING % 2);
+        barrier_wait(full(n), phase(n));
         prepare_group(head_of(n), group, lane);
         __syncwarp();
         if (lane == 0) {

@@ -78,20 +78,18 @@ struct Values {
                 fractions[half][j] = __vminu2(__byte_perm(fixed[0], fixed[1], 0x5410), __byte_perm(fixed[2], fixed[3], 0x5410));
             }
         }
+        uint32_t least = fractions[0][0];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t least = fractions[half][0];
+        for (int i = 1; i < 2 * kColumns; i++) {
+            least = __vminu2(least, fractions[i / kColumns][i % kColumns]);
+        }
+        if (doubtful(p, least)) {
 #pragma unroll
-            for (int j = 1; j < kColumns; j++) {
-                least = __vminu2(least, fractions[half][j]);
-            }
-            if (doubtful(p, least)) {
-#pragma unroll
-                for (int j = 0; j < kColumns; j++) {
-                    if (doubtful(p, fractions[half][j])) {
-                        const int c = rows.head.index * HEAD_DIM + 16 * j + 4 * (rows.lane % 4);
-                        words[half][j] = again(p, c, row_sums[2 * half], sum(j, half, 0), sum(j, half, 1), sum(j, half, 2), sum(j, half, 3));
-                    }
+            for (int i = 0; i < 2 * kColumns; i++) {
+                const int half = i / kColumns, j = i % kColumns;
+                if (doubtful(p, fractions[half][j])) {
+                    const int c = rows.head.index * HEAD_DIM + 16 * j + 4 * (rows.lane % 4);
+                    words[half][j] = again(p, c, row_sums[2 * half], sum(j, half, 0), sum(j, half, 1), sum(j, half, 2), sum(j, half, 3));
                 }
             }
         }
@@ -132,15 +130,17 @@ struct Values {
         return pack(codes[0], codes[1], codes[2], codes[3]);
     }
 
-    // Where codes of a row are, from the tiles on that its 16 rows begin in; they end in these or in the next ones below.
-    __device__ __forceinline__ static uint32_t place_of(const Rows& rows, int half, int column) {
-        const int row = (rows.head.image * TOKENS + rows.query0) % kTileRows + rows.lane / 4 + 8 * half;
-        const uint32_t tiles = column / kChunk + (row < kTileRows ? 0 : rows.p.ldo - 1);
-        return tiles * kTileBytes + row * kChunk + ((column % kChunk / 16) ^ (row % 8)) * 16 + column % 16;
-    }
-    __device__ __forceinline__ static uint8_t* tiles_of(const Rows& rows) {
-        const int tile_row = (rows.head.image * TOKENS + rows.query0) / kTileRows;
-        return rows.p.out + static_cast<size_t>(tile_row) * rows.p.ldo * kTileBytes;
+    // A row's line in the tiles of a column, and where in it that column is. What is behind the last query is computed of its codes,
+    // and written where it is.
+    struct Line {
+        uint8_t* at;
+        unsigned column;
+    };
+    __device__ __forceinline__ static Line line_of(const Rows& rows, int half, int column) {
+        const unsigned row = rows.head.image * TOKENS + min(rows.query(half), TOKENS - 1);
+        return {rows.p.out + static_cast<size_t>(row / kTileRows) * (rows.p.ldo * kTileBytes) +
+                    (column / kChunk * kTileBytes + row % kTileRows * kChunk),
+                (column ^ row % 8 * 16) % kChunk};
     }
 
 #if OUT_BITS
@@ -150,8 +150,6 @@ struct Values {
         const int t = rows.lane % 4;
         const uint32_t even_odd = t % 2 ? 0x3715 : 0x6240, low_high = t / 2 ? 0x3276 : 0x5410;
         const int column = bit_at(rows.head.index * HEAD_DIM + 32 * (t / 2), t % 2);
-        uint8_t* const out = tiles_of(rows);
-        uint32_t found[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint32_t high[4] = {0u, 0u, 0u, 0u};  // in the highest byte; see `plane_of_pairs`
@@ -165,26 +163,20 @@ struct Values {
             x = __byte_perm(x, __shfl_xor_sync(kAll, x, 1), even_odd);
             x = __byte_perm(x, __shfl_xor_sync(kAll, x, 2), low_high);  // byte i is lane i's
             const uint32_t low = x & 0x0F0F0F0Fu, rest = x >> 4 & 0x0F0F0F0Fu;
-            found[half] = __byte_perm(low | low >> 4, rest | rest >> 4, 0x6420);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (rows.query(half) < TOKENS && t < HEAD_DIM / 16) {
-                *reinterpret_cast<uint32_t*>(out + place_of(rows, half, column)) = found[half];
+            if (t < HEAD_DIM / 16) {
+                const Line line = line_of(rows, half, column);
+                *reinterpret_cast<uint32_t*>(line.at + line.column) = __byte_perm(low | low >> 4, rest | rest >> 4, 0x6420);
             }
         }
     }
 #else
     __device__ __forceinline__ static void write(const Rows& rows, const uint32_t (&words)[2][kColumns]) {
-        uint8_t* const out = tiles_of(rows);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const uint32_t at = place_of(rows, half, rows.head.index * HEAD_DIM) + 4 * (rows.lane % 4);
-            if (rows.query(half) < TOKENS) {
+            const Line line = line_of(rows, half, rows.head.index * HEAD_DIM + 4 * (rows.lane % 4));
 #pragma unroll
-                for (int j = 0; j < kColumns; j++) {  // 16 channels on is another piece of the same 128 bytes
-                    *reinterpret_cast<uint32_t*>(out + (at ^ (16 * j))) = words[half][j];
-                }
+            for (int j = 0; j < kColumns; j++) {  // 16 channels on is another piece of the same 128 bytes
+                *reinterpret_cast<uint32_t*>(line.at + (line.column ^ 16 * j)) = words[half][j];
             }
         }
     }
