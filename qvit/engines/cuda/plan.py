@@ -37,6 +37,7 @@ _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 3  # of the only one where it has a ring of heads: warps, and heads in the ring
 _STAGED = True  # whether the ring holds queries, too
+_SPLIT_MOST = 4  # blocks of a multiprocessor, where each has 16 queries of a head and its warps share the keys out among them
 _MOST_WINDOWS = 8  # of a block of attention
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
@@ -483,9 +484,9 @@ class Plan(ABC):
             pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
         staged = False
+        tiles = -(-shape.tokens // 16)
         ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
-            tiles = -(-shape.tokens // 16)
             of_head_and_queries = of_head + shape.tokens * shape.head_dim
             ring = min(_RING_MOST, (MOST_SHARED - 1024) // of_head_and_queries)
             staged = _STAGED and ring >= 4
@@ -497,6 +498,9 @@ class Plan(ABC):
                 warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * tiles // 2)
             blocks = 1
             pack = -(-shape.images // max(1, blocks_of_head))
+        split = windows is None and not long and heads * tiles <= _SPLIT_MOST * self._gpu.multiprocessors
+        if split:
+            ring, staged, pack, warps, blocks = 0, False, 1, -(-shape.tokens // 32), 1
         values = {
             "q": q,
             "k": k,
@@ -544,22 +548,24 @@ class Plan(ABC):
             "LONG": int(long),
             "RING": ring,
             "STAGED": int(staged),
+            "SPLIT": int(split),
             "PACKED": int(self._gpu.hopper and of.map_short),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
-        tiles = -(-shape.tokens // 16)
-        shared = (1 if long else 2) * of_head
-        if staged:
+        shared = (1 if long or split else 2) * of_head
+        if split:
+            shared += 64 * warps + pad(4 * warps, 16) + 12 * shape.head_dim + warps * (64 * shape.head_dim + 256)
+        elif staged:
             shared = ring * of_head + 12 * shape.head_dim + 24 * ring + 4
         elif ring:
             shared = ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1
-        grid = -(-shape.images // pack) * shape.heads
-        self._add(Launch("attention", defines, (grid, split, 1), 32 * warps, shared, values))
+        parts = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1
+        grid = (tiles, heads, 1) if split else (-(-shape.images // pack) * shape.heads, parts, 1)
+        self._add(Launch("attention", defines, grid, 32 * warps, shared, values))
 
     def _norm(
         self,

@@ -10,7 +10,9 @@
 // queries at a time, with the exponentials of all keys in its registers where they fit (`Once`; LONG = 0), else computing the
 // scores three times (`Thrice`).
 #include "attention_once.cuh"
-#if STAGED
+#if SPLIT
+#include "attention_split.cuh"
+#elif STAGED
 #include "attention_stages.cuh"
 #elif RING
 #include "attention_ring.cuh"
@@ -27,8 +29,31 @@ __noinline__ __device__ void thrice(const AttentionArgs& p, const Head& head, in
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT AttentionArgs p) {
-    await_former_kernel();
     QVIT_SHARED(memory);
+#if SPLIT
+    const int part = blockIdx.x, of_image = blockIdx.y % p.heads, image_of = blockIdx.y / p.heads;
+    const Head head = {memory,
+                       memory + kBytes,
+                       nullptr,
+                       reinterpret_cast<int*>(memory + 2 * kBytes),
+                       nullptr,
+                       nullptr,
+                       image_of,
+                       of_image,
+                       static_cast<size_t>(blockIdx.y) * TOKENS,
+                       p.score_scale[of_image],
+                       p.map_scale[of_image],
+                       reinterpret_cast<const float*>(memory + kGainsAt)};
+    const Rows rows = {p, head, 16 * part, static_cast<int>(threadIdx.x % 32)};
+    const Split split = {p, memory, rows, static_cast<int>(threadIdx.x / 32), rows.lane};
+    split.begin();
+    await_former_kernel();
+    if (!split.run()) {
+        const Head copy = head;  // its address is given away, that of `head` is not
+        thrice(p, copy, rows.query0);
+    }
+#else
+    await_former_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x % p.heads;
     const int first_image = blockIdx.x / p.heads * p.pack, count = min(p.pack, p.images - first_image);
     const float* bias = BIAS ? p.bias + static_cast<size_t>(index) * TOKENS * kBiasLine : nullptr;
@@ -152,6 +177,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         const Head copy = head;  // its address is given away, that of `head` is not
         thrice(p, copy, rows.query0);
     }
+#endif
 #endif
 }
 

@@ -40,13 +40,18 @@ constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
 constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a head's channels
 constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in shared memory
-constexpr int kStages = RING ? RING : LONG ? 1 : 2;        // heads in shared memory
+constexpr int kStages = RING ? RING : LONG || SPLIT ? 1 : 2;  // heads in shared memory
 // Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
 constexpr int kRound = RING ? kQueryTiles : kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
 constexpr int kQueryBytes = STAGED ? TOKENS * HEAD_DIM : 0;  // of q in shared memory
 constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups + kQueryBytes;
 constexpr int kQueriesAt = (kStages * kStageBytes + 20 * RING + 4 + 15) / 16 * 16;  // RING: a kilobyte a warp
-constexpr int kGainsAt = STAGED ? kStages * kStageBytes : kQueriesAt + 1024 * WARPS;  // RING
+constexpr bool kHoldsGains = RING || SPLIT;                // in shared memory
+constexpr int kTotalsAt = kStageBytes;                     // SPLIT: a row's total of a warp, [WARPS, 16]
+constexpr int kLostAt = kTotalsAt + 64 * WARPS;            // SPLIT: whether a warp has given up
+constexpr int kGainsAt = SPLIT    ? kLostAt + (4 * WARPS + 15) / 16 * 16
+                         : STAGED ? kStages * kStageBytes
+                                  : kQueriesAt + 1024 * WARPS;
 constexpr int kGainBytes = 12 * HEAD_DIM;
 constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
@@ -76,7 +81,7 @@ struct Head {
     int image, index;
     size_t first;  // row of token 0 in q
     float scale, step;
-    const float* gains;  // RING: in shared memory, gain, shift and row_gain of its channels
+    const float* gains;  // kHoldsGains: in shared memory, gain, shift and row_gain of its channels
 };
 
 // What is added to the scores of one query: a row of the bias, and regions of the window's tokens beside its own.
@@ -111,9 +116,8 @@ __device__ __forceinline__ void load_head(const AttentionArgs& p, const Head& he
     copies_end_group();
 }
 
-// What has arrived of 32 keys is made ready by a warp: values as operands, sums of the keys' codes.
-__device__ __forceinline__ void prepare_group(const Head& head, int group, int lane) {
-    turn<kColumns>(head.values + 32 * group * HEAD_DIM);
+// Sums of the codes of 32 keys that have arrived, by a warp.
+__device__ __forceinline__ void sum_keys(const Head& head, int group, int lane) {
     const int row = 32 * group + lane;
     if (kKeySums && row < TOKENS) {
         int sum = 0;
@@ -122,6 +126,12 @@ __device__ __forceinline__ void prepare_group(const Head& head, int group, int l
         }
         head.key_sums[row] = sum;
     }
+}
+
+// What has arrived of 32 keys is made ready by a warp: values as operands, sums of the keys' codes.
+__device__ __forceinline__ void prepare_group(const Head& head, int group, int lane) {
+    turn<kColumns>(head.values + 32 * group * HEAD_DIM);
+    sum_keys(head, group, lane);
 }
 
 // The same for all keys. Others see it after a barrier.

@@ -113,6 +113,56 @@ struct Once {
     }
 #endif
 
+#if ROW_CHECK
+    // Bit 2 k + half: whether boundary 4 k + t of a row is next to a score that would be in doubt, t of the row's four lanes.
+    __device__ __forceinline__ unsigned suspects_of(const Row (&of)[2]) const {
+        unsigned suspects = 0;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float log = log_step(of[half]);
+#pragma unroll
+            for (int k = 0; k < kChecks; k++) {
+                const float boundary = 4 * k + 0.5f + rows.lane % 4;
+                if (suspect(of[half], log, boundary) && boundary < kMapHigh) {
+                    suspects |= 1u << (2 * k + half);
+                }
+            }
+        }
+        return suspects;
+    }
+#endif
+
+    // Codes of a pair of tiles, the second only if there is one.
+    __device__ __forceinline__ MapWords words_of(const float (&e)[2][4], const Row (&of)[2], bool second, bool& lost) const {
+        int code[2][4];
+#if ROW_CHECK && PACKED
+        // Whole numbers of 16 bits, two at a time not more than the highest code.
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                code[tile][i] = tile == 0 || second ? __float_as_int(fmaf(e[tile][i], of[i / 2].inverse, kWhole)) : 0;
+            }
+        }
+        return {capped(code[0][0], code[0][1], code[1][0], code[1][1]), capped(code[0][2], code[0][3], code[1][2], code[1][3])};
+#else
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float v = __saturatef(__fmul_rn(e[tile][i], of[i / 2].inverse));
+                const float whole = fmaf(v, kMapHigh, kWhole);
+#if !ROW_CHECK
+                const float off = fmaf(v, kMapHigh, -(whole - kWhole));
+                lost |= fabsf(off) > fmaf(v, -kMapHigh * rows.p.map_unit * of[i / 2].near, 0.5f);
+#endif
+                code[tile][i] = __float_as_int(whole);
+            }
+        }
+        return {pack(code[0][0], code[0][1], code[1][0], code[1][1]), pack(code[0][2], code[0][3], code[1][2], code[1][3])};
+#endif
+    }
+
     // Whether all went well. Takes the queries' operands; `next` is called when there is room for those of the next rows, `leave`
     // when the head's keys and values are needed no more.
     template <class Next, class Leave>
@@ -139,18 +189,7 @@ struct Once {
         const Row of[2] = {row(quad_sum(total[0][0] + total[0][1])), row(quad_sum(total[1][0] + total[1][1]))};
         bool lost = of[0].lost || of[1].lost;
 #if ROW_CHECK
-        unsigned suspects = 0;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float log = log_step(of[half]);
-#pragma unroll
-            for (int k = 0; k < kChecks; k++) {
-                const float boundary = 4 * k + 0.5f + rows.lane % 4;
-                if (suspect(of[half], log, boundary) && boundary < kMapHigh) {
-                    suspects |= 1u << (2 * k + half);
-                }
-            }
-        }
+        const unsigned suspects = suspects_of(of);
         if (__any_sync(kAll, suspects != 0 || lost)) {
             if (__any_sync(kAll, lost)) {
                 next();
@@ -164,36 +203,7 @@ struct Once {
         for (int pair = 0; pair < 2 * kGroups; pair++) {
             words[pair] = {0u, 0u};
             if (pair < kPairs) {
-                int code[2][4];
-#if ROW_CHECK && PACKED
-                // Whole numbers of 16 bits, two at a time not more than the highest code.
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        code[tile][i] =
-                            2 * pair + tile < kTiles ? __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole)) : 0;
-                    }
-                }
-                words[pair] = {capped(code[0][0], code[0][1], code[1][0], code[1][1]),
-                               capped(code[0][2], code[0][3], code[1][2], code[1][3])};
-#else
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float v = __saturatef(__fmul_rn(e[pair][tile][i], of[i / 2].inverse));
-                        const float whole = fmaf(v, kMapHigh, kWhole);
-#if !ROW_CHECK
-                        const float off = fmaf(v, kMapHigh, -(whole - kWhole));
-                        lost |= fabsf(off) > fmaf(v, -kMapHigh * rows.p.map_unit * of[i / 2].near, 0.5f);
-#endif
-                        code[tile][i] = __float_as_int(whole);
-                    }
-                }
-                words[pair] = {pack(code[0][0], code[0][1], code[1][0], code[1][1]),
-                               pack(code[0][2], code[0][3], code[1][2], code[1][3])};
-#endif
+                words[pair] = words_of(e[pair], of, 2 * pair + 1 < kTiles, lost);
             }
         }
 #if !ROW_CHECK
@@ -229,7 +239,8 @@ struct Once {
 #if ROW_CHECK
     // Decides what is in doubt, of eight rows at once. Keys whose score is next to a boundary get an exponential whose code is the
     // right one.
-    __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kPairs][2][4]) const {
+    template <int kMine>
+    __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kMine][2][4]) const {
         unsigned lanes;
 #pragma unroll 1
         while ((lanes = __ballot_sync(kAll, suspects != 0)) != 0) {
@@ -256,21 +267,21 @@ struct Once {
         }
     }
 
-    template <int kHalf>
-    __device__ __forceinline__ static bool has(const float (&e)[kPairs][2][4], float wanted) {
+    template <int kHalf, int kMine>
+    __device__ __forceinline__ static bool has(const float (&e)[kMine][2][4], float wanted) {
         bool found[4] = {};  // that none waits for the one before
 #pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
+        for (int tile = 0; tile < min(kTiles, 2 * kMine); tile++) {
             found[2 * (tile % 2)] |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
             found[2 * (tile % 2) + 1] |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
         }
         return found[0] || found[1] || found[2] || found[3];
     }
 
-    template <int kHalf>
-    __device__ __forceinline__ static void replace(float (&e)[kPairs][2][4], float wanted, float instead) {
+    template <int kHalf, int kMine>
+    __device__ __forceinline__ static void replace(float (&e)[kMine][2][4], float wanted, float instead) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
+        for (int tile = 0; tile < min(kTiles, 2 * kMine); tile++) {
 #pragma unroll
             for (int i = 2 * kHalf; i < 2 * kHalf + 2; i++) {
                 float& one = e[tile / 2][tile % 2][i];
@@ -287,7 +298,7 @@ struct Once {
 #pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {
             const int key = first + rows.lane;
-            const float score = exact_score(q, rows.head, rows.place(query), RING || key < TOKENS ? key : 0);
+            const float score = exact_score(q, rows.head, rows.place(query), key);
             const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
             total += key < TOKENS ? one : 0.0;
         }
