@@ -12,18 +12,13 @@
 #include "attention_once.cuh"
 #if SPLIT
 #include "attention_split.cuh"
+#elif PAIRED
+#include "attention_pairs.cuh"
 #elif STAGED
 #include "attention_stages.cuh"
 #elif RING
 #include "attention_ring.cuh"
 #endif
-
-// What `Once` could not decide, out of its way: its own registers, and not in the instructions that all warps go through.
-__noinline__ __device__ void thrice(const AttentionArgs& p, const Head& head, int query0) {
-    const int8_t* const held = STAGED ? reinterpret_cast<const int8_t*>(head.queries) : nullptr;
-    const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32), held};
-    Thrice{rows}.run();
-}
 
 #ifndef QVIT_EMULATION
 extern "C"
@@ -85,14 +80,27 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
-#if STAGED
+#if PAIRED
+    const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
+    stages.begin();
+    const int side = of_first_lane(lane == 0 ? warp % 2 : 0), pair = warp / 2;
+    unsigned tile = of_first_lane(lane == 0 ? pair : 0);
+#pragma unroll 1
+    while (tile < count * kQueryTiles) {
+        const int n = tile / kQueryTiles, part = tile % kQueryTiles;
+        stages.enter(n, part, side == 1);
+        const Head head = head_of(n);
+        const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries), side};
+        tile = of_first_lane(Pair<decltype(stages)>{stages, rows, Once::of(rows), memory + kPairsAt + pair * kPairBytes, side}.run(n));
+    }
+#elif STAGED
     const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
     stages.begin();
     unsigned tile = of_first_lane(lane == 0 ? warp : 0);
 #pragma unroll 1
     while (tile < count * kQueryTiles) {
         const int n = tile / kQueryTiles, part = tile % kQueryTiles;
-        stages.enter(n, part);
+        stages.enter(n, part, true);
         const Head head = head_of(n);
         const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries)};
         uint32_t q[kSteps][4];

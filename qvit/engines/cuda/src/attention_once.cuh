@@ -72,6 +72,30 @@ struct Once {
         }
     }
 
+    // Adds a pair's exponentials to totals of two rows, of even and odd pairs.
+    __device__ __forceinline__ static void add(const float (&e)[2][4], bool second, int pair, float (&total)[2][2]) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float a = e[0][2 * half] + e[0][2 * half + 1], b = e[1][2 * half] + e[1][2 * half + 1];
+            total[half][pair % 2] += second ? a + b : a;
+        }
+    }
+
+    // The queries' operands. They are four neighbouring registers, of two rows, but a row comes as such four: without an operation
+    // between, one that the compiler does not know to change nothing, they are moved anew for every product.
+    __device__ __forceinline__ void given(const uint32_t (&from)[kSteps][4], uint32_t (&q)[kSteps][4]) const {
+        const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
+#pragma unroll
+        for (int i = 0; i < 4 * kSteps; i++) {
+            q[i / 4][i % 4] = from[i / 4][i % 4] ^ zero;
+        }
+    }
+    __device__ __forceinline__ void queries(uint32_t (&q)[kSteps][4]) const {
+        uint32_t from[kSteps][4];
+        rows.load_q(from);
+        given(from, q);
+    }
+
     // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
     struct Row {
         float step, inverse, near;  // total * step; one over it, and over the highest code where places 0 .. 1 are computed
@@ -166,25 +190,14 @@ struct Once {
     // Whether all went well. Takes the queries' operands; `next` is called when there is room for those of the next rows, `leave`
     // when the head's keys and values are needed no more.
     template <class Next, class Leave>
-    __device__ __forceinline__ bool run(uint32_t (&given)[kSteps][4], const Next& next, const Leave& leave) const {
-        // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
-        // the compiler does not know to change nothing, they are moved anew for every product.
-        const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
+    __device__ __forceinline__ bool run(const uint32_t (&operands)[kSteps][4], const Next& next, const Leave& leave) const {
         uint32_t q[kSteps][4];
-#pragma unroll
-        for (int i = 0; i < 4 * kSteps; i++) {
-            q[i / 4][i % 4] = given[i / 4][i % 4] ^ zero;
-        }
+        given(operands, q);
         float e[kPairs][2][4], total[2][2] = {};  // of rows, even and odd pairs
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             exponentials(q, pair, e[pair]);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float a = e[pair][0][2 * half] + e[pair][0][2 * half + 1];
-                const float b = e[pair][1][2 * half] + e[pair][1][2 * half + 1];
-                total[half][pair % 2] += 16 * pair + 8 < TOKENS ? a + b : a;
-            }
+            add(e[pair], 16 * pair + 8 < TOKENS, pair, total);
         }
         const Row of[2] = {row(quad_sum(total[0][0] + total[0][1])), row(quad_sum(total[1][0] + total[1][1]))};
         bool lost = of[0].lost || of[1].lost;
@@ -254,7 +267,7 @@ struct Once {
 #pragma unroll 1
             while (found) {
                 const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, one);
-                const int code = decided(s, rows.query0 + one / 4 + 8 * __shfl_sync(kAll, half, one));
+                const int code = decided(s, rows.query_of(one, __shfl_sync(kAll, half, one)));
                 if (rows.lane / 4 == one / 4) {
                     const float instead = step * static_cast<float>(code);
                     half ? replace<1>(e, wanted, instead) : replace<0>(e, wanted, instead);

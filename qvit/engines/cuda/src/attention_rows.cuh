@@ -9,7 +9,10 @@ struct Rows {
     int query0, lane;
     const int8_t* held = nullptr;  // in shared memory, if they are there: these queries; STAGED: all of the head
 
-    __device__ __forceinline__ int query(int half) const { return query0 + lane / 4 + 8 * half; }
+    int flip = 0;                  // 1: the halves of 8 queries are exchanged
+
+    __device__ __forceinline__ int query(int half) const { return query_of(lane, half); }
+    __device__ __forceinline__ int query_of(int of_lane, int half) const { return query0 + of_lane / 4 + 8 * (half ^ flip); }
     __device__ __forceinline__ const int8_t* q_of(int query) const {
         return p.q + (head.first + (query < TOKENS ? query : TOKENS - 1)) * HEAD_DIM;
     }

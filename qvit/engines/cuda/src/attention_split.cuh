@@ -29,6 +29,7 @@ struct Split {
     // Constants come, for which nothing has to be waited for.
     __device__ __forceinline__ void begin() const {
         constexpr int kPieces = HEAD_DIM / 4;
+#pragma unroll 1
         for (int i = threadIdx.x; i < 3 * kPieces; i += kThreads) {
             const float* const from = i < kPieces ? p.gain : i < 2 * kPieces ? p.shift : p.row_gain;
             copy_async(memory + kGainsAt + 16 * i, from + rows.head.index * HEAD_DIM + 4 * (i % kPieces), true);
@@ -151,18 +152,7 @@ struct Split {
             }
             row += V_OFFSET != 0 ? *row_sum(w, half) : 0;
         }
-        uint32_t words[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const Values::Codes found =
-                Values::codes_of(rows, kFirst + i, s[i][0], s[i][1], s[i][2], s[i][3], __int2float_rn(row));
-            words[i] = found.word;
-            if (Values::doubtful(p, found.fractions)) {
-                const int c = rows.head.index * HEAD_DIM + 16 * (kFirst + i) + 4 * (lane % 4);
-                words[i] = Values::again(p, c, row, s[i][0], s[i][1], s[i][2], s[i][3]);
-            }
-        }
-        Values::write<kFirst, 2>(rows, half, words);
+        Values::finish_row<kFirst, 2>(rows, half, s, row);
     }
 
     // All that a block does; false where the warp asked is to do it by `Thrice`.

@@ -6,8 +6,10 @@
 //     free[s]    all of its tiles are done
 //
 // Head n is prepared by those who take the first tiles of head n - 1, a group each, and head n + RING - 2 is sent for by who takes
-// a tile in the middle of head n, when those of head n - 2 are done, as nearly always they are. Nobody waits for what a later tile
+// one of the first tiles of head n, when those of head n - 2 are done, as nearly always they are. Nobody waits for what a later tile
 // does: tiles are taken in their order, so that the first one that is not done can go on.
+//
+// Where two warps work on a tile (PAIRED), the second one prepares and sends for heads.
 //
 // What is the same for all lanes comes from `of_first_lane`, for the compiler to keep it out of the lanes' registers.
 #pragma once
@@ -37,12 +39,13 @@ struct Stages {
     unsigned char* memory;  // heads, gains, barriers, a counter
     int count, lane;
 
-    static constexpr int kMiddle = kGroups < kQueryTiles ? kGroups : kQueryTiles - 1;  // the tile that sends for a head
+    static constexpr int kTakers = PAIRED ? WARPS / 2 : WARPS;
+    static constexpr int kSender = kQueryTiles > 2 ? 2 : kQueryTiles - 1;  // the tile that sends for a head
     // Of a barrier only one bit of the phase is seen: nobody may wait for a head's phase while the one that had the stage before
     // has not ended its own. Then all tiles of a head that has not come and those up to the waiting one would have to be among
     // those that warps have, or have taken to do next.
-    static_assert((RING - 1) * kQueryTiles >= 2 * WARPS && 2 * kQueryTiles + kMiddle + 2 > 2 * WARPS && kGroups <= kQueryTiles);
-    static_assert(RING >= 4);  // a head that is sent for in the middle of head n is prepared in head n + RING - 3
+    static_assert((RING - 1) * kQueryTiles >= 2 * kTakers && 2 * kQueryTiles + kSender + 2 > 2 * kTakers);
+    static_assert(RING >= 4 && kGroups <= kQueryTiles);  // what is sent for with head n is prepared with head n + RING - 3
 
     __device__ __forceinline__ Barrier* barriers() const {
         return reinterpret_cast<Barrier*>(memory + kGainsAt + kGainBytes);
@@ -59,9 +62,9 @@ struct Stages {
             for (int n = 0; n < RING; n++) {
                 barrier_init(full(n), 1);
                 barrier_init(ready(n), kGroups);
-                barrier_init(free(n), kQueryTiles);
+                barrier_init(free(n), (PAIRED ? 2 : 1) * kQueryTiles);
             }
-            *taken() = WARPS;
+            *taken() = kTakers;
             barriers_ready();
             proxies_meet();
             for (int n = 0; n < min(count, RING); n++) {
@@ -81,15 +84,15 @@ struct Stages {
         }
     }
 
-    // The tile that a warp takes next, for the first lane; its first one is its own number.
+    // The tile that is taken next, for the first lane; the first ones are those with the takers' own numbers.
     __device__ __forceinline__ int take() const { return lane == 0 ? take_shared(taken()) : 0; }
 
-    // Head n can be used for its tile `part`.
-    __device__ __forceinline__ void enter(int n, int part) const {
-        if (part < kGroups && n + 1 < count) {
+    // Head n can be used for its tile `part`; by warps that prepare and send for heads, or not.
+    __device__ __forceinline__ void enter(int n, int part, bool serves) const {
+        if (serves && part < kGroups && n + 1 < count) {
             prepare(n + 1, part);
         }
-        if (part == kMiddle && n >= 2 && n - 2 + RING < count) {
+        if (serves && part == kSender && n >= 2 && n - 2 + RING < count) {
             // Acquires what the warps that are done released: their loads come before what overwrites the stage.
             barrier_wait(free(n - 2), phase(n - 2));
             if (lane == 0) {

@@ -106,6 +106,29 @@ struct Values {
         write<0, kColumns>(rows, 1, words[1]);
     }
 
+    // Codes of kCount pieces of 16 channels from kFirst on, of one row, written.
+    template <int kFirst, int kCount>
+    __device__ __forceinline__ static void finish_row(const Rows& rows, int half, const int (&s)[kCount][4], int row_sum) {
+        uint32_t words[kCount], fractions[kCount], least = kAll;
+#pragma unroll
+        for (int i = 0; i < kCount; i++) {
+            const Codes found = codes_of(rows, kFirst + i, s[i][0], s[i][1], s[i][2], s[i][3], __int2float_rn(row_sum));
+            words[i] = found.word;
+            fractions[i] = found.fractions;
+            least = __vminu2(least, found.fractions);
+        }
+        if (doubtful(rows.p, least)) {
+#pragma unroll
+            for (int i = 0; i < kCount; i++) {
+                if (doubtful(rows.p, fractions[i])) {
+                    const int c = rows.head.index * HEAD_DIM + 16 * (kFirst + i) + 4 * (rows.lane % 4);
+                    words[i] = again(rows.p, c, row_sum, s[i][0], s[i][1], s[i][2], s[i][3]);
+                }
+            }
+        }
+        write<kFirst, kCount>(rows, half, words);
+    }
+
     // Of channel 16 j + 4 t + e of a row.
     __device__ __forceinline__ int sum(int j, int half, int e) const { return sums[j][e % 2][2 * half + e / 2]; }
 
