@@ -90,8 +90,9 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         const int n = tile / kQueryTiles, part = tile % kQueryTiles;
         stages.enter(n, part, side == 1);
         const Head head = head_of(n);
-        const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries), side};
-        tile = of_first_lane(Pair<decltype(stages)>{stages, rows, Once::of(rows), memory + kPairsAt + pair * kPairBytes, side}.run(n));
+        const Rows rows = {p, head, 16 * part, anew(lane), reinterpret_cast<const int8_t*>(head.queries), side};
+        unsigned char* const exchange = memory + kPairsAt + anew(pair) * kPairBytes;
+        tile = of_first_lane(Pair<decltype(stages)>{stages, rows, Once::of(rows), exchange, side}.run(n));
     }
 #elif STAGED
     const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};

@@ -22,6 +22,11 @@ inline int of_first_lane(int x) { return __shfl_sync(kAll, x, 0); }
 #else
 // What the first lane has, where the others have not more.
 __device__ __forceinline__ int of_first_lane(int x) { return __reduce_max_sync(kAll, x); }
+// The same number, of which the compiler does not know it: what follows from it is computed here, not kept over a loop.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 // One more, in no order with other accesses.
 __device__ __forceinline__ int take_shared(int* to) {
     int old;
