@@ -122,7 +122,7 @@ struct Pair {
         for (int i = 0; i < kEach; i++) {
             words[i] = once.words_of(e[i], of, true, none);
             if (i % 2) {
-                values.add(words[i - 1], words[i], rows, (side * kEach + i) / 2);
+                values.add(words[i - 1], words[i], rows, side * (kEach / 2) + i / 2);
             }
         }
         if (side == 0) {
@@ -147,7 +147,7 @@ struct Pair {
 #endif
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
-            *sums(side, j) = {values.sum(j, 1, 0), values.sum(j, 1, 1), values.sum(j, 1, 2), values.sum(j, 1, 3)};
+            values.give(sums(side, j), j, 1);
         }
         if (V_OFFSET != 0) {
             *row_sum(side) = values.row_sums[2];
@@ -156,11 +156,11 @@ struct Pair {
         int s[kColumns][4], row = values.row_sums[0] + (V_OFFSET != 0 ? *row_sum(1 - side) : 0);
 #pragma unroll
         for (int j = 0; j < kColumns; j++) {
-            const int4 more = *sums(1 - side, j);
-            s[j][0] = values.sum(j, 0, 0) + more.x;
-            s[j][1] = values.sum(j, 0, 1) + more.y;
-            s[j][2] = values.sum(j, 0, 2) + more.z;
-            s[j][3] = values.sum(j, 0, 3) + more.w;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                s[j][i] = values.sum(j, 0, i);
+            }
+            Values::add_given(s[j], *sums(1 - side, j));
         }
         Values::finish_row<0, kColumns>(rows, 0, s, row);
         return tile;

@@ -127,7 +127,7 @@ struct Split {
         for (int j = 0; j < kColumns; j++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                *sums(warp, j, half) = {values.sum(j, half, 0), values.sum(j, half, 1), values.sum(j, half, 2), values.sum(j, half, 3)};
+                values.give(sums(warp, j, half), j, half);
             }
         }
         if (V_OFFSET != 0) {
@@ -144,11 +144,7 @@ struct Split {
         for (int w = 0; w < WARPS; w++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int4 more = *sums(w, kFirst + i, half);
-                s[i][0] += more.x;
-                s[i][1] += more.y;
-                s[i][2] += more.z;
-                s[i][3] += more.w;
+                Values::add_given(s[i], *sums(w, kFirst + i, half));
             }
             row += V_OFFSET != 0 ? *row_sum(w, half) : 0;
         }

@@ -132,6 +132,23 @@ struct Values {
     // Of channel 16 j + 4 t + e of a row.
     __device__ __forceinline__ int sum(int j, int half, int e) const { return sums[j][e % 2][2 * half + e / 2]; }
 
+    // The four sums of a piece and a row for another warp, in two stores, as two and two of them are neighbours in registers.
+    __device__ __forceinline__ void give(int4* to, int j, int half) const {
+        uint2* const words = reinterpret_cast<uint2*>(to);
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const int(&from)[4] = sums[j][odd];
+            words[odd] = {static_cast<uint32_t>(from[2 * half]), static_cast<uint32_t>(from[2 * half + 1])};
+        }
+    }
+    // Adds such sums, in the channels' order.
+    __device__ __forceinline__ static void add_given(int (&s)[4], const int4& given) {
+        s[0] += given.x;
+        s[1] += given.z;
+        s[2] += given.y;
+        s[3] += given.w;
+    }
+
     struct Four4 {
         float x[4];
     };
