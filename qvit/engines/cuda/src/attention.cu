@@ -6,9 +6,16 @@
 // In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
 // different regions of a shifted map (MASK).
 //
-// A block has one head of p.pack images, one after another, with k and v of two, or of RING, in shared memory; each warp takes 16
-// queries at a time, with the exponentials of all keys in its registers where they fit (`Once`; LONG = 0), else computing the
-// scores three times (`Thrice`).
+// How the work is shared out (plan.py chooses):
+//
+//     SPLIT    few heads: a block has 16 queries, each of its warps 32 of the keys
+//     PAIRED   many heads, on Hopper: one block a multiprocessor, RING heads in shared memory; two warps have 16 queries
+//     STAGED   the same, one warp has 16 queries
+//     RING     the same, queries come to each warp on their own
+//     else     a block has one head of p.pack images, one after another, with k and v of two in shared memory
+//
+// A warp has the exponentials of its keys in registers where they fit (`Once`; LONG = 0), else it computes the scores three times
+// (`Thrice`).
 #include "attention_once.cuh"
 #if SPLIT
 #include "attention_split.cuh"
@@ -83,7 +90,8 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
 #if PAIRED
     const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
     stages.begin();
-    const int side = of_first_lane(lane == 0 ? warp % 2 : 0), pair = warp / 2;
+    // First and second ones in turn on a multiprocessor's four schedulers, which have warps 0, 4, 8 .., 1, 5 .. and so on.
+    const int side = of_first_lane(lane == 0 ? (warp + warp / 4) % 2 : 0), pair = warp / 2;
     unsigned tile = of_first_lane(lane == 0 ? pair : 0);
 #pragma unroll 1
     while (tile < count * kQueryTiles) {

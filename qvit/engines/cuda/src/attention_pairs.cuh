@@ -52,7 +52,10 @@ struct Pair {
         return reinterpret_cast<float*>(memory + 2 * kPairSums + 64 * of) + rows.lane / 4 + 8 * (half ^ side);
     }
     __device__ __forceinline__ int* next() const { return reinterpret_cast<int*>(memory + 2 * kPairSums + 2 * 64); }
-    __device__ __forceinline__ void meet() const { meet_pair(static_cast<int>(threadIdx.x / 64)); }
+    __device__ __forceinline__ void meet() const {
+        __syncwarp();  // the barrier counts whole warps
+        meet_pair(static_cast<int>(threadIdx.x / 64));
+    }
 
     // The exponentials of a warp's keys, and their totals of two rows.
     __device__ __forceinline__ void exponentials(float (&e)[kMine][2][4], float (&totals)[2]) const {
