@@ -36,7 +36,7 @@ ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
 _RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 1  # of the only one where it has a ring of heads: warps, and heads in the ring
-_STAGED = True  # whether the ring holds queries, too
+_RING_Q = True  # whether the ring holds queries, too
 _PAIRED_WARPS, _PAIRED_RING = 16, 4  # where two warps have 16 queries: warps (0: never), and heads in the ring
 _SPLIT_MOST, _SPLIT_BLOCKS = 4, 2  # blocks of a multiprocessor where a block's warps share 16 queries' keys: in all, at a time
 _MOST_WINDOWS = 8  # of a block of attention
@@ -490,7 +490,7 @@ class Plan(ABC):
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
             of_head_and_queries = of_head + shape.tokens * shape.head_dim
             ring = min(_RING_MOST, (MOST_SHARED - 1024) // of_head_and_queries)
-            staged = _STAGED and ring >= 4
+            staged = _RING_Q and ring >= 4
             if staged:
                 of_head = of_head_and_queries
                 warps = min(_RING_WARPS if shape.tokens <= 208 else 8, tiles)
@@ -554,7 +554,7 @@ class Plan(ABC):
             "SHOW": int(maps is not None),
             "LONG": int(long),
             "RING": ring,
-            "STAGED": int(staged),
+            "RING_Q": int(staged),
             "PAIRED": int(paired),
             "SPLIT": int(split),
             "PACKED": int(self._gpu.hopper and of.map_short),

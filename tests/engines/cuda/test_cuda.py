@@ -194,7 +194,7 @@ def test_two_warps_share_the_keys_of_queries_on_hopper(
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
     count = 5 * gpu.multiprocessors + 1
     (launch,) = (one for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
-    assert (launch.defines["STAGED"], launch.defines["PAIRED"]) == (1, int(patch == 8))
+    assert (launch.defines["RING_Q"], launch.defines["PAIRED"]) == (1, int(patch == 8))
     check(model, gpu, count)
     if patch == 8:
         least = float(constants.AttentionConstants.of(model.blocks[0].attention, CPU).score_scale.min())

@@ -10,7 +10,7 @@
 //
 //     SPLIT    few heads: a block has 16 queries, each of its warps 32 of the keys
 //     PAIRED   many heads, on Hopper: one block a multiprocessor, RING heads in shared memory; two warps have 16 queries
-//     STAGED   the same, one warp has 16 queries
+//     RING_Q   the same, one warp has 16 queries
 //     RING     the same, queries come to each warp on their own
 //     else     a block has one head of p.pack images, one after another, with k and v of two in shared memory
 //
@@ -21,7 +21,7 @@
 #include "attention_split.cuh"
 #elif PAIRED
 #include "attention_pairs.cuh"
-#elif STAGED
+#elif RING_Q
 #include "attention_stages.cuh"
 #elif RING
 #include "attention_ring.cuh"
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         unsigned char* const exchange = memory + kPairsAt + anew(pair) * kPairBytes;
         tile = of_first_lane(Pair<decltype(stages)>{stages, rows, Once::of(rows), exchange, side}.run(n));
     }
-#elif STAGED
+#elif RING_Q
     const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
     stages.begin();
     unsigned tile = of_first_lane(lane == 0 ? warp : 0);

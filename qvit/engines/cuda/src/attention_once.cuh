@@ -306,7 +306,7 @@ struct Once {
     // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
         const double own = static_cast<double>(scaled(s, rows.head.scale));
-        const int8_t* const q = STAGED || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
+        const int8_t* const q = RING_Q || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
         double total = 0.0;
 #pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {

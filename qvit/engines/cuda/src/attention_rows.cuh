@@ -7,7 +7,7 @@ struct Rows {
     const AttentionArgs& p;
     const Head& head;
     int query0, lane;
-    const int8_t* held = nullptr;  // in shared memory, if they are there: these queries; STAGED: all of the head
+    const int8_t* held = nullptr;  // in shared memory, if they are there: these queries; RING_Q: all of the head
 
     int flip = 0;                  // 1: the halves of 8 queries are exchanged
 
@@ -18,7 +18,7 @@ struct Rows {
     }
     // The same in shared memory.
     __device__ __forceinline__ const int8_t* held_q(int query) const {
-        return STAGED ? held + (query < TOKENS ? query : TOKENS - 1) * HEAD_DIM : held + (query - query0) * HEAD_DIM;
+        return RING_Q ? held + (query < TOKENS ? query : TOKENS - 1) * HEAD_DIM : held + (query - query0) * HEAD_DIM;
     }
     __device__ __forceinline__ Place place(int query) const {
         const int row = query < TOKENS ? query : TOKENS - 1;
@@ -29,7 +29,7 @@ struct Rows {
     __device__ __forceinline__ void load_q(uint32_t (&q)[kSteps][4]) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int8_t* const from = (STAGED ? held_q(query(half)) : q_of(query(half))) + kLaneBytes * (lane % 4);
+            const int8_t* const from = (RING_Q ? held_q(query(half)) : q_of(query(half))) + kLaneBytes * (lane % 4);
             if constexpr (HEAD_DIM == 64) {
                 const uint4 a = *reinterpret_cast<const uint4*>(from);
                 q[0][half] = a.x;
