@@ -564,7 +564,7 @@ class Plan(ABC):
         }
         shared = (1 if long or split else 2) * of_head
         if split:
-            shared += 64 * warps + pad(4 * warps, 16) + 12 * shape.head_dim + warps * (64 * shape.head_dim + 256)
+            shared += 128 * warps + pad(12 * warps, 16) + 12 * shape.head_dim + warps * (64 * shape.head_dim + 256)
         elif staged:
             shared = ring * of_head + 12 * shape.head_dim + pad(24 * ring + 4, 16)
             shared += exchanged if paired else 0

@@ -48,8 +48,9 @@ constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups + kQueryBytes;
 constexpr int kQueriesAt = (kStages * kStageBytes + 20 * RING + 4 + 15) / 16 * 16;  // RING: a kilobyte a warp
 constexpr bool kHoldsGains = RING || SPLIT;                // in shared memory
 constexpr int kTotalsAt = kStageBytes;                     // SPLIT: a row's total of a warp, [WARPS, 16]
-constexpr int kLostAt = kTotalsAt + 64 * WARPS;            // SPLIT: whether a warp has given up
-constexpr int kGainsAt = SPLIT    ? kLostAt + (4 * WARPS + 15) / 16 * 16
+constexpr int kExactAt = kTotalsAt + 64 * WARPS;           // SPLIT: parts of exact totals, of a row of four lanes, [8, WARPS]
+constexpr int kFlagsAt = kExactAt + 64 * WARPS;            // SPLIT: what a warp has to tell, [3, WARPS]
+constexpr int kGainsAt = SPLIT    ? kFlagsAt + (12 * WARPS + 15) / 16 * 16
                          : RING_Q ? kStages * kStageBytes
                                   : kQueriesAt + 1024 * WARPS;
 constexpr int kGainBytes = 12 * HEAD_DIM;

@@ -250,6 +250,21 @@ struct Once {
     }
 
 #if ROW_CHECK
+    // A boundary next to a score that would be in doubt, of a row of four lanes; not every four have one.
+    struct Doubt {
+        bool ours, leads;  // of these four lanes; of this one
+        int half;
+        float step, score, wanted;  // of the row; as a float's bits have it; its exponential, else none that there is
+    };
+    __device__ __forceinline__ Doubt doubt(const Row (&of)[2], unsigned suspects, unsigned lanes) const {
+        const int quad = rows.lane & ~3, ours = lanes >> quad & 15;
+        const int leader = quad + (ours ? first_bit(ours) : 0);
+        const int bit = __shfl_sync(kAll, suspects ? first_bit(suspects) : 0, leader), half = bit % 2;
+        const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
+        const float score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
+        return {ours != 0, rows.lane == leader, half, half ? of[1].step : of[0].step, score, ours ? exponential(score) : -1.0f};
+    }
+
     // Decides what is in doubt, of eight rows at once. Keys whose score is next to a boundary get an exponential whose code is the
     // right one.
     template <int kMine>
@@ -257,27 +272,31 @@ struct Once {
         unsigned lanes;
 #pragma unroll 1
         while ((lanes = __ballot_sync(kAll, suspects != 0)) != 0) {
-            const int quad = rows.lane & ~3, ours = lanes >> quad & 15;
-            const int leader = quad + (ours ? first_bit(ours) : 0);
-            const int bit = __shfl_sync(kAll, suspects ? first_bit(suspects) : 0, leader), half = bit % 2;
-            const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
-            const float step = half ? of[1].step : of[0].step, score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
-            const float wanted = ours ? exponential(score) : -1.0f;
-            unsigned found = __ballot_sync(kAll, half ? has<1>(e, wanted) : has<0>(e, wanted));
+            const Doubt about = doubt(of, suspects, lanes);
+            unsigned found = __ballot_sync(kAll, has(e, about));
 #pragma unroll 1
             while (found) {
-                const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, one);
-                const int code = decided(s, rows.query_of(one, __shfl_sync(kAll, half, one)));
+                const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(about.score) - kWholeBits, one);
+                const int code = decided(s, rows.query_of(one, __shfl_sync(kAll, about.half, one)));
                 if (rows.lane / 4 == one / 4) {
-                    const float instead = step * static_cast<float>(code);
-                    half ? replace<1>(e, wanted, instead) : replace<0>(e, wanted, instead);
+                    replace(e, about, code);
                 }
                 found &= ~(15u << (one & ~3));
             }
-            if (rows.lane == leader) {
+            if (about.leads) {
                 suspects &= suspects - 1;
             }
         }
+    }
+
+    template <int kMine>
+    __device__ __forceinline__ static bool has(const float (&e)[kMine][2][4], const Doubt& about) {
+        return about.half ? has<1>(e, about.wanted) : has<0>(e, about.wanted);
+    }
+    template <int kMine>
+    __device__ __forceinline__ static void replace(float (&e)[kMine][2][4], const Doubt& about, int code) {
+        const float instead = about.step * static_cast<float>(code);
+        about.half ? replace<1>(e, about.wanted, instead) : replace<0>(e, about.wanted, instead);
     }
 
     template <int kHalf, int kMine>
@@ -303,19 +322,28 @@ struct Once {
         }
     }
 
+    // The exponential of a key's score over that of score s of the same query.
+    __device__ __forceinline__ double exact_ratio(int s, const int8_t* q, int query, int key) const {
+        const double own = static_cast<double>(scaled(s, rows.head.scale));
+        const float score = exact_score(q, rows.head, rows.place(query), key);
+        const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
+        return key < TOKENS ? one : 0.0;
+    }
+
+    // The code of a score from the total of such ratios.
+    __device__ __forceinline__ int code_of_total(double total) const {
+        return exact_code(__double2float_rn(1.0 / total), 0.0f, rows.head.step, 0.0f, kMapHigh);
+    }
+
     // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
-        const double own = static_cast<double>(scaled(s, rows.head.scale));
         const int8_t* const q = RING_Q || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
         double total = 0.0;
 #pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {
-            const int key = first + rows.lane;
-            const float score = exact_score(q, rows.head, rows.place(query), key);
-            const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
-            total += key < TOKENS ? one : 0.0;
+            total += exact_ratio(s, q, query, first + rows.lane);
         }
-        return exact_code(__double2float_rn(1.0 / warp_sum(total)), 0.0f, rows.head.step, 0.0f, kMapHigh);
+        return code_of_total(warp_sum(total));
     }
 #endif
 };

@@ -18,7 +18,21 @@ struct Split {
     static constexpr int kParts = HEAD_DIM / 16;                          // of the result: half the rows, 32 channels
 
     __device__ __forceinline__ float* totals() const { return reinterpret_cast<float*>(memory + kTotalsAt); }
-    __device__ __forceinline__ int* lost_ones() const { return reinterpret_cast<int*>(memory + kLostAt); }
+    __device__ __forceinline__ unsigned* flags(int what) const {
+        return reinterpret_cast<unsigned*>(memory + kFlagsAt) + what * WARPS;
+    }
+    __device__ __forceinline__ double* exact(int quad) const {
+        return reinterpret_cast<double*>(memory + kExactAt) + quad * WARPS;
+    }
+    // What any of the warps has told.
+    __device__ __forceinline__ unsigned told(int what) const {
+        unsigned all = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            all |= flags(what)[w];
+        }
+        return all;
+    }
     __device__ __forceinline__ int4* sums(int of_warp, int j, int half) const {
         return reinterpret_cast<int4*>(memory + kSumsAt) + ((of_warp * kColumns + j) * 2 + half) * 32 + lane;
     }
@@ -103,6 +117,48 @@ struct Split {
         return sum;
     }
 
+#if ROW_CHECK
+    // `Once::settle` by all warps, who have the same rows and so the same suspects: where one has found a key, each computes exactly
+    // what its own keys add to the row's total.
+    __device__ __forceinline__ void settle(
+        const Once& once, const Once::Row (&of)[2], unsigned suspects, float (&e)[2][2][4]) const {
+        unsigned lanes;
+#pragma unroll 1
+        for (int turn = 1; (lanes = __ballot_sync(kAll, suspects != 0)) != 0; turn = 3 - turn) {
+            const Once::Doubt about = once.doubt(of, suspects, lanes);
+            const unsigned found = __ballot_sync(kAll, Once::has(e, about));
+            if (lane == 0) {
+                flags(turn)[warp] = found;  // those of the turn before are still read by others
+            }
+            __syncthreads();
+            const unsigned all = told(turn);
+#pragma unroll 1
+            for (unsigned left = all; left; left &= ~(15u << (first_bit(left) & ~3))) {
+                const int one = first_bit(left), s = __shfl_sync(kAll, __float_as_int(about.score) - kWholeBits, one);
+                const int query = rows.query_of(one, __shfl_sync(kAll, about.half, one));
+                const double part = warp_sum(once.exact_ratio(s, rows.q_of(query), query, 32 * warp + lane));
+                if (lane == 0) {
+                    exact(one / 4)[warp] = part;
+                }
+            }
+            if (all) {
+                __syncthreads();
+                if (all >> (lane & ~3) & 15) {
+                    double total = 0.0;
+#pragma unroll
+                    for (int w = 0; w < WARPS; w++) {
+                        total += exact(lane / 4)[w];
+                    }
+                    Once::replace(e, about, once.code_of_total(total));
+                }
+            }
+            if (about.leads) {
+                suspects &= suspects - 1;
+            }
+        }
+    }
+#endif
+
     // The map's codes of a warp's keys; false if some are to be computed by `Thrice`.
     __device__ __forceinline__ bool codes(const Once& once, float (&e)[2][2][4], MapWords (&words)[2]) const {
         const Once::Row of[2] = {once.row(total(0)), once.row(total(1))};
@@ -113,7 +169,7 @@ struct Split {
             if (__any_sync(kAll, lost)) {
                 return false;
             }
-            once.settle(of, suspects, e);
+            settle(once, of, suspects, e);
         }
 #endif
         words[0] = once.words_of(e[0], of, true, lost);
@@ -172,15 +228,10 @@ struct Split {
             give(values);
         }
         if (lane == 0) {
-            lost_ones()[warp] = !well;
+            flags(0)[warp] = !well;
         }
         __syncthreads();  // sums of all are there
-        int lost = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            lost |= lost_ones()[w];
-        }
-        if (lost) {
+        if (told(0)) {
             return warp != 0;
         }
 #if SHOW
