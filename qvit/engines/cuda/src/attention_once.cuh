@@ -338,8 +338,9 @@ struct Once {
     // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
         const int8_t* const q = RING_Q || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
+        constexpr int kTogether = PAIRED ? 4 : 2;  // as many as there are registers for
         double total = 0.0;
-#pragma unroll 2
+#pragma unroll kTogether
         for (int first = 0; first < TOKENS; first += 32) {
             total += exact_ratio(s, q, query, first + rows.lane);
         }
