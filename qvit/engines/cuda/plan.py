@@ -36,7 +36,10 @@ _PIECE = 16  # bytes that a lane copies at a time
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
 _ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
-_RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 3  # of the only one where it has a ring of heads: warps, and heads in the ring
+_RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 1  # of the only one where it has a ring of heads: warps, and heads in the ring
+_RING_Q = True  # whether the ring holds queries, too
+_PAIRED_WARPS, _PAIRED_RING = 16, 4  # where two warps have 16 queries: warps (0: never), and heads in the ring
+_SPLIT_MOST, _SPLIT_BLOCKS = 4, 2  # blocks of a multiprocessor where a block's warps share 16 queries' keys: in all, at a time
 _MOST_WINDOWS = 8  # of a block of attention
 # Where a block's LayerNorms are computed on Hopper, rows being many: in "front" of the product that reads their codes, "behind"
 # the one that makes their floats, where that has whole rows, or "alone".
@@ -517,12 +520,30 @@ class Plan(ABC):
         else:
             pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
         of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
+        staged, paired, exchanged = False, False, 0
+        tiles = -(-shape.tokens // 16)
         ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
         if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
-            ring = min(_RING_MOST, (MOST_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
-            warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * -(-shape.tokens // 16) // 2)
+            of_head_and_queries = of_head + shape.tokens * shape.head_dim
+            ring = min(_RING_MOST, (MOST_SHARED - 1024) // of_head_and_queries)
+            staged = _RING_Q and ring >= 4
+            if staged:
+                of_head = of_head_and_queries
+                warps = min(_RING_WARPS if shape.tokens <= 208 else 8, tiles)
+                halves = min(_PAIRED_WARPS, 2 * tiles)
+                exchanged = halves // 2 * (64 * shape.head_dim + 400)
+                most = min(_PAIRED_RING, (MOST_SHARED - 1024 - exchanged) // of_head_and_queries)
+                paired = halves > 0 and of.row_check and tiles > 4 and most >= 4
+                if paired:
+                    ring, warps = most, halves
+            else:
+                ring = min(_RING_MOST, (MOST_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
+                warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * tiles // 2)
             blocks = 1
             pack = -(-shape.images // max(1, blocks_of_head))
+        split = windows is None and not long and heads * tiles <= _SPLIT_MOST * self._gpu.multiprocessors
+        if split:
+            ring, staged, paired, pack, warps, blocks = 0, False, False, 1, -(-shape.tokens // 32), _SPLIT_BLOCKS
         values = {
             "q": q,
             "k": k,
@@ -569,22 +590,27 @@ class Plan(ABC):
             "SHOW": int(maps is not None),
             "LONG": int(long),
             "RING": ring,
+            "RING_Q": int(staged),
+            "PAIRED": int(paired),
+            "SPLIT": int(split),
             "PACKED": int(self._gpu.hopper and of.map_short),
             "BIAS": int(windows is not None),
             "MASK": int(windows is not None and windows.regions is not None),
             "OUT_BITS": int(self._bits(block["proj"]) is not None),
         }
-        tiles = -(-shape.tokens // 16)
-        shared = (
-            ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
-            if ring
-            else (1 if long else 2) * of_head
-        )
+        shared = (1 if long or split else 2) * of_head
+        if split:
+            shared += 128 * warps + pad(12 * warps, 16) + 12 * shape.head_dim + warps * (64 * shape.head_dim + 256)
+        elif staged:
+            shared = ring * of_head + 12 * shape.head_dim + pad(24 * ring + 4, 16)
+            shared += exchanged if paired else 0
+        elif ring:
+            shared = ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
         shared += 0 if windows is None else bias_bytes(shape.tokens)
         # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        split = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1
-        grid = -(-shape.images // pack) * shape.heads
-        self._add(Launch("attention", defines, (grid, split, 1), 32 * warps, shared, values))
+        parts = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1
+        grid = (tiles, heads, 1) if split else (-(-shape.images // pack) * shape.heads, parts, 1)
+        self._add(Launch("attention", defines, grid, 32 * warps, shared, values))
 
     def _norm(
         self,

@@ -6,26 +6,56 @@
 // In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
 // different regions of a shifted map (MASK).
 //
-// A block has one head of p.pack images, one after another, with k and v of two, or of RING, in shared memory; each warp takes 16
-// queries at a time, with the exponentials of all keys in its registers where they fit (`Once`; LONG = 0), else computing the
-// scores three times (`Thrice`).
+// How the work is shared out (plan.py chooses):
+//
+//     SPLIT    few heads: a block has 16 queries, each of its warps 32 of the keys
+//     PAIRED   many heads, on Hopper: one block a multiprocessor, RING heads in shared memory; two warps have 16 queries
+//     RING_Q   the same, one warp has 16 queries
+//     RING     the same, queries come to each warp on their own
+//     else     a block has one head of p.pack images, one after another, with k and v of two in shared memory
+//
+// A warp has the exponentials of its keys in registers where they fit (`Once`; LONG = 0), else it computes the scores three times
+// (`Thrice`).
 #include "attention_once.cuh"
-#if RING
+#if SPLIT
+#include "attention_split.cuh"
+#elif PAIRED
+#include "attention_pairs.cuh"
+#elif RING_Q
+#include "attention_stages.cuh"
+#elif RING
 #include "attention_ring.cuh"
 #endif
-
-// What `Once` could not decide, out of its way: its own registers, and not in the instructions that all warps go through.
-__noinline__ __device__ void thrice(const AttentionArgs& p, const Head& head, int query0) {
-    const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32)};
-    Thrice{rows}.run();
-}
 
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT AttentionArgs p) {
-    await_former_kernel();
     QVIT_SHARED(memory);
+#if SPLIT
+    const int part = blockIdx.x, of_image = blockIdx.y % p.heads, image_of = blockIdx.y / p.heads;
+    const Head head = {memory,
+                       memory + kBytes,
+                       nullptr,
+                       reinterpret_cast<int*>(memory + 2 * kBytes),
+                       nullptr,
+                       nullptr,
+                       image_of,
+                       of_image,
+                       static_cast<size_t>(blockIdx.y) * TOKENS,
+                       p.score_scale[of_image],
+                       p.map_scale[of_image],
+                       reinterpret_cast<const float*>(memory + kGainsAt)};
+    const Rows rows = {p, head, 16 * part, static_cast<int>(threadIdx.x % 32)};
+    const Split split = {p, memory, rows, static_cast<int>(threadIdx.x / 32), rows.lane};
+    split.begin();
+    await_former_kernel();
+    if (!split.run()) {
+        const Head copy = head;  // its address is given away, that of `head` is not
+        thrice(p, copy, rows.query0);
+    }
+#else
+    await_former_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, index = blockIdx.x % p.heads;
     const int first_image = blockIdx.x / p.heads * p.pack, count = min(p.pack, p.images - first_image);
     const float* bias = BIAS ? p.bias + static_cast<size_t>(index) * TOKENS * kBiasLine : nullptr;
@@ -38,10 +68,11 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
     }
     const float scale = p.score_scale[index], step = p.map_scale[index];
     const auto head_of = [&](int n) -> Head {
-        unsigned char* const stage = memory + n % kStages * kStageBytes;
+        unsigned char* const stage = memory + static_cast<unsigned>(n) % kStages * kStageBytes;
         const int image = first_image + n;
         return {stage,
                 stage + kBytes,
+                stage + 2 * kBytes + 4 * 32 * kGroups,
                 reinterpret_cast<int*>(stage + 2 * kBytes),
                 bias,
                 MASK ? p.regions + image % p.windows * kRegionLine : nullptr,
@@ -56,7 +87,46 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
     const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
     const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
 
-#if RING
+#if PAIRED
+    const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
+    stages.begin();
+    // First and second ones in turn on a multiprocessor's four schedulers, which have warps 0, 4, 8 .., 1, 5 .. and so on.
+    const int side = of_first_lane(lane == 0 ? (warp + warp / 4) % 2 : 0), pair = warp / 2;
+    unsigned tile = of_first_lane(lane == 0 ? pair : 0);
+#pragma unroll 1
+    while (tile < count * kQueryTiles) {
+        const int n = tile / kQueryTiles, part = tile % kQueryTiles;
+        stages.enter(n, part, side == 1);
+        const Head head = head_of(n);
+        const Rows rows = {p, head, 16 * part, anew(lane), reinterpret_cast<const int8_t*>(head.queries), side};
+        unsigned char* const exchange = memory + kPairsAt + anew(pair) * kPairBytes;
+        tile = of_first_lane(Pair<decltype(stages)>{stages, rows, Once::of(rows), exchange, side}.run(n));
+    }
+#elif RING_Q
+    const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
+    stages.begin();
+    unsigned tile = of_first_lane(lane == 0 ? warp : 0);
+#pragma unroll 1
+    while (tile < count * kQueryTiles) {
+        const int n = tile / kQueryTiles, part = tile % kQueryTiles;
+        stages.enter(n, part, true);
+        const Head head = head_of(n);
+        const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries)};
+        uint32_t q[kSteps][4];
+        rows.load_q(q);
+        int next = 0;
+        const auto leave = [&] {
+            stages.leave(n);
+            next = stages.take();
+        };
+        if (!Once::of(rows).run(q, [] {}, leave)) {
+            const Head copy = head;  // its address is given away, that of `head` is not
+            thrice(p, copy, rows.query0);
+            leave();
+        }
+        tile = of_first_lane(next);
+    }
+#elif RING
     const Ring<decltype(head_of)> ring = {p, head_of, memory, count, warp, lane};
     ring.begin();
     const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane), ring.queries()}; };
@@ -124,6 +194,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         const Head copy = head;  // its address is given away, that of `head` is not
         thrice(p, copy, rows.query0);
     }
+#endif
 #endif
 }
 

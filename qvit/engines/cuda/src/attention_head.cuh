@@ -40,12 +40,20 @@ constexpr int kQueryTiles = (TOKENS + 15) / 16;
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
 constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a head's channels
 constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in shared memory
-constexpr int kStages = RING ? RING : LONG ? 1 : 2;        // heads in shared memory
+constexpr int kStages = RING ? RING : LONG || SPLIT ? 1 : 2;  // heads in shared memory
 // Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
 constexpr int kRound = RING ? kQueryTiles : kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
-constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups;
+constexpr int kQueryBytes = RING_Q ? TOKENS * HEAD_DIM : 0;  // of q in shared memory
+constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups + kQueryBytes;
 constexpr int kQueriesAt = (kStages * kStageBytes + 20 * RING + 4 + 15) / 16 * 16;  // RING: a kilobyte a warp
-constexpr int kGainsAt = kQueriesAt + 1024 * WARPS;        // RING
+constexpr bool kHoldsGains = RING || SPLIT;                // in shared memory
+constexpr int kTotalsAt = kStageBytes;                     // SPLIT: a row's total of a warp, [WARPS, 16]
+constexpr int kExactAt = kTotalsAt + 64 * WARPS;           // SPLIT: parts of exact totals, of a row of four lanes, [8, WARPS]
+constexpr int kFlagsAt = kExactAt + 64 * WARPS;            // SPLIT: what a warp has to tell, [3, WARPS]
+constexpr int kGainsAt = SPLIT    ? kFlagsAt + (12 * WARPS + 15) / 16 * 16
+                         : RING_Q ? kStages * kStageBytes
+                                  : kQueriesAt + 1024 * WARPS;
+constexpr int kGainBytes = 12 * HEAD_DIM;
 constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
 constexpr float kLog2e = 1.44269504f;
@@ -67,14 +75,14 @@ __device__ __forceinline__ float scaled(Score s, float scale) { return __fmul_rn
 
 // A head of an image, or of a window.
 struct Head {
-    unsigned char *keys, *values;  // in shared memory
+    unsigned char *keys, *values, *queries;  // in shared memory; RING_Q: queries, too
     int* key_sums;
     const float* bias;       // [N, kBiasLine] of this head
     const uint8_t* regions;  // of this window
     int image, index;
     size_t first;  // row of token 0 in q
     float scale, step;
-    const float* gains;  // RING: in shared memory, gain, shift and row_gain of its channels
+    const float* gains;  // kHoldsGains: in shared memory, gain, shift and row_gain of its channels
 };
 
 // What is added to the scores of one query: a row of the bias, and regions of the window's tokens beside its own.
@@ -109,9 +117,8 @@ __device__ __forceinline__ void load_head(const AttentionArgs& p, const Head& he
     copies_end_group();
 }
 
-// What has arrived of 32 keys is made ready by a warp: values as operands, sums of the keys' codes.
-__device__ __forceinline__ void prepare_group(const Head& head, int group, int lane) {
-    turn<kColumns>(head.values + 32 * group * HEAD_DIM);
+// Sums of the codes of 32 keys that have arrived, by a warp.
+__device__ __forceinline__ void sum_keys(const Head& head, int group, int lane) {
     const int row = 32 * group + lane;
     if (kKeySums && row < TOKENS) {
         int sum = 0;
@@ -120,6 +127,12 @@ __device__ __forceinline__ void prepare_group(const Head& head, int group, int l
         }
         head.key_sums[row] = sum;
     }
+}
+
+// What has arrived of 32 keys is made ready by a warp: values as operands, sums of the keys' codes.
+__device__ __forceinline__ void prepare_group(const Head& head, int group, int lane) {
+    turn<kColumns>(head.values + 32 * group * HEAD_DIM);
+    sum_keys(head, group, lane);
 }
 
 // The same for all keys. Others see it after a barrier.
@@ -161,12 +174,16 @@ __device__ __forceinline__ void scores_of(const uint32_t (&q)[kSteps][4], const 
     }
 }
 
-// A score as the reference engine has it, by one lane.
+// A score as the reference engine has it, by one lane. Lanes of neighbouring keys begin with another piece of them, so that they read
+// from all banks.
 __device__ __forceinline__ float exact_score(const int8_t* q, const Head& head, const Place& at, int key) {
     int s = 0;
+    const int first = HEAD_DIM == 64 ? key / 2 % 4 * 16 : 0;
 #pragma unroll
     for (int d = 0; d < HEAD_DIM; d += 16) {
-        const uint4 a = *reinterpret_cast<const uint4*>(q + d), b = *reinterpret_cast<const uint4*>(head.keys + key * HEAD_DIM + d);
+        const int piece = d ^ first;
+        const uint4 a = *reinterpret_cast<const uint4*>(q + piece);
+        const uint4 b = *reinterpret_cast<const uint4*>(head.keys + key * HEAD_DIM + piece);
         s += dot4(a.w, b.w, dot4(a.z, b.z, dot4(a.y, b.y, dot4(a.x, b.x, 0))));
     }
     s = kKeySums ? 2 * s + head.key_sums[key] : s;

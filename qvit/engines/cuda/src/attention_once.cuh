@@ -11,7 +11,7 @@
 //     x, rounded      |y|, as |r| is below 1
 //     together        3.3 ln(2) |y| < 2.3 |y|, for v's own exponential; for the total their mean, sum of p |y|
 //     exp2            4 (2^-22), both for v and for the total
-//     total           a rounding a pair of tiles, four more
+//     total           a rounding every second pair of tiles, five more
 //     1 / (total * step * high) 4, product 1, the reference engine's p and p / step 2; terms of second order less than 1
 //
 // The mean: y = L + log2 p, so that sum of p |y| <= |L| + H(p) <= |L| + log2 N; and, as |y| = y + 2 max(-y, 0) and
@@ -28,7 +28,7 @@ struct Once {
     const Rows& rows;
     float factor, base, shift, inverse_factor;  // F, - fl(W F), r, 1 / F
 
-    static constexpr float kRoundings = 20.0f + kPairs;
+    static constexpr float kRoundings = 21.0f + (kPairs + 1) / 2;
     static constexpr float kEach = 2.3f, kLogTokens = 10.0f;  // log2 of at most 1024 keys
     static_assert(TOKENS <= 1024);
     static constexpr int kTiles = (TOKENS + 7) / 8;
@@ -72,6 +72,30 @@ struct Once {
         }
     }
 
+    // Adds a pair's exponentials to totals of two rows, of even and odd pairs.
+    __device__ __forceinline__ static void add(const float (&e)[2][4], bool second, int pair, float (&total)[2][2]) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float a = e[0][2 * half] + e[0][2 * half + 1], b = e[1][2 * half] + e[1][2 * half + 1];
+            total[half][pair % 2] += second ? a + b : a;
+        }
+    }
+
+    // The queries' operands. They are four neighbouring registers, of two rows, but a row comes as such four: without an operation
+    // between, one that the compiler does not know to change nothing, they are moved anew for every product.
+    __device__ __forceinline__ void given(const uint32_t (&from)[kSteps][4], uint32_t (&q)[kSteps][4]) const {
+        const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
+#pragma unroll
+        for (int i = 0; i < 4 * kSteps; i++) {
+            q[i / 4][i % 4] = from[i / 4][i % 4] ^ zero;
+        }
+    }
+    __device__ __forceinline__ void queries(uint32_t (&q)[kSteps][4]) const {
+        uint32_t from[kSteps][4];
+        rows.load_q(from);
+        given(from, q);
+    }
+
     // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
     struct Row {
         float step, inverse, near;  // total * step; one over it, and over the highest code where places 0 .. 1 are computed
@@ -113,32 +137,9 @@ struct Once {
     }
 #endif
 
-    // Whether all went well. Takes the queries' operands; `next` is called when there is room for those of the next rows, `leave`
-    // when the head's keys and values are needed no more.
-    template <class Next, class Leave>
-    __device__ __forceinline__ bool run(uint32_t (&given)[kSteps][4], const Next& next, const Leave& leave) const {
-        // An operand is four neighbouring registers, of two rows, but a row came as such four: without an operation between, one that
-        // the compiler does not know to change nothing, they are moved anew for every product.
-        const uint32_t zero = static_cast<uint32_t>(rows.p.heads >> 31);
-        uint32_t q[kSteps][4];
-#pragma unroll
-        for (int i = 0; i < 4 * kSteps; i++) {
-            q[i / 4][i % 4] = given[i / 4][i % 4] ^ zero;
-        }
-        float e[kPairs][2][4], total[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (int pair = 0; pair < kPairs; pair++) {
-            exponentials(q, pair, e[pair]);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float a = e[pair][0][2 * half] + e[pair][0][2 * half + 1];
-                const float b = e[pair][1][2 * half] + e[pair][1][2 * half + 1];
-                total[half] += 16 * pair + 8 < TOKENS ? a + b : a;
-            }
-        }
-        const Row of[2] = {row(quad_sum(total[0])), row(quad_sum(total[1]))};
-        bool lost = of[0].lost || of[1].lost;
 #if ROW_CHECK
+    // Bit 2 k + half: whether boundary 4 k + t of a row is next to a score that would be in doubt, t of the row's four lanes.
+    __device__ __forceinline__ unsigned suspects_of(const Row (&of)[2]) const {
         unsigned suspects = 0;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -151,6 +152,57 @@ struct Once {
                 }
             }
         }
+        return suspects;
+    }
+#endif
+
+    // Codes of a pair of tiles, the second only if there is one.
+    __device__ __forceinline__ MapWords words_of(const float (&e)[2][4], const Row (&of)[2], bool second, bool& lost) const {
+        int code[2][4];
+#if ROW_CHECK && PACKED
+        // Whole numbers of 16 bits, two at a time not more than the highest code.
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                code[tile][i] = tile == 0 || second ? __float_as_int(fmaf(e[tile][i], of[i / 2].inverse, kWhole)) : 0;
+            }
+        }
+        return {capped(code[0][0], code[0][1], code[1][0], code[1][1]), capped(code[0][2], code[0][3], code[1][2], code[1][3])};
+#else
+#pragma unroll
+        for (int tile = 0; tile < 2; tile++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float v = __saturatef(__fmul_rn(e[tile][i], of[i / 2].inverse));
+                const float whole = fmaf(v, kMapHigh, kWhole);
+#if !ROW_CHECK
+                const float off = fmaf(v, kMapHigh, -(whole - kWhole));
+                lost |= fabsf(off) > fmaf(v, -kMapHigh * rows.p.map_unit * of[i / 2].near, 0.5f);
+#endif
+                code[tile][i] = __float_as_int(whole);
+            }
+        }
+        return {pack(code[0][0], code[0][1], code[1][0], code[1][1]), pack(code[0][2], code[0][3], code[1][2], code[1][3])};
+#endif
+    }
+
+    // Whether all went well. Takes the queries' operands; `next` is called when there is room for those of the next rows, `leave`
+    // when the head's keys and values are needed no more.
+    template <class Next, class Leave>
+    __device__ __forceinline__ bool run(const uint32_t (&operands)[kSteps][4], const Next& next, const Leave& leave) const {
+        uint32_t q[kSteps][4];
+        given(operands, q);
+        float e[kPairs][2][4], total[2][2] = {};  // of rows, even and odd pairs
+#pragma unroll
+        for (int pair = 0; pair < kPairs; pair++) {
+            exponentials(q, pair, e[pair]);
+            add(e[pair], 16 * pair + 8 < TOKENS, pair, total);
+        }
+        const Row of[2] = {row(quad_sum(total[0][0] + total[0][1])), row(quad_sum(total[1][0] + total[1][1]))};
+        bool lost = of[0].lost || of[1].lost;
+#if ROW_CHECK
+        const unsigned suspects = suspects_of(of);
         if (__any_sync(kAll, suspects != 0 || lost)) {
             if (__any_sync(kAll, lost)) {
                 next();
@@ -164,36 +216,7 @@ struct Once {
         for (int pair = 0; pair < 2 * kGroups; pair++) {
             words[pair] = {0u, 0u};
             if (pair < kPairs) {
-                int code[2][4];
-#if ROW_CHECK && PACKED
-                // Whole numbers of 16 bits, two at a time not more than the highest code.
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        code[tile][i] =
-                            2 * pair + tile < kTiles ? __float_as_int(fmaf(e[pair][tile][i], of[i / 2].inverse, kWhole)) : 0;
-                    }
-                }
-                words[pair] = {capped(code[0][0], code[0][1], code[1][0], code[1][1]),
-                               capped(code[0][2], code[0][3], code[1][2], code[1][3])};
-#else
-#pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const float v = __saturatef(__fmul_rn(e[pair][tile][i], of[i / 2].inverse));
-                        const float whole = fmaf(v, kMapHigh, kWhole);
-#if !ROW_CHECK
-                        const float off = fmaf(v, kMapHigh, -(whole - kWhole));
-                        lost |= fabsf(off) > fmaf(v, -kMapHigh * rows.p.map_unit * of[i / 2].near, 0.5f);
-#endif
-                        code[tile][i] = __float_as_int(whole);
-                    }
-                }
-                words[pair] = {pack(code[0][0], code[0][1], code[1][0], code[1][1]),
-                               pack(code[0][2], code[0][3], code[1][2], code[1][3])};
-#endif
+                words[pair] = words_of(e[pair], of, 2 * pair + 1 < kTiles, lost);
             }
         }
 #if !ROW_CHECK
@@ -227,50 +250,70 @@ struct Once {
     }
 
 #if ROW_CHECK
+    // A boundary next to a score that would be in doubt, of a row of four lanes; not every four have one.
+    struct Doubt {
+        bool ours, leads;  // of these four lanes; of this one
+        int half;
+        float step, score, wanted;  // of the row; as a float's bits have it; its exponential, else none that there is
+    };
+    __device__ __forceinline__ Doubt doubt(const Row (&of)[2], unsigned suspects, unsigned lanes) const {
+        const int quad = rows.lane & ~3, ours = lanes >> quad & 15;
+        const int leader = quad + (ours ? first_bit(ours) : 0);
+        const int bit = __shfl_sync(kAll, suspects ? first_bit(suspects) : 0, leader), half = bit % 2;
+        const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
+        const float score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
+        return {ours != 0, rows.lane == leader, half, half ? of[1].step : of[0].step, score, ours ? exponential(score) : -1.0f};
+    }
+
     // Decides what is in doubt, of eight rows at once. Keys whose score is next to a boundary get an exponential whose code is the
     // right one.
-    __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kPairs][2][4]) const {
+    template <int kMine>
+    __device__ __forceinline__ void settle(const Row (&of)[2], unsigned suspects, float (&e)[kMine][2][4]) const {
         unsigned lanes;
 #pragma unroll 1
         while ((lanes = __ballot_sync(kAll, suspects != 0)) != 0) {
-            const int quad = rows.lane & ~3, ours = lanes >> quad & 15;
-            const int leader = quad + (ours ? first_bit(ours) : 0);
-            const int bit = __shfl_sync(kAll, suspects ? first_bit(suspects) : 0, leader), half = bit % 2;
-            const float boundary = 4 * (bit / 2) + 0.5f + leader % 4;
-            const float step = half ? of[1].step : of[0].step, score = score_at(half ? log_step(of[1]) : log_step(of[0]), boundary);
-            const float wanted = ours ? exponential(score) : -1.0f;
-            unsigned found = __ballot_sync(kAll, half ? has<1>(e, wanted) : has<0>(e, wanted));
+            const Doubt about = doubt(of, suspects, lanes);
+            unsigned found = __ballot_sync(kAll, has(e, about));
 #pragma unroll 1
             while (found) {
-                const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(score) - kWholeBits, one);
-                const int code = decided(s, rows.query0 + one / 4 + 8 * __shfl_sync(kAll, half, one));
+                const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(about.score) - kWholeBits, one);
+                const int code = decided(s, rows.query_of(one, __shfl_sync(kAll, about.half, one)));
                 if (rows.lane / 4 == one / 4) {
-                    const float instead = step * static_cast<float>(code);
-                    half ? replace<1>(e, wanted, instead) : replace<0>(e, wanted, instead);
+                    replace(e, about, code);
                 }
                 found &= ~(15u << (one & ~3));
             }
-            if (rows.lane == leader) {
+            if (about.leads) {
                 suspects &= suspects - 1;
             }
         }
     }
 
-    template <int kHalf>
-    __device__ __forceinline__ static bool has(const float (&e)[kPairs][2][4], float wanted) {
+    template <int kMine>
+    __device__ __forceinline__ static bool has(const float (&e)[kMine][2][4], const Doubt& about) {
+        return about.half ? has<1>(e, about.wanted) : has<0>(e, about.wanted);
+    }
+    template <int kMine>
+    __device__ __forceinline__ static void replace(float (&e)[kMine][2][4], const Doubt& about, int code) {
+        const float instead = about.step * static_cast<float>(code);
+        about.half ? replace<1>(e, about.wanted, instead) : replace<0>(e, about.wanted, instead);
+    }
+
+    template <int kHalf, int kMine>
+    __device__ __forceinline__ static bool has(const float (&e)[kMine][2][4], float wanted) {
         bool found[4] = {};  // that none waits for the one before
 #pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
+        for (int tile = 0; tile < min(kTiles, 2 * kMine); tile++) {
             found[2 * (tile % 2)] |= e[tile / 2][tile % 2][2 * kHalf] == wanted;
             found[2 * (tile % 2) + 1] |= e[tile / 2][tile % 2][2 * kHalf + 1] == wanted;
         }
         return found[0] || found[1] || found[2] || found[3];
     }
 
-    template <int kHalf>
-    __device__ __forceinline__ static void replace(float (&e)[kPairs][2][4], float wanted, float instead) {
+    template <int kHalf, int kMine>
+    __device__ __forceinline__ static void replace(float (&e)[kMine][2][4], float wanted, float instead) {
 #pragma unroll
-        for (int tile = 0; tile < kTiles; tile++) {
+        for (int tile = 0; tile < min(kTiles, 2 * kMine); tile++) {
 #pragma unroll
             for (int i = 2 * kHalf; i < 2 * kHalf + 2; i++) {
                 float& one = e[tile / 2][tile % 2][i];
@@ -279,19 +322,29 @@ struct Once {
         }
     }
 
+    // The exponential of a key's score over that of score s of the same query.
+    __device__ __forceinline__ double exact_ratio(int s, const int8_t* q, int query, int key) const {
+        const double own = static_cast<double>(scaled(s, rows.head.scale));
+        const float score = exact_score(q, rows.head, rows.place(query), key);
+        const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
+        return key < TOKENS ? one : 0.0;
+    }
+
+    // The code of a score from the total of such ratios.
+    __device__ __forceinline__ int code_of_total(double total) const {
+        return exact_code(__double2float_rn(1.0 / total), 0.0f, rows.head.step, 0.0f, kMapHigh);
+    }
+
     // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
-        const double own = static_cast<double>(scaled(s, rows.head.scale));
-        const int8_t* const q = RING && HEAD_DIM == 64 ? rows.held + (query - rows.query0) * HEAD_DIM : rows.q_of(query);
+        const int8_t* const q = RING_Q || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
+        constexpr int kTogether = PAIRED ? 4 : 2;  // as many as there are registers for
         double total = 0.0;
-#pragma unroll 2
+#pragma unroll kTogether
         for (int first = 0; first < TOKENS; first += 32) {
-            const int key = first + rows.lane;
-            const float score = exact_score(q, rows.head, rows.place(query), key < TOKENS ? key : 0);
-            const double one = exp_series(fmax(static_cast<double>(score) - own, -690.0));  // of 1e-300 nothing is left
-            total += key < TOKENS ? one : 0.0;
+            total += exact_ratio(s, q, query, first + rows.lane);
         }
-        return exact_code(__double2float_rn(1.0 / warp_sum(total)), 0.0f, rows.head.step, 0.0f, kMapHigh);
+        return code_of_total(warp_sum(total));
     }
 #endif
 };

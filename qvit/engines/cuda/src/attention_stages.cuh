@@ -1,0 +1,139 @@
+// Queries, keys and values of a block's heads in shared memory, in RING stages, for warps that each take the next 16 queries that
+// nobody has, whichever head they are of.
+//
+//     full[s]    the head in stage s has arrived
+//     ready[s]   and its groups of 32 keys are prepared
+//     free[s]    all of its tiles are done
+//
+// Head n is prepared by those who take the first tiles of head n - 1, a group each, and head n + RING - 2 is sent for by who takes
+// one of the first tiles of head n, when those of head n - 2 are done, as nearly always they are. Nobody waits for what a later tile
+// does: tiles are taken in their order, so that the first one that is not done can go on.
+//
+// Where two warps work on a tile (PAIRED), the second one prepares and sends for heads.
+//
+// What is the same for all lanes comes from `of_first_lane`, for the compiler to keep it out of the lanes' registers.
+#pragma once
+
+#include "attention_rows.cuh"
+#include "hopper.cuh"
+
+#ifdef QVIT_EMULATION
+inline int of_first_lane(int x) { return __shfl_sync(kAll, x, 0); }
+#else
+// What the first lane has, where the others have not more.
+__device__ __forceinline__ int of_first_lane(int x) { return __reduce_max_sync(kAll, x); }
+// The same number, of which the compiler does not know it: what follows from it is computed here, not kept over a loop.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+// One more, in no order with other accesses.
+__device__ __forceinline__ int take_shared(int* to) {
+    int old;
+    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], 0x7FFFFFFF;" : "=r"(old) : "r"(shared_address(to)));
+    return old;
+}
+// Bulk copies do not overtake what was done to shared memory before.
+__device__ __forceinline__ void proxies_meet() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
+template <class HeadOf>
+struct Stages {
+    const AttentionArgs& p;
+    const HeadOf& head_of;
+    unsigned char* memory;  // heads, gains, barriers, a counter
+    int count, lane;
+
+    static constexpr int kTakers = PAIRED ? WARPS / 2 : WARPS;
+    static constexpr int kSender = kQueryTiles > 2 ? 2 : kQueryTiles - 1;  // the tile that sends for a head
+    // Of a barrier only one bit of the phase is seen: nobody may wait for a head's phase while the one that had the stage before
+    // has not ended its own. Then all tiles of a head that has not come and those up to the waiting one would have to be among
+    // those that warps have, or have taken to do next.
+    static_assert((RING - 1) * kQueryTiles >= 2 * kTakers && 2 * kQueryTiles + kSender + 2 > 2 * kTakers);
+    static_assert(RING >= 4 && kGroups <= kQueryTiles);  // what is sent for with head n is prepared with head n + RING - 3
+
+    __device__ __forceinline__ Barrier* barriers() const {
+        return reinterpret_cast<Barrier*>(memory + kGainsAt + kGainBytes);
+    }
+    __device__ __forceinline__ Barrier* full(unsigned n) const { return barriers() + n % RING; }
+    __device__ __forceinline__ Barrier* ready(unsigned n) const { return barriers() + RING + n % RING; }
+    __device__ __forceinline__ Barrier* free(unsigned n) const { return barriers() + 2 * RING + n % RING; }
+    __device__ __forceinline__ static int phase(unsigned n) { return n / RING % 2; }
+    __device__ __forceinline__ int* taken() const { return reinterpret_cast<int*>(barriers() + 3 * RING); }
+
+    // First of all; by all warps.
+    __device__ __forceinline__ void begin() const {
+        if (threadIdx.x == 0) {
+            for (int n = 0; n < RING; n++) {
+                barrier_init(full(n), 1);
+                barrier_init(ready(n), kGroups);
+                barrier_init(free(n), (PAIRED ? 2 : 1) * kQueryTiles);
+            }
+            *taken() = kTakers;
+            barriers_ready();
+            proxies_meet();
+            for (int n = 0; n < min(count, RING); n++) {
+                load(n);
+            }
+        }
+        float* const gains = reinterpret_cast<float*>(memory + kGainsAt);
+        for (int i = threadIdx.x; i < HEAD_DIM; i += kThreads) {
+            const int c = head_of(0).index * HEAD_DIM + i;
+            gains[i] = p.gain[c];
+            gains[HEAD_DIM + i] = p.shift[c];
+            gains[2 * HEAD_DIM + i] = p.row_gain[c];
+        }
+        __syncthreads();
+        for (int group = threadIdx.x / 32; group < kGroups; group += WARPS) {
+            prepare(0, group);
+        }
+    }
+
+    // The tile that is taken next, for the first lane; the first ones are those with the takers' own numbers.
+    __device__ __forceinline__ int take() const { return lane == 0 ? take_shared(taken()) : 0; }
+
+    // Head n can be used for its tile `part`; by warps that prepare and send for heads, or not.
+    __device__ __forceinline__ void enter(int n, int part, bool serves) const {
+        if (serves && part < kGroups && n + 1 < count) {
+            prepare(n + 1, part);
+        }
+        if (serves && part == kSender && n >= 2 && n - 2 + RING < count) {
+            // Acquires what the warps that are done released: their loads come before what overwrites the stage.
+            barrier_wait(free(n - 2), phase(n - 2));
+            if (lane == 0) {
+                proxies_meet();
+                load(n - 2 + RING);
+            }
+        }
+        barrier_wait(ready(n), phase(n));
+    }
+
+    // A tile of head n needs it no more.
+    __device__ __forceinline__ void leave(int n) const {
+        __syncwarp();  // nor do the other lanes
+        if (lane == 0) {
+            barrier_arrive(free(n));
+        }
+    }
+
+private:
+    // By one thread. Rows behind the last key are left as they are: their scores are masked, and the map's codes of them are zero.
+    __device__ __forceinline__ void load(int n) const {
+        const Head head = head_of(n);
+        const size_t from = head.first * HEAD_DIM;
+        barrier_expect(full(n), 3 * TOKENS * HEAD_DIM);
+        copy_tile(head.keys, p.k + from, TOKENS * HEAD_DIM, full(n));
+        copy_tile(head.values, p.v + from, TOKENS * HEAD_DIM, full(n));
+        copy_tile(head.queries, p.q + from, TOKENS * HEAD_DIM, full(n));
+    }
+
+    // Values are turned in place by ordinary loads and stores; the stage's next bulk copy is ordered behind them by `free`.
+    __device__ __forceinline__ void prepare(int n, int group) const {
+        barrier_wait(full(n), phase(n));
+        prepare_group(head_of(n), group, lane);
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(ready(n));
+        }
+    }
+};
