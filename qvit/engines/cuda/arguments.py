@@ -50,7 +50,7 @@ class NormArgs(ctypes.Structure):
 class FewArgs(GemmArgs):
     """``src/gemm_few.cu``."""
 
-    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs)]
+    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs), *_fields(f="norm_margin norm_slope norm_eps")]
 
 
 class PixelArgs(ctypes.Structure):

@@ -2,9 +2,10 @@
 //
 //     sums[M, N] = a[M, K] b[N, K]^T,   y = sums * scale[n] + bias[n]
 //
-// A block computes a tile of kBM x kBN sums. Its kSplit x kWarpsN warps share out k and the columns among themselves; each loads
-// what it needs straight into registers, all at once, and b, which no kernel writes, even before the kernel before has ended.
-// The sums of all shares of k meet in shared memory, and each warp takes parts of the tile through the epilogue.
+// A block computes a tile of kBM x kBN sums. kSplit x kWarpsN warps share out k and the columns among themselves; each loads
+// what it needs straight into registers, all at once, and b and constants, which no kernel writes, even before the kernel before
+// has ended. The sums of all shares of k meet in shared memory. From there all threads take parts of the tile through the epilogue,
+// a few sums each (SPREAD, `few_*.cuh`), or, where an epilogue has no such way, warps take fragments as in `gemm.cu`.
 //
 // The order of k does not matter as long as a and b have the same. So a lane takes 16 neighbouring bytes of a row, four lanes
 // a unit of 64, and the words of these are operands of two products:
@@ -13,10 +14,11 @@
 //     product:  first, low half      | high half   | second, low | high half
 //
 // NORM: a is no codes but floats, and every block makes the codes of their LayerNorm itself, in shared memory.
+// EARLY: the next kernel's blocks may come, and load what no kernel writes, while this one's still wait for the kernel before.
 //
 // Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `few_tiles.py`.
 
-constexpr int kWarps = kSplit * kWarpsN;
+constexpr int kMultiply = kSplit * kWarpsN;           // warps that do; others take part in what is before and behind
 constexpr int kThreads = 32 * kWarps;
 constexpr int kPN = kBN / kWarpsN;                    // columns that a warp multiplies
 constexpr int kUnit = 64;                             // bytes of k; a warp has kUnits at a time, kRounds times (kEven: all are there)
@@ -24,26 +26,28 @@ constexpr int kEightsA = kBM / 8, kEightsB = kPN / 8; // eights of rows of a and
 constexpr int kWM = 16, kWN = kPart;                  // a warp's part of the epilogue
 constexpr int kRows = 1, kColumns = kWN / 8;          // in fragments
 constexpr int kParts = kBM / kWM * (kBN / kWN);
+static_assert(kMultiply <= kWarps, "every share has its warp");
 static_assert(kBN % kWarpsN == 0 && kPN % 8 == 0 && kBM % 16 == 0 && kBN % kPart == 0, "tiles are cut evenly");
 
 #include "epilogue.cuh"
 
+// kBesideBytes: of shared memory beside sums and codes.
+#if !SPREAD
+constexpr int kSumBytes = 4 * kSplit * kBM * kBN;
+constexpr int kBesideBytes = kWarps * kWM * kLine;
+#elif EPILOGUE == 0
+#include "few_floats.cuh"
+#elif EPILOGUE == 1
+#include "few_activation.cuh"
+#else
+#include "few_heads.cuh"
+#endif
+
 #if NORM
-constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
-#include "norm_row.cuh"
-
-constexpr int kCodeLine = (CHANNELS + 127) / 128 * 128 + 64;  // two rows' units are in different banks
-constexpr int kMine = (kBM + kWarps - 1) / kWarps;  // rows of a warp
-static_assert(kLanes <= 32, "doubts are bits of a word");
-
-struct FewArgs : GemmArgs {
-    NormArgs norm;
-};
+#include "few_norm.cuh"
 #else
 typedef GemmArgs FewArgs;
 #endif
-
-constexpr int kSumBytes = 4 * kSplit * kBM * kBN;
 
 struct Share {
     uint4 a[kUnits][kEightsA], b[kUnits][kEightsB];
@@ -97,6 +101,8 @@ __device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA
         }
     }
 }
+
+#if !SPREAD
 
 // What the epilogue is going to read comes into the first-level cache while operands are under way; `place`: 16 bytes to no use, of 16 such.
 struct Toucher {
@@ -162,107 +168,38 @@ struct Toucher {
 #endif
 };
 
-#if NORM
-
-// The codes in doubt of a row that has just been read, as they are defined; `doubts`: a bit for each of the lane's values.
-__device__ __noinline__ inline void codes_again(const NormArgs& p, const float* row, int lane, uint32_t doubts,
-                                                unsigned char* codes) {
-    float x[kLanes];
-    load_row([&](int c) { return row + c; }, lane, x);
-    const Moments of = exact_moments(x, lane, p.eps);
-#pragma unroll 1
-    for (int i = 0; i < kLanes; i++) {
-        if (doubts >> i & 1) {
-            const int c = channel(i, lane);
-            codes[c] = static_cast<unsigned char>(exact_code(exact_value(p, of, row[c], c), p.offset[c], p.step[c], p.low, p.high));
-        }
-    }
-}
-
-// A block's rows of codes; each warp's rows are under way together.
-struct Normer {
-    const FewArgs& p;
-    unsigned char* codes;
-    int row0, warp, lane;
-    float gain[kLanes], shift[kLanes];
-
-    __device__ __forceinline__ Normer(const FewArgs& p, unsigned char* codes, int row0, int warp, int lane)
-        : p(p), codes(codes), row0(row0), warp(warp), lane(lane) {
-        load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
-        load_row([&](int c) { return p.norm.shift + c; }, lane, shift);
-    }
-
-    __device__ __forceinline__ const float* row(int i) const {
-        const int r = row0 + warp + kWarps * i;
-        return p.norm.x + (r < p.m ? r : p.m - 1) * p.norm.ldx;
-    }
-
-    __device__ __forceinline__ void fetch(float (&x)[kMine][kLanes]) const {
-#pragma unroll
-        for (int i = 0; i < kMine; i++) {
-            const float* from = row(i);
-            load_row([&](int c) { return from + c; }, lane, x[i]);
-        }
-    }
-
-    __device__ __forceinline__ void write(const float (&x)[kMine][kLanes]) const {
-        int code[kMine][kLanes];
-        uint32_t doubts[kMine] = {};
-#pragma unroll
-        for (int i = 0; i < kMine; i++) {
-            row_codes(
-                p.norm, x[i], [&](int k) { return gain[k]; }, [&](int k) { return shift[k]; }, lane, code[i],
-                [&](int k) { doubts[i] |= 1u << k; });
-        }
-#pragma unroll
-        for (int i = 0; i < kMine; i++) {
-            if (warp + kWarps * i < kBM) {
-                unsigned char* line = codes + (warp + kWarps * i) * kCodeLine;
-                store_row([&](int c) { return line + c; }, lane, code[i]);
-                if (__any_sync(kAll, doubts[i] != 0)) {
-                    __syncwarp();
-                    codes_again(p.norm, row(i), lane, doubts[i], line);
-                }
-            }
-        }
-    }
-};
-
-// A lane's pieces of codes in shared memory; as `Places::fetch`.
-__device__ __forceinline__ void read(const unsigned char* codes, int first, int units, int lane, uint4 (&to)[kUnits][kEightsA]) {
-#pragma unroll
-    for (int u = 0; u < kUnits; u++) {
-#pragma unroll
-        for (int i = 0; i < kEightsA; i++) {
-            to[u][i] = {0u, 0u, 0u, 0u};
-            if (kEven || first + u < units) {
-                const int at = (8 * i + lane / 4) * kCodeLine + kUnit * (first + u) + lane % 4 * 16;
-                to[u][i] = *reinterpret_cast<const uint4*>(codes + at);
-            }
-        }
-    }
-}
-
 #endif
 
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p) {
+__global__ void __launch_bounds__(kBound) kernel(const QVIT_CONSTANT FewArgs p) {
+#if EARLY
+    announce();
+#endif
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tiles_n = (p.n + kBN - 1) / kBN, chunks = (p.k + kChunk - 1) / kChunk, units = (p.k + kUnit - 1) / kUnit;
     const int row0 = blockIdx.x / tiles_n * kBM, column0 = blockIdx.x % tiles_n * kBN;
     const int share = warp / kWarpsN, part0 = warp % kWarpsN * kPN;
-    uint4* const meeting = reinterpret_cast<uint4*>(memory);  // [kSplit][kBM / 16][kBN / 8][32], a fragment's sums of each lane
-    unsigned char* const lines = memory + kSumBytes;
+    unsigned char* const beside = memory + kSumBytes;
 
     const Places<kEightsB> columns(column0 + part0, lane, chunks);
     Share of;
-    columns.fetch(p.b, share * kUnits, units, of.b);
+    const bool multiplies = kMultiply == kWarps || warp < kMultiply;
+    if (multiplies) {
+        columns.fetch(p.b, share * kUnits, units, of.b);
+    }
+#if SPREAD
+    const Sums meeting = {reinterpret_cast<int*>(memory)};
+    Finish finish(p, beside, row0, column0, warp);
+#else
+    uint4* const meeting = reinterpret_cast<uint4*>(memory);  // [kSplit][kBM / 16][kBN / 8][32], a fragment's sums of each lane
+    unsigned char* const lines = beside;
+#endif
 #if NORM
-    unsigned char* const codes = lines + kWarps * kWM * kLine;
-    const Normer normer(p, codes, row0, warp, lane);
+    unsigned char* const codes = beside + kBesideBytes;
+    Normer normer(p, codes, row0, warp, lane);
     const auto fetch_rows = [&](int unit) { read(codes, unit, units, lane, of.a); };
     float x[kMine][kLanes];
     await_former_kernel();
@@ -271,10 +208,15 @@ __global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p
     const Places<kEightsA> rows(row0, lane, chunks);
     const auto fetch_rows = [&](int unit) { rows.fetch(p.a, unit, units, of.a); };
     await_former_kernel();
-    fetch_rows(share * kUnits);
+    if (multiplies) {
+        fetch_rows(share * kUnits);
+    }
+#endif
+#if SPREAD
+    finish.fetch();
 #endif
     __syncwarp();  // the compiler is to load here, not where products begin
-#if TOUCH
+#if !SPREAD && TOUCH
     const Toucher toucher = {lines + 16 * (lane % 16)};
     toucher.constants(p, column0);
 #if EPILOGUE == 0 && (RESIDUAL || POSITION)
@@ -284,10 +226,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p
 #endif
 #if NORM
     normer.write(x);
-    __syncthreads();
-    fetch_rows(share * kUnits);
+    __syncthreads();  // every warp reads codes of all rows
+    if (multiplies) {
+        fetch_rows(share * kUnits);
+    }
 #endif
-    {
+    if (multiplies) {
         int sums[kEightsA / 2][kEightsB][4] = {};
         accumulate(of, sums);
 #pragma unroll 1
@@ -302,16 +246,23 @@ __global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p
 #pragma unroll
             for (int j = 0; j < kEightsB; j++) {
                 const int (&s)[4] = sums[i][j];
+#if SPREAD
+                const int row = 16 * i + lane / 4, column = part0 + 8 * j + 2 * (lane % 4);
+                meeting.write(share, row, column, s[0], s[1]);
+                meeting.write(share, row + 8, column, s[2], s[3]);
+#else
                 meeting[((share * (kBM / 16) + i) * (kBN / 8) + part0 / 8 + j) * 32 + lane] = {
                     static_cast<uint32_t>(s[0]), static_cast<uint32_t>(s[1]), static_cast<uint32_t>(s[2]),
                     static_cast<uint32_t>(s[3])};
+#endif
             }
         }
     }
-#if TOUCH
-    copies_wait<0>();  // lines are used below
-#endif
-    __syncthreads();
+    copies_wait<0>();  // what was copied for the epilogue is there; where it was only touched, `lines` are used below
+    __syncthreads();   // sums of all shares, and other threads' copies
+#if SPREAD
+    finish.run(meeting);
+#else
 #pragma unroll 1
     for (int part = warp; part < kParts; part += kWarps) {
         const int i = part / (kBN / kWN), j0 = part % (kBN / kWN) * kColumns;
@@ -328,6 +279,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT FewArgs p
         finish(p, row0 + kWM * i, column0 + 8 * j0, lane, lines + warp * kWM * kLine, sums);
         __syncwarp();  // codes have left their lines
     }
+#endif
 }
 
 #ifdef QVIT_EMULATION

@@ -100,6 +100,14 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 
 #endif
 
+// The next kernel's blocks may come, once all of this one's have come here. Such a block waits for this kernel to end before it reads
+// what kernels write, and this one ends after the one before it, so it may be said before `await_former_kernel` too.
+__device__ __forceinline__ void announce() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // First of all in every thread of every kernel: until the kernel before has ended, and what it wrote can be read. Launches of one
 // forward pass may overlap (programmatic dependent launch, compute capability 9): the next kernel's blocks come as soon as this
 // one's have all come here, and wait here themselves. So only constants may be read before it. Without it in a single kernel, a
