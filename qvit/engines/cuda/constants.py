@@ -244,7 +244,7 @@ def _margin(spec: QuantSpec, shift: np.ndarray) -> float:
 def _place_margins(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray, offset: np.ndarray) -> tuple[float, float]:
     """How far a place in `src/few_norm.cuh` is from the reference engine's value, in codes, at most: a + b E[x^2] / Var[x].
 
-    In units of 2^-24: mean and E[x^2] have seven roundings behind each other, two of their factor and one for every 128 channels.
+    In units of 2^-24: mean and E[x^2] have seven roundings behind each other, two of their factor, one for every 128 channels.
     The variance has three times as many of E[x^2], its root's inverse half of that, and six of its own. The mean's own meet the
     gain. Constants, differences and the place have six together, the reference engine's value three, of which one is of a value
     with its offset still in it. Places have half of their last binary place.
