@@ -9,7 +9,9 @@ from typing import ClassVar
 from qvit.engines.cuda.layout import pad
 
 SPREAD = True  # all threads take part in epilogues, where they know how
-_EARLY = True  # the next kernel's blocks come while a kernel still waits for the one before
+# Whether the next kernel's blocks come while a kernel still waits for the one before. Behind one with a LayerNorm come smaller
+# blocks, of which several would meet on the few multiprocessors where three kernels' blocks find room.
+_EARLY, _NORMED_EARLY = True, False
 _UNIT = 64  # bytes of k of one load
 _MOST_PIECES = 24  # of 16 bytes that a lane holds
 _LEAST_WARPS, _MOST_WARPS = 6, 16  # of a block
@@ -78,6 +80,7 @@ class FewTile:
             "NORM": int(self.normed),
             "SPREAD": int(self.spread),
             "EARLY": int(self.early),
+            "kShared": self.shared(k),
             **({"CHANNELS": k} if self.normed else {}),
         }
 
@@ -91,7 +94,7 @@ class FewTile:
 
     def shared(self, k: int) -> int:
         """The sums of all shares, what an epilogue has beside them or codes on their way out, and those of a LayerNorm."""
-        codes = self.bm * (pad(k, 128) + 64) if self.normed else 0
+        codes = self.bm // 2 * (2 * pad(k, _UNIT) + 16) if self.normed else 0
         line = pad(self.bn - 8, 32) + 8 if self.spread else self.bn
         return 4 * self.split * self.bm * line + (self.beside if self.spread else self.warps * 16 * (self.part + 16)) + codes
 
@@ -153,6 +156,9 @@ def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
     if not cuts:
         return None
     _, split, parts_n, at_once, warps = min(cuts)
-    registers = _NORMED_REGISTERS if normed else _REGISTERS
-    warps = max(warps, _NORMED_WARPS) if normed else warps
-    return FewTile(bm, bn, split, parts_n, at_once, part, warps, normed=normed, early=_EARLY, registers=registers)
+    if normed:
+        warps = max(warps, _NORMED_WARPS)
+        return FewTile(
+            bm, bn, split, parts_n, at_once, part, warps, normed=True, early=_NORMED_EARLY, registers=_NORMED_REGISTERS
+        )
+    return FewTile(bm, bn, split, parts_n, at_once, part, warps, early=_EARLY, registers=_REGISTERS)

@@ -8,11 +8,18 @@
 constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
 #include "norm_row.cuh"
 
-constexpr int kCodeLine = (CHANNELS + 127) / 128 * 128 + 64;  // two rows' units are in different banks
+// Rows r and r + 8 lie together, their words taking turns: 16 bytes are a lane's operand of a product. 16 more set the next two
+// rows apart, so that both are in different banks.
+constexpr int kCodeLine = 2 * ((CHANNELS + kUnit - 1) / kUnit * kUnit) + 16;
+constexpr int kCodeBytes = kBM / 2 * kCodeLine;
 constexpr int kMine = (kBM + kWarps - 1) / kWarps;            // rows of a warp
 constexpr bool kHolds = 4 * kUnits * kEightsB + 3 * kLanes <= 64;  // registers hold shift, too, beside b, gain and a row
 constexpr int kPlaces = WIDE ? 15 : 16;                       // a code and these fit 23 bits
 static_assert(kLanes <= 32, "doubts are bits of a word");
+
+// Where rows of codes begin, and where in its row a channel is.
+__device__ __forceinline__ int line_at(int row) { return (row / 16 * 8 + row % 8) * kCodeLine + row / 8 % 2 * 4; }
+__device__ __forceinline__ int code_in_line(int c) { return c / 4 * 8 + c % 4; }
 
 struct FewArgs : GemmArgs {
     NormArgs norm;
@@ -45,7 +52,8 @@ __device__ __noinline__ inline void codes_again(const NormArgs& p, const float* 
     while (doubts != 0) {
         const int c = channel(__ffs(static_cast<int>(doubts)) - 1, lane);
         doubts &= doubts - 1;
-        codes[c] = static_cast<unsigned char>(exact_code(exact_value(p, of, row[c], c), p.offset[c], p.step[c], p.low, p.high));
+        codes[code_in_line(c)] =
+            static_cast<unsigned char>(exact_code(exact_value(p, of, row[c], c), p.offset[c], p.step[c], p.low, p.high));
     }
 }
 
@@ -60,15 +68,15 @@ struct Normer {
     __device__ __forceinline__ Normer(const FewArgs& p, unsigned char* codes, int row0, int warp, int lane)
         : p(p), codes(codes), row0(row0), warp(warp), lane(lane) {
         load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
-        if constexpr (CHANNELS % 4 == 0) {  // the last 64 bytes of lines are of no use
+        if constexpr (CHANNELS % 4 == 0) {
 #pragma unroll 1
             for (int i = threadIdx.x; i < CHANNELS / 4; i += kThreads) {
-                unsigned char* const junk = codes + (i % kBM + 1) * kCodeLine - 64;
+                unsigned char* const junk = codes + (i % (kBM / 2) + 1) * kCodeLine - 16;  // the last bytes of lines are of no use
                 touch(junk, p.norm.shift + 4 * i);
                 touch(junk, p.norm.weight + 4 * i);
-                touch(junk + 16, p.norm.bias + 4 * i);
-                touch(junk + 32, p.norm.offset + 4 * i);
-                touch(junk + 48, p.norm.step + 4 * i);
+                touch(junk, p.norm.bias + 4 * i);
+                touch(junk, p.norm.offset + 4 * i);
+                touch(junk, p.norm.step + 4 * i);
             }
         }
     }
@@ -93,7 +101,7 @@ struct Normer {
 #pragma unroll
         for (int i = 0; i < kMine; i++) {
             if (kBM % kWarps == 0 || warp + kWarps * i < kBM) {  // the same for all lanes
-                write(x[i], row(i), codes + (warp + kWarps * i) * kCodeLine);
+                write(x[i], row(i), codes + line_at(warp + kWarps * i));
             }
         }
     }
@@ -158,17 +166,17 @@ struct Normer {
             const int c = channel(i, lane);
             if constexpr (kVector == 4) {
                 const uint32_t pairs[2] = {__byte_perm(u[i], u[i + 1], 0x0062), __byte_perm(u[i + 2], u[i + 3], 0x0062)};
-                *reinterpret_cast<uint32_t*>(line + c) = whole(__byte_perm(pairs[0], pairs[1], 0x5410));
+                *reinterpret_cast<uint32_t*>(line + code_in_line(c)) = whole(__byte_perm(pairs[0], pairs[1], 0x5410));
             } else if constexpr (kVector == 2) {
-                *reinterpret_cast<uint16_t*>(line + c) = static_cast<uint16_t>(whole(__byte_perm(u[i], u[i + 1], 0x0062) & 0xFFFFu));
+                *reinterpret_cast<uint16_t*>(line + code_in_line(c)) = static_cast<uint16_t>(whole(__byte_perm(u[i], u[i + 1], 0x0062) & 0xFFFFu));
             } else if (c < CHANNELS) {
-                line[c] = static_cast<unsigned char>(whole(u[i] >> 16 & 0xFFu));
+                line[code_in_line(c)] = static_cast<unsigned char>(whole(u[i] >> 16 & 0xFFu));
             }
         }
     }
 };
 
-// A lane's pieces of codes in shared memory; as `Places::fetch`.
+// A lane's operands from shared memory: of 16 rows those of both products of a unit, one after the other.
 __device__ __forceinline__ void read(const unsigned char* codes, int first, int units, int lane, uint4 (&to)[kUnits][kEightsA]) {
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
@@ -176,7 +184,7 @@ __device__ __forceinline__ void read(const unsigned char* codes, int first, int 
         for (int i = 0; i < kEightsA; i++) {
             to[u][i] = {0u, 0u, 0u, 0u};
             if (kEven || first + u < units) {
-                const int at = (8 * i + lane / 4) * kCodeLine + kUnit * (first + u) + lane % 4 * 16;
+                const int at = (i / 2 * 8 + lane / 4) * kCodeLine + 2 * (kUnit * (first + u) + lane % 4 * 16) + i % 2 * 16;
                 to[u][i] = *reinterpret_cast<const uint4*>(codes + at);
             }
         }

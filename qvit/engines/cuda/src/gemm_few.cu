@@ -47,7 +47,9 @@ constexpr int kBesideBytes = kWarps * kWM * kLine;
 #include "few_norm.cuh"
 #else
 typedef GemmArgs FewArgs;
+constexpr int kCodeBytes = 0;
 #endif
+static_assert(kSumBytes + kBesideBytes + kCodeBytes == kShared, "the launch gives what is used");
 
 struct Share {
     uint4 a[kUnits][kEightsA], b[kUnits][kEightsB];
@@ -90,8 +92,13 @@ __device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA
     for (int u = 0; u < kUnits; u++) {
 #pragma unroll
         for (int i = 0; i < kEightsA / 2; i++) {
+#if NORM  // operands as they are
+            const uint4 &one = of.a[u][2 * i], &two = of.a[u][2 * i + 1];
+            const uint32_t first[4] = {one.x, one.y, one.z, one.w}, second[4] = {two.x, two.y, two.z, two.w};
+#else
             const uint4 &up = of.a[u][2 * i], &down = of.a[u][2 * i + 1];
             const uint32_t first[4] = {up.x, down.x, up.y, down.y}, second[4] = {up.z, down.z, up.w, down.w};
+#endif
 #pragma unroll
             for (int j = 0; j < kEightsB; j++) {
                 const uint32_t b_first[2] = {of.b[u][j].x, of.b[u][j].y}, b_second[2] = {of.b[u][j].z, of.b[u][j].w};
