@@ -13,6 +13,9 @@ from qvit.engines.cuda.tuned import Tuned, tuned_for
 from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
 
 _SHARED_BY_DEFAULT = 48 * 1024
+# Shared memory's part of the first-level cache, in percent, of every kernel the same: a multiprocessor must be empty to change
+# it, and blocks of two kernels could not meet there. None: as the driver likes.
+_CARVEOUT: int | None = 100
 _OVERLAP_CAPABILITY, _OVERLAP_DRIVER = 9, 12030  # what programmatic dependent launch in a CUDA graph needs at least
 
 Queue = Callable[[Any], None]  # queues a kernel on a stream
@@ -144,9 +147,14 @@ class Gpu:
             self._check(status, launch.kernel)
             status, function = self._driver.cuModuleGetFunction(module, b"kernel")
             self._check(status, launch.kernel)
+            attributes = self._driver.CUfunction_attribute
             if launch.shared > _SHARED_BY_DEFAULT:
-                attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                (status,) = self._driver.cuFuncSetAttribute(function, attribute, launch.shared)
+                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                (status,) = self._driver.cuFuncSetAttribute(function, most, launch.shared)
+                self._check(status, launch.kernel)
+            if _CARVEOUT is not None:
+                preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                (status,) = self._driver.cuFuncSetAttribute(function, preferred, _CARVEOUT)
                 self._check(status, launch.kernel)
         self._functions[launch.code] = function
         return function

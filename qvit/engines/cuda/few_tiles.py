@@ -16,7 +16,7 @@ _UNIT = 64  # bytes of k of one load
 _MOST_PIECES = 24  # of 16 bytes that a lane holds
 _LEAST_WARPS, _MOST_WARPS = 6, 16  # of a block
 _NORMED_WARPS = 16  # of a block with a LayerNorm: one a row
-_REGISTERS, _NORMED_REGISTERS = 96, 80  # of a thread at most: two kernels' blocks fit a multiprocessor, one of which waits
+_REGISTERS, _NORMED_REGISTERS = 112, 72  # of a thread at most: two kernels' blocks fit a multiprocessor, one of which waits
 _WIDEST = 40  # columns that a warp multiplies
 _ROWS, _COLUMNS = (16, 32), (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 _MOST_SUMS = 6144  # of a multiprocessor: with more, products are bound by throughput
@@ -93,8 +93,9 @@ class FewTile:
         return 32 * self.warps
 
     def shared(self, k: int) -> int:
-        """The sums of all shares, what an epilogue has beside them or codes on their way out, and those of a LayerNorm."""
-        codes = self.bm // 2 * (2 * pad(k, _UNIT) + 16) if self.normed else 0
+        """The sums of all shares, what an epilogue has beside them or codes on their way out, and codes of rows."""
+        share = self.split * self.warps_n * self.units * self.bm * _UNIT
+        codes = self.bm // 2 * (2 * pad(k, _UNIT) + 16) if self.normed else share
         line = pad(self.bn - 8, 32) + 8 if self.spread else self.bn
         return 4 * self.split * self.bm * line + (self.beside if self.spread else self.warps * 16 * (self.part + 16)) + codes
 

@@ -257,6 +257,8 @@ class Plan(ABC):
             "W_HALF": int(layer.half),
             **epilogue,
         }
+        if isinstance(tile, FewTile):
+            defines |= {"K": layer.k, "TILES_N": -(-layer.m // tile.bn)}
         if defines.get("STAGED") or direct:
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m

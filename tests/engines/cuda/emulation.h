@@ -361,6 +361,7 @@ inline void touch(void*, const void* from) {
     unsigned char sixteen[16];
     memcpy(sixteen, from, 16);
 }
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 inline void copies_end_group() {}
 template <int kLeft>
 inline void copies_wait() {}

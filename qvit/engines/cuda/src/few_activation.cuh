@@ -11,10 +11,10 @@ constexpr int kPieces = kBN / 32 * (kBM / 8);
 struct Finish {
     const GemmArgs& p;
     const unsigned char* columns;
-    int row0, column0, warp, lane;
+    int row0, column0;
 
-    __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* columns, int row0, int column0, int warp)
-        : p(p), columns(columns), row0(row0), column0(column0), warp(warp), lane(threadIdx.x % 32) {
+    __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* columns, int row0, int column0)
+        : p(p), columns(columns), row0(row0), column0(column0) {
         const unsigned char* const from = p.table + column0 / 8 * kEightBytes;
 #pragma unroll 4
         for (int i = threadIdx.x; i < kBesideBytes / 16; i += kThreads) {
@@ -23,15 +23,15 @@ struct Finish {
         copies_end_group();
     }
 
-    __device__ __forceinline__ void fetch() {}
+    __device__ __forceinline__ void fetch() const {}
 
     __device__ __forceinline__ void run(const Sums& sums) const {
-        const int g = lane / 4, t = lane % 4;
+        const int thread = thread_again(), g = thread % 32 / 4, t = thread % 4;
         // A quad's lanes begin with different pairs of their eight columns: what they read lies in different banks. `turned`:
         // where the bytes of codes are before they are turned back by two a lane.
         const uint32_t turned = t == 0 ? 0x3210u : t == 1 ? 0x1076u : t == 2 ? 0x7654u : 0x5432u;
 #pragma unroll 1
-        for (int piece = warp; piece < kPieces; piece += kWarps) {
+        for (int piece = thread / 32; piece < kPieces; piece += kWarps) {
             const int row = piece % (kBM / 8) * 8 + g, eight = piece / (kBM / 8) * 4 + t;
             const unsigned char* const numbers = columns + eight * kEightBytes;
             uint32_t pairs[4];

@@ -12,37 +12,48 @@ constexpr int kBesideBytes = 4 * kColumnArrays * kBN + 16 * kAdded * kTurns * kT
 struct Finish {
     const GemmArgs& p;
     float* beside;
-    Task task;
-    int row0, column;
+    int row0, column0;
+    const float* residual[kTurns];  // RESIDUAL: what the thread adds, or null
 
     // What no kernel writes is on its way.
-    __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* beside, int row0, int column0, int)
-        : p(p), beside(reinterpret_cast<float*>(beside)), row0(row0), column(column0 + task.column) {
+    __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* beside, int row0, int column0)
+        : p(p), beside(reinterpret_cast<float*>(beside)), row0(row0), column0(column0) {
+        const Task task;
+        const int column = column0 + task.column;
         if (task.first == 0) {
-            copy_async(of_columns(0), p.scale + column, true);
-            copy_async(of_columns(1), p.bias + column, true);
+            copy_async(of_columns(task, 0), p.scale + column, true);
+            copy_async(of_columns(task, 1), p.bias + column, true);
             if constexpr (GAMMA) {
-                copy_async(of_columns(2), p.gamma + (column < p.n ? column : 0), true);
+                copy_async(of_columns(task, 2), p.gamma + (column < p.n ? column : 0), true);
             }
         }
         if constexpr (POSITION) {
 #pragma unroll
             for (int i = 0; i < kTurns; i++) {
-                if (const int to = place(i); to >= 0) {
-                    copy_async(added(RESIDUAL, i), p.position + static_cast<size_t>(to % p.rows_out) * p.n + column, true);
+                if (const int to = place(task, i); to >= 0) {
+                    copy_async(added(task, RESIDUAL, i), p.position + static_cast<size_t>(to % p.rows_out) * p.n + column, true);
                 }
             }
         }
         copies_end_group();
-    }
-
-    // The same of what the kernels before have written.
-    __device__ __forceinline__ void fetch() {
         if constexpr (RESIDUAL) {
 #pragma unroll
             for (int i = 0; i < kTurns; i++) {
-                if (const int to = place(i); to >= 0) {
-                    copy_async(added(0, i), p.residual + static_cast<size_t>(to) * p.ldo + column, true);
+                const int to = place(task, i);
+                residual[i] = to >= 0 ? p.residual + at(task, to) : nullptr;
+                hold(residual[i]);
+            }
+        }
+    }
+
+    // The same of what the kernels before have written.
+    __device__ __forceinline__ void fetch() const {
+        if constexpr (RESIDUAL) {
+            const Task task;
+#pragma unroll
+            for (int i = 0; i < kTurns; i++) {
+                if (residual[i] != nullptr) {
+                    copy_async(added(task, 0, i), residual[i], true);
                 }
             }
             copies_end_group();
@@ -50,15 +61,18 @@ struct Finish {
     }
 
     __device__ __forceinline__ void run(const Sums& sums) const {
-        const float4 scales = four(of_columns(0)), biases = four(of_columns(1)), gammas = GAMMA ? four(of_columns(2)) : scales;
+        const Task task;
+        const float4 scales = four(of_columns(task, 0)), biases = four(of_columns(task, 1));
+        const float4 gammas = GAMMA ? four(of_columns(task, 2)) : scales;
         const float scale[4] = {scales.x, scales.y, scales.z, scales.w}, bias[4] = {biases.x, biases.y, biases.z, biases.w};
         const float gamma[4] = {gammas.x, gammas.y, gammas.z, gammas.w};
 #pragma unroll
         for (int i = 0; i < kTurns; i++) {
-            if (const int to = place(i); to >= 0) {
+            if (const int to = place(task, i); to >= 0) {
                 int s[4];
                 sums.read(task.row(i), task.column, s);
-                const float4 first = kAdded > 0 ? four(added(0, i)) : scales, second = kAdded > 1 ? four(added(1, i)) : first;
+                const float4 first = kAdded > 0 ? four(added(task, 0, i)) : scales;
+                const float4 second = kAdded > 1 ? four(added(task, 1, i)) : first;
                 const float residual[4] = {first.x, first.y, first.z, first.w};
                 const float position[4] = {second.x, second.y, second.z, second.w};
                 float y[4];
@@ -78,23 +92,25 @@ struct Finish {
                         y[e] *= 0.5f;
                     }
                 }
-                *reinterpret_cast<float4*>(static_cast<float*>(p.out) + static_cast<size_t>(to) * p.ldo + column) = {y[0], y[1],
-                                                                                                                    y[2], y[3]};
+                *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at(task, to)) = {y[0], y[1], y[2], y[3]};
             }
         }
     }
 
     // Where a row goes; -1: nowhere.
-    __device__ __forceinline__ int place(int i) const {
+    __device__ __forceinline__ int place(const Task& task, int i) const {
         const int row = task.row(i), r = row0 + row;
-        if (row >= kBM || r >= p.m || column >= p.n) {
+        if (row >= kBM || r >= p.m || column0 + task.column >= p.n) {
             return -1;
         }
         return POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
     }
-    __device__ __forceinline__ float* of_columns(int array) const { return beside + array * kBN + task.column; }
-    __device__ __forceinline__ float* added(int array, int i) const {
-        return beside + kColumnArrays * kBN + 4 * ((array * kTurns + i) * kThreads + static_cast<int>(threadIdx.x));
+    __device__ __forceinline__ size_t at(const Task& task, int to) const {
+        return static_cast<size_t>(to) * p.ldo + (column0 + task.column);
+    }
+    __device__ __forceinline__ float* of_columns(const Task& task, int array) const { return beside + array * kBN + task.column; }
+    __device__ __forceinline__ float* added(const Task& task, int array, int i) const {
+        return beside + kColumnArrays * kBN + 4 * ((array * kTurns + i) * kThreads + task.thread);
     }
     __device__ __forceinline__ static float4 four(const float* from) { return *reinterpret_cast<const float4*>(from); }
 };

@@ -59,25 +59,20 @@ __device__ __noinline__ inline uint32_t exact_head(const GemmArgs& p, int column
 struct Finish {
     const GemmArgs& p;
     unsigned char* columns;  // `p.steps` of the tile, every fourth of them, so that neighbours read neighbours
-    Task task;
-    int row0, column, part;
-    bool rectify;
-    HeadRange of;
+    int row0, column0;
 
     // What no kernel writes is on its way.
-    __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* columns, int row0, int column0, int)
-        : p(p), columns(columns), row0(row0), column(column0 + task.column) {
-        const int width = p.heads * HEAD_DIM;
-        part = (column >= width) + (column >= 2 * width) + (column >= 3 * width);
-        rectify = RECTIFY && part < 2;
-        of = part == 0 ? HeadRange{p.low, p.high, p.margin, p.slope} : HeadRange{p.low_k, p.high_k, p.margin_k, p.slope_k};
+    __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* columns, int row0, int column0)
+        : p(p), columns(columns), row0(row0), column0(column0) {
+        const Task task;
+        const int column = column0 + task.column;
         if (task.first == 0) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                copy_async(numbers_at(e), p.steps + column + e, true);
+                copy_async(numbers_at(task, e), p.steps + column + e, true);
             }
             if constexpr (RECTIFY) {  // `exact_head` will find these near
-                unsigned char* const junk = columns + 16 * (kBN + threadIdx.x % 16);
+                unsigned char* const junk = columns + 16 * (kBN + task.thread % 16);
                 touch(junk, p.weight + column);
                 touch(junk, p.affine + column);
                 touch(junk, p.offset + column);
@@ -87,19 +82,26 @@ struct Finish {
         copies_end_group();
     }
 
-    __device__ __forceinline__ unsigned char* numbers_at(int e) const { return columns + 16 * (e * kFours) + 4 * task.column; }
+    __device__ __forceinline__ unsigned char* numbers_at(const Task& task, int e) const {
+        return columns + 16 * (e * kFours) + 4 * task.column;
+    }
 
-    __device__ __forceinline__ void fetch() {}
+    __device__ __forceinline__ void fetch() const {}
 
     __device__ __forceinline__ void run(const Sums& sums) const {
-        const bool doubled = Q_DOUBLED && part == 0;
-        const int low = code_of(of.low), inside = column - part * p.heads * HEAD_DIM;
+        const Task task;
+        const int column = column0 + task.column, width = p.heads * HEAD_DIM;
+        const int part = (column >= width) + (column >= 2 * width) + (column >= 3 * width), inside = column - part * width;
+        const bool rectify = RECTIFY && part < 2, doubled = Q_DOUBLED && part == 0;
+        const HeadRange of = {part == 0 ? p.low : p.low_k, part == 0 ? p.high : p.high_k, part == 0 ? p.margin : p.margin_k,
+                              part == 0 ? p.slope : p.slope_k};
+        const int low = code_of(of.low);
         unsigned char* const out = static_cast<unsigned char*>(part == 0 ? p.out : part == 1 ? p.out_k : p.out_v) +
                                    static_cast<size_t>(inside / HEAD_DIM * p.tokens) * HEAD_DIM + inside % HEAD_DIM;
         int4 numbers[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            numbers[e] = *reinterpret_cast<const int4*>(numbers_at(e));
+            numbers[e] = *reinterpret_cast<const int4*>(numbers_at(task, e));
         }
 #pragma unroll
         for (int i = 0; i < kTurns; i++) {
@@ -107,7 +109,7 @@ struct Finish {
             int s[4];
             sums.read(min(row, kBM - 1), task.column, s);
             // Lanes of one warp may be of different parts, and add up together.
-            uint32_t codes = RECTIFY && __any_sync(kAll, rectify) ? rectified(numbers, s) : 0;
+            uint32_t codes = RECTIFY && __any_sync(kAll, rectify) ? rectified(column, rectify, of, numbers, s) : 0;
             if (!rectify) {
                 codes = linear(numbers, s);
             }
@@ -130,7 +132,8 @@ struct Finish {
         return __byte_perm(__byte_perm(u[0], u[1], 0x0073), __byte_perm(u[2], u[3], 0x0073), 0x5410);
     }
 
-    __device__ __forceinline__ uint32_t rectified(const int4 (&numbers)[4], const int (&s)[4]) const {
+    __device__ __forceinline__ uint32_t rectified(int column, bool rectify, const HeadRange& of, const int4 (&numbers)[4],
+                                                  const int (&s)[4]) const {
         const int scale[4] = {numbers[0].x, numbers[0].z, numbers[2].x, numbers[2].z};
         const int bias[4] = {numbers[0].y, numbers[0].w, numbers[2].y, numbers[2].w};
         const int gain[4] = {numbers[1].x, numbers[1].z, numbers[3].x, numbers[3].z};

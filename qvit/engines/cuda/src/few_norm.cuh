@@ -13,7 +13,7 @@ constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
 constexpr int kCodeLine = 2 * ((CHANNELS + kUnit - 1) / kUnit * kUnit) + 16;
 constexpr int kCodeBytes = kBM / 2 * kCodeLine;
 constexpr int kMine = (kBM + kWarps - 1) / kWarps;            // rows of a warp
-constexpr bool kHolds = 4 * kUnits * kEightsB + 3 * kLanes <= 64;  // registers hold shift, too, beside b, gain and a row
+constexpr bool kHolds = 4 * kUnits * kEightsB + 3 * kLanes <= 64;  // registers hold gain and shift beside b and a row
 constexpr int kPlaces = WIDE ? 15 : 16;                       // a code and these fit 23 bits
 static_assert(kLanes <= 32, "doubts are bits of a word");
 
@@ -57,21 +57,25 @@ __device__ __noinline__ inline void codes_again(const NormArgs& p, const float* 
     }
 }
 
-// A block's rows of codes; each warp's rows are under way together. Constants are on their way before there are rows: gain in
-// registers, the others brought near.
+// A block's rows of codes; each warp's rows are under way together. Constants are brought near before there are rows, gain into
+// registers where there is room.
 struct Normer {
     const FewArgs& p;
     unsigned char* codes;
     int row0, warp, lane;
     float gain[kLanes], shift[kLanes];
+    long long from[kMine];  // where rows begin
 
     __device__ __forceinline__ Normer(const FewArgs& p, unsigned char* codes, int row0, int warp, int lane)
         : p(p), codes(codes), row0(row0), warp(warp), lane(lane) {
-        load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
+        if constexpr (kHolds) {
+            load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
+        }
         if constexpr (CHANNELS % 4 == 0) {
 #pragma unroll 1
             for (int i = threadIdx.x; i < CHANNELS / 4; i += kThreads) {
                 unsigned char* const junk = codes + (i % (kBM / 2) + 1) * kCodeLine - 16;  // the last bytes of lines are of no use
+                touch(junk, p.norm.gain + 4 * i);
                 touch(junk, p.norm.shift + 4 * i);
                 touch(junk, p.norm.weight + 4 * i);
                 touch(junk, p.norm.bias + 4 * i);
@@ -79,18 +83,20 @@ struct Normer {
                 touch(junk, p.norm.step + 4 * i);
             }
         }
-    }
-
-    __device__ __forceinline__ const float* row(int i) const {
-        const int r = row0 + warp + kWarps * i;
-        return p.norm.x + (r < p.m ? r : p.m - 1) * p.norm.ldx;
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            const int r = row0 + warp + kWarps * i;
+            from[i] = (r < p.m ? r : p.m - 1) * p.norm.ldx;
+            if constexpr (kHolds) {
+                hold(from[i]);
+            }
+        }
     }
 
     __device__ __forceinline__ void fetch(float (&x)[kMine][kLanes]) {
 #pragma unroll
         for (int i = 0; i < kMine; i++) {
-            const float* from = row(i);
-            load_row([&](int c) { return from + c; }, lane, x[i]);
+            load_row([&](int c) { return p.norm.x + from[i] + c; }, lane, x[i]);
         }
         if constexpr (kHolds) {
             load_row([&](int c) { return p.norm.shift + c; }, lane, shift);
@@ -101,7 +107,7 @@ struct Normer {
 #pragma unroll
         for (int i = 0; i < kMine; i++) {
             if (kBM % kWarps == 0 || warp + kWarps * i < kBM) {  // the same for all lanes
-                write(x[i], row(i), codes + line_at(warp + kWarps * i));
+                write(x[i], p.norm.x + from[i], codes + line_at(warp + kWarps * i));
             }
         }
     }
@@ -127,14 +133,16 @@ struct Normer {
         const float units = ceilf(fminf(margin * (1 << kPlaces), 1 << (kPlaces - 2)));
         const uint32_t reach = 2 * static_cast<uint32_t>(units) << (16 - kPlaces);
         const float most = (p.norm.high - p.norm.low) * (1 << kPlaces), whole = 8388608.0f + (1 << (kPlaces - 1)) + units;
-        float moves[kLanes];
+        float gains[kLanes], shifts[kLanes];
         if constexpr (!kHolds) {
-            load_row([&](int c) { return p.norm.shift + c; }, lane, moves);
+            load_row([&](int c) { return p.norm.gain + c; }, lane, gains);
+            load_row([&](int c) { return p.norm.shift + c; }, lane, shifts);
         }
         uint32_t u[kLanes], least = 0xFFFFFFFFu;  // code in the third byte, in doubt where the two below are up to `reach`
 #pragma unroll
         for (int i = 0; i < kLanes; i++) {
-            const float place = __saturatef(fmaf(fmaf(x[i], rstd, moved), gain[i], kHolds ? shift[i] : moves[i]));
+            const float z = fmaf(x[i], rstd, moved);
+            const float place = __saturatef(fmaf(z, kHolds ? gain[i] : gains[i], kHolds ? shift[i] : shifts[i]));
             u[i] = static_cast<uint32_t>(__float_as_int(fmaf(place, most, whole))) << (16 - kPlaces);
             if (CHANNELS % 32 != 0 && channel(i, lane) >= CHANNELS) {
                 u[i] = 0x8000;
@@ -176,17 +184,19 @@ struct Normer {
     }
 };
 
-// A lane's operands from shared memory: of 16 rows those of both products of a unit, one after the other.
-__device__ __forceinline__ void read(const unsigned char* codes, int first, int units, int lane, uint4 (&to)[kUnits][kEightsA]) {
-#pragma unroll
-    for (int u = 0; u < kUnits; u++) {
-#pragma unroll
-        for (int i = 0; i < kEightsA; i++) {
-            to[u][i] = {0u, 0u, 0u, 0u};
-            if (kEven || first + u < units) {
-                const int at = (i / 2 * 8 + lane / 4) * kCodeLine + 2 * (kUnit * (first + u) + lane % 4 * 16) + i % 2 * 16;
-                to[u][i] = *reinterpret_cast<const uint4*>(codes + at);
-            }
+// The rows' codes as a lane reads them: 16 bytes are an operand as it is.
+struct Rows {
+    const unsigned char* codes;
+
+    // Operands of both products of a unit, `u` behind `first`.
+    __device__ __forceinline__ void read(int first, int u, int units, int i, uint32_t (&one)[4], uint32_t (&two)[4]) const {
+        const int lane = threadIdx.x % 32;
+        uint4 x[2] = {};
+        if (kEven || first + u < units) {
+            const int at = (8 * i + lane / 4) * kCodeLine + 2 * (kUnit * (first + u) + lane % 4 * 16);
+            x[0] = *reinterpret_cast<const uint4*>(codes + at), x[1] = *reinterpret_cast<const uint4*>(codes + at + 16);
         }
+        one[0] = x[0].x, one[1] = x[0].y, one[2] = x[0].z, one[3] = x[0].w;
+        two[0] = x[1].x, two[1] = x[1].y, two[2] = x[1].z, two[3] = x[1].w;
     }
-}
+};

@@ -42,9 +42,8 @@ static_assert(kAtOnce > 0, "there are as many threads as a row has fours");
 
 // What a thread does: its columns from `column` on, and in turn `i` a row of the tile, kBM or more where there is none left.
 struct Task {
-    int column, first;
+    int thread, column, first;
 
-    __device__ __forceinline__ Task()
-        : column(static_cast<int>(threadIdx.x) % kFours * 4), first(static_cast<int>(threadIdx.x) / kFours) {}
+    __device__ __forceinline__ Task() : thread(thread_again()), column(thread % kFours * 4), first(thread / kFours) {}
     __device__ __forceinline__ int row(int i) const { return first < kAtOnce ? first + kAtOnce * i : kBM; }
 };

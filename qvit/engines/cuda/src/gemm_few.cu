@@ -47,63 +47,108 @@ constexpr int kBesideBytes = kWarps * kWM * kLine;
 #include "few_norm.cuh"
 #else
 typedef GemmArgs FewArgs;
-constexpr int kCodeBytes = 0;
+constexpr int kCodeBytes = kMultiply * kUnits * kBM * kUnit;
 #endif
 static_assert(kSumBytes + kBesideBytes + kCodeBytes == kShared, "the launch gives what is used");
 
-struct Share {
-    uint4 a[kUnits][kEightsA], b[kUnits][kEightsB];
-};
+static_assert(kTileRows % kBM == 0, "a block's rows are in one tile");
 
-// Where a lane's 16 bytes of a unit are: `first` of its warp's units, of all `units`, of eights of rows from `row` on. The places
-// of `layout.cuh`, in parts: eights of rows are 1024 bytes, and units of odd numbers are the others' places with one bit turned.
-template <int kEights>
+// Where a lane's 16 bytes of a unit are, of eights of rows from `row` on. The places of `layout.cuh`, in parts: eights of rows are
+// 1024 bytes, and units of odd numbers are the others' places with one bit turned. kOneTile: all of them are in one tile.
+template <int kEights, bool kOneTile>
 struct Places {
-    unsigned rows[kEights], lane_place;
+    static constexpr int kStarts = kOneTile ? 1 : kEights;
+    unsigned starts[kStarts], lane_place;
 
     __device__ __forceinline__ Places(int row, int lane, int chunks) {
         const int g = lane / 4, t = lane % 4;
         lane_place = g * kChunk + (t ^ g) * 16;
 #pragma unroll
-        for (int i = 0; i < kEights; i++) {
+        for (int i = 0; i < kStarts; i++) {
             const int eight = row / 8 + i;
-            rows[i] = eight / 8 * chunks * kTileBytes + eight % 8 * 1024;
+            starts[i] = eight / 8 * chunks * kTileBytes + eight % 8 * 1024;
         }
     }
 
-    __device__ __forceinline__ void fetch(const void* codes, int first, int units, uint4 (&to)[kUnits][kEights]) const {
+    __device__ __forceinline__ const unsigned char* at(const void* codes, int unit, int i) const {
+        const unsigned place = unit / 2 * kTileBytes + (lane_place ^ unit % 2 * kUnit);
+        return static_cast<const unsigned char*>(codes) + (starts[kOneTile ? 0 : i] + place) + (kOneTile ? 1024 * i : 0);
+    }
+};
+
+// A warp's columns of a share of k.
+struct Columns {
+    Places<kEightsB, false> places;
+    uint4 of[kUnits][kEightsB];
+
+    __device__ __forceinline__ void fetch(const void* codes, int first, int units) {
 #pragma unroll
         for (int u = 0; u < kUnits; u++) {
-            const int unit = first + u;
-            const unsigned at = unit / 2 * kTileBytes + (lane_place ^ unit % 2 * kUnit);
 #pragma unroll
-            for (int i = 0; i < kEights; i++) {
-                to[u][i] = {0u, 0u, 0u, 0u};
-                if (kEven || unit < units) {
-                    to[u][i] = *reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(codes) + (rows[i] + at));
+            for (int i = 0; i < kEightsB; i++) {
+                of[u][i] = {0u, 0u, 0u, 0u};
+                if (kEven || first + u < units) {
+                    of[u][i] = load_once(places.at(codes, first + u, i));
                 }
             }
         }
     }
 };
 
-__device__ __forceinline__ void accumulate(const Share& of, int (&sums)[kEightsA / 2][kEightsB][4]) {
+#if !NORM
+
+// Rows of codes, on their way to shared memory, where registers are not held meanwhile: a lane reads what it has copied itself.
+struct Rows {
+    Places<kEightsA, true> places;
+    unsigned char* own;  // the lane's
+    const unsigned char* from[kUnits];
+
+    __device__ __forceinline__ Rows(unsigned char* staged, int row0, int warp, int lane, int chunks)
+        : places(row0, lane, chunks), own(staged + (warp * kUnits * kEightsA * 32 + lane) * 16) {}
+    // Where a share is, of which `first` is the first unit.
+    __device__ __forceinline__ void find(const void* codes, int first, int units) {
+#pragma unroll
+        for (int u = 0; u < kUnits; u++) {
+            from[u] = places.at(codes, kEven || first + u < units ? first + u : 0, 0);
+            hold(from[u]);
+        }
+    }
+    __device__ __forceinline__ void fetch(int first, int units) const {
+#pragma unroll
+        for (int u = 0; u < kUnits; u++) {
+#pragma unroll
+            for (int i = 0; i < kEightsA; i++) {
+                copy_async(own + 512 * (u * kEightsA + i), from[u] + 1024 * i, kEven || first + u < units);
+            }
+        }
+        copies_end_group();
+    }
+    // Operands of both products of a unit.
+    __device__ __forceinline__ void read(int, int u, int, int i, uint32_t (&one)[4], uint32_t (&two)[4]) const {
+        const uint4 up = *reinterpret_cast<const uint4*>(own + 512 * (u * kEightsA + 2 * i));
+        const uint4 down = *reinterpret_cast<const uint4*>(own + 512 * (u * kEightsA + 2 * i + 1));
+        one[0] = up.x, one[1] = down.x, one[2] = up.y, one[3] = down.y;
+        two[0] = up.z, two[1] = down.z, two[2] = up.w, two[3] = down.w;
+    }
+};
+
+#endif
+
+// `first`: the share's first of all `units`.
+__device__ __forceinline__ void accumulate(const Rows& rows, const Columns& columns, int first, int units,
+                                           int (&sums)[kEightsA / 2][kEightsB][4]) {
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
 #pragma unroll
         for (int i = 0; i < kEightsA / 2; i++) {
-#if NORM  // operands as they are
-            const uint4 &one = of.a[u][2 * i], &two = of.a[u][2 * i + 1];
-            const uint32_t first[4] = {one.x, one.y, one.z, one.w}, second[4] = {two.x, two.y, two.z, two.w};
-#else
-            const uint4 &up = of.a[u][2 * i], &down = of.a[u][2 * i + 1];
-            const uint32_t first[4] = {up.x, down.x, up.y, down.y}, second[4] = {up.z, down.z, up.w, down.w};
-#endif
+            uint32_t one[4], two[4];
+            rows.read(first, u, units, i, one, two);
 #pragma unroll
             for (int j = 0; j < kEightsB; j++) {
-                const uint32_t b_first[2] = {of.b[u][j].x, of.b[u][j].y}, b_second[2] = {of.b[u][j].z, of.b[u][j].w};
-                multiply<A_SIGNED>(sums[i][j], first, b_first);
-                multiply<A_SIGNED>(sums[i][j], second, b_second);
+                const uint4& b = columns.of[u][j];
+                const uint32_t b_one[2] = {b.x, b.y}, b_two[2] = {b.z, b.w};
+                multiply<A_SIGNED>(sums[i][j], one, b_one);
+                multiply<A_SIGNED>(sums[i][j], two, b_two);
             }
         }
     }
@@ -186,41 +231,43 @@ __global__ void __launch_bounds__(kBound) kernel(const QVIT_CONSTANT FewArgs p) 
 #endif
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int tiles_n = (p.n + kBN - 1) / kBN, chunks = (p.k + kChunk - 1) / kChunk, units = (p.k + kUnit - 1) / kUnit;
-    const int row0 = blockIdx.x / tiles_n * kBM, column0 = blockIdx.x % tiles_n * kBN;
+    constexpr int chunks = (K + kChunk - 1) / kChunk, units = (K + kUnit - 1) / kUnit;
+    const int row0 = static_cast<int>(blockIdx.x) / TILES_N * kBM, column0 = static_cast<int>(blockIdx.x) % TILES_N * kBN;
     const int share = warp / kWarpsN, part0 = warp % kWarpsN * kPN;
     unsigned char* const beside = memory + kSumBytes;
 
-    const Places<kEightsB> columns(column0 + part0, lane, chunks);
-    Share of;
     const bool multiplies = kMultiply == kWarps || warp < kMultiply;
+    const int first = share * kUnits;
+    Columns columns = {{column0 + part0, lane, chunks}, {}};
     if (multiplies) {
-        columns.fetch(p.b, share * kUnits, units, of.b);
+        columns.fetch(p.b, first, units);
     }
 #if SPREAD
     const Sums meeting = {reinterpret_cast<int*>(memory)};
-    Finish finish(p, beside, row0, column0, warp);
+    const Finish finish(p, beside, row0, column0);
 #else
     uint4* const meeting = reinterpret_cast<uint4*>(memory);  // [kSplit][kBM / 16][kBN / 8][32], a fragment's sums of each lane
     unsigned char* const lines = beside;
 #endif
-#if NORM
     unsigned char* const codes = beside + kBesideBytes;
+#if NORM
     Normer normer(p, codes, row0, warp, lane);
-    const auto fetch_rows = [&](int unit) { read(codes, unit, units, lane, of.a); };
+    const Rows rows = {codes};
     float x[kMine][kLanes];
-    await_former_kernel();
-    normer.fetch(x);
 #else
-    const Places<kEightsA> rows(row0, lane, chunks);
-    const auto fetch_rows = [&](int unit) { rows.fetch(p.a, unit, units, of.a); };
-    await_former_kernel();
-    if (multiplies) {
-        fetch_rows(share * kUnits);
-    }
+    Rows rows(codes, row0, warp, lane, chunks);
+    rows.find(p.a, first, units);
 #endif
+    await_former_kernel();
 #if SPREAD
     finish.fetch();
+#endif
+#if NORM
+    normer.fetch(x);
+#else
+    if (multiplies) {
+        rows.fetch(first, units);
+    }
 #endif
     __syncwarp();  // the compiler is to load here, not where products begin
 #if !SPREAD && TOUCH
@@ -234,19 +281,23 @@ __global__ void __launch_bounds__(kBound) kernel(const QVIT_CONSTANT FewArgs p) 
 #if NORM
     normer.write(x);
     __syncthreads();  // every warp reads codes of all rows
-    if (multiplies) {
-        fetch_rows(share * kUnits);
-    }
+#else
+    copies_wait<0>();  // only what the lane itself has copied is read before the next barrier
 #endif
     if (multiplies) {
+        const int thread = thread_again();
         int sums[kEightsA / 2][kEightsB][4] = {};
-        accumulate(of, sums);
+        accumulate(rows, columns, first, units, sums);
 #pragma unroll 1
         for (int round = 1; round < kRounds; round++) {
-            const int unit = (kSplit * round + share) * kUnits;
-            columns.fetch(p.b, unit, units, of.b);
-            fetch_rows(unit);
-            accumulate(of, sums);
+            const int next = (kSplit * round + share) * kUnits;
+            columns.fetch(p.b, next, units);
+#if !NORM
+            rows.find(p.a, next, units);
+            rows.fetch(next, units);
+            copies_wait<0>();
+#endif
+            accumulate(rows, columns, next, units, sums);
         }
 #pragma unroll
         for (int i = 0; i < kEightsA / 2; i++) {
@@ -254,9 +305,9 @@ __global__ void __launch_bounds__(kBound) kernel(const QVIT_CONSTANT FewArgs p) 
             for (int j = 0; j < kEightsB; j++) {
                 const int (&s)[4] = sums[i][j];
 #if SPREAD
-                const int row = 16 * i + lane / 4, column = part0 + 8 * j + 2 * (lane % 4);
-                meeting.write(share, row, column, s[0], s[1]);
-                meeting.write(share, row + 8, column, s[2], s[3]);
+                const int row = 16 * i + thread % 32 / 4, column = thread / 32 % kWarpsN * kPN + 8 * j + 2 * (thread % 4);
+                meeting.write(thread / 32 / kWarpsN, row, column, s[0], s[1]);
+                meeting.write(thread / 32 / kWarpsN, row + 8, column, s[2], s[3]);
 #else
                 meeting[((share * (kBM / 16) + i) * (kBN / 8) + part0 / 8 + j) * 32 + lane] = {
                     static_cast<uint32_t>(s[0]), static_cast<uint32_t>(s[1]), static_cast<uint32_t>(s[2]),
