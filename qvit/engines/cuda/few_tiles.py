@@ -16,7 +16,9 @@ _UNIT = 64  # bytes of k of one load
 _MOST_PIECES = 24  # of 16 bytes that a lane holds
 _LEAST_WARPS, _MOST_WARPS = 6, 16  # of a block
 _NORMED_WARPS = 16  # of a block with a LayerNorm: one a row
-_REGISTERS, _NORMED_REGISTERS = 112, 72  # of a thread at most: two kernels' blocks fit a multiprocessor, one of which waits
+# Of a thread at most: two kernels' blocks fit a multiprocessor, one of which waits. Long rows take more.
+_REGISTERS, _NORMED_REGISTERS, _LONG_REGISTERS = 112, 72, 128
+_LONG = 512  # channels of a LayerNorm
 _WIDEST = 40  # columns that a warp multiplies
 _ROWS, _COLUMNS = (16, 32), (8, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 _MOST_SUMS = 6144  # of a multiprocessor: with more, products are bound by throughput
@@ -25,6 +27,8 @@ _COLUMN_PAD = 256  # of constants
 _CLOCKS = (1 / 64, 1 / 2048, 1 / 2, 1 / 4)
 _MOST_NORMED = 1024  # channels of a LayerNorm
 _ALL_REGISTERS = 65536  # of a multiprocessor
+MOST_SHARED = 99 * 1024  # bytes of shared memory that a block may have on every GPU
+_COLUMN_BYTES, _ADDED_BYTES = 264, 20 * 1024  # beside the sums: of a column's table at most, or what is added and the like
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int, normed: 
 def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
     """A tile's warps: shares of k that are even and fit the registers at once, else those that come nearest to it."""
     units, least = -(-k // _UNIT), _NORMED_WARPS if normed else _LEAST_WARPS
+    beside = bn * _COLUMN_BYTES if part in (16, 32) else _ADDED_BYTES
+    registers = _REGISTERS if not normed else _NORMED_REGISTERS if k <= _LONG else _LONG_REGISTERS
     cuts = []
     for parts_n in range(1, min(bn // 8, _MOST_WARPS) + 1):
         most = _MOST_PIECES // (bm // 8 + -(-bn // parts_n) // 8)
@@ -150,16 +156,20 @@ def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
         for split in range(1, min(units, _MOST_WARPS // parts_n) + 1):
             share = -(-units // split)
             rounds, warps = -(-share // most), split * parts_n
+            tile = FewTile(
+                bm,
+                bn,
+                split,
+                parts_n,
+                -(-units // (split * rounds)),
+                part,
+                max(warps, _NORMED_WARPS) if normed else warps,
+                normed=normed,
+                early=_NORMED_EARLY if normed else _EARLY,
+                registers=registers,
+            )
             # Bytes that shared memory and the first-level cache pass on: sums there and back, and rows.
             passing = 8 * split * bm * bn + parts_n * bm * k
-            rank = rounds, max(0, least - warps), share * split - units, passing
-            cuts.append((rank, split, parts_n, -(-units // (split * rounds)), warps))
-    if not cuts:
-        return None
-    _, split, parts_n, at_once, warps = min(cuts)
-    if normed:
-        warps = max(warps, _NORMED_WARPS)
-        return FewTile(
-            bm, bn, split, parts_n, at_once, part, warps, normed=True, early=_NORMED_EARLY, registers=_NORMED_REGISTERS
-        )
-    return FewTile(bm, bn, split, parts_n, at_once, part, warps, early=_EARLY, registers=_REGISTERS)
+            if tile.with_spread(beside).shared(k) <= MOST_SHARED:
+                cuts.append(((rounds, max(0, least - warps), share * split - units, passing), tile))
+    return min(cuts, key=lambda cut: cut[0])[1] if cuts else None
