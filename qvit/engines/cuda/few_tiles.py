@@ -25,6 +25,7 @@ _MOST_SUMS = 6144  # of a multiprocessor: with more, products are bound by throu
 _COLUMN_PAD = 256  # of constants
 # Clocks of a multiprocessor a byte that it loads, a multiplication, an element of the epilogue, and one of a LayerNorm.
 _CLOCKS = (1 / 64, 1 / 2048, 1 / 2, 1 / 4)
+_ROUND = 700  # clocks of a round: what it loads is waited for
 _MOST_NORMED = 1024  # channels of a LayerNorm
 _ALL_REGISTERS = 65536  # of a multiprocessor
 MOST_SHARED = 99 * 1024  # bytes of shared memory that a block may have on every GPU
@@ -117,11 +118,14 @@ class FewTile:
         load, product, element, normed = _CLOCKS
         one = load * (self.bm + self.bn) * k + product * self.bm * self.bn * k + element * self.bm * self.bn
         one += normed * self.bm * k if self.normed else 0
+        one += _ROUND * self.defines(k)["kRounds"]
         return -(-self.blocks(m, n, multiprocessors) // multiprocessors) * one
 
 
 @cache
-def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int, normed: bool = False) -> FewTile | None:
+def choose_few(
+    m: int, n: int, k: int, part: int, multiprocessors: int, normed: bool = False, most_shared: int = MOST_SHARED
+) -> FewTile | None:
     """The tile that takes least; ``None`` where there is work for larger ones.
 
     Args:
@@ -129,6 +133,7 @@ def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int, normed: 
         part: columns that a warp has at least in the epilogue: 8, or more where they belong together.
         multiprocessors: of the GPU.
         normed: whether a LayerNorm's floats come in, and no codes.
+        most_shared: bytes of shared memory that a block may have.
     """
     if normed and k > _MOST_NORMED:
         return None
@@ -138,12 +143,14 @@ def choose_few(m: int, n: int, k: int, part: int, multiprocessors: int, normed: 
         tile
         for bm in _ROWS
         for bn in _COLUMNS
-        if bn % part == 0 and pad(n, bn) <= pad(n, _COLUMN_PAD) and (tile := _cut(bm, bn, k, part, normed)) is not None
+        if bn % part == 0
+        and pad(n, bn) <= pad(n, _COLUMN_PAD)
+        and (tile := _cut(bm, bn, k, part, normed, most_shared)) is not None
     ]
     return min(tiles, key=lambda tile: tile.clocks(m, n, k, multiprocessors), default=None)
 
 
-def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
+def _cut(bm: int, bn: int, k: int, part: int, normed: bool, most_shared: int) -> FewTile | None:
     """A tile's warps: shares of k that are even and fit the registers at once, else those that come nearest to it."""
     units, least = -(-k // _UNIT), _NORMED_WARPS if normed else _LEAST_WARPS
     beside = bn * _COLUMN_BYTES if part in (16, 32) else _ADDED_BYTES
@@ -170,6 +177,6 @@ def _cut(bm: int, bn: int, k: int, part: int, normed: bool) -> FewTile | None:
             )
             # Bytes that shared memory and the first-level cache pass on: sums there and back, and rows.
             passing = 8 * split * bm * bn + parts_n * bm * k
-            if tile.with_spread(beside).shared(k) <= MOST_SHARED:
+            if tile.with_spread(beside).shared(k) <= most_shared:
                 cuts.append(((rounds, max(0, least - warps), share * split - units, passing), tile))
     return min(cuts, key=lambda cut: cut[0])[1] if cuts else None

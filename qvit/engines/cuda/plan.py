@@ -426,10 +426,10 @@ class Plan(ABC):
 
     def _few(self, layer: c.LinearConstants, a: torch.Tensor, rows: int, part: int) -> FewTile | None:
         """A tile for few rows; one with the LayerNorm of its rows, where that has been put off for ``a``."""
-        tile = None
+        tile, shared = None, MOST_SHARED if self._gpu.hopper else few_tiles.MOST_SHARED
         if a.data_ptr() in self._late:
-            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, normed=True)
-        return tile or choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors)
+            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, True, shared)
+        return tile or choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, False, shared)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
