@@ -76,7 +76,6 @@ class CudaEngine:
         """
         return self.forward(torch.from_numpy(np.ascontiguousarray(images))).cpu().numpy()
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """`run`, in tensors; does not wait for the GPU where the images are uint8 and there already.
 
@@ -84,11 +83,16 @@ class CudaEngine:
             images: [B, C, H, W] on any device.
             codes: if given, filled with the codes at every activation point by name (int16).
         """
-        if images.dtype != torch.uint8:
-            images = images.float()
-        images = images.to(self.device, non_blocking=True).contiguous()
-        if not len(images):
-            return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
+        pixels = images.dtype == torch.uint8
+        if pixels and codes is None and images.device == self.device and images.is_contiguous() and len(images):
+            return self._logits(images)  # nothing to be done beforehand, and in one image's time every microsecond counts
+        with torch.no_grad():
+            images = (images if pixels else images.float()).to(self.device, non_blocking=True).contiguous()
+            if not len(images):
+                return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
+            return self._logits(images, codes)
+
+    def _logits(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         try:
             if codes is not None:
                 plan = self._plan(len(images), with_map=True)

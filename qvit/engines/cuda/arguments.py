@@ -46,14 +46,14 @@ class NormArgs(ctypes.Structure):
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [
         *_fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps"),
-        *_fields(p="unit_gain unit_shift"),
+        *_fields(p="place_gain place_shift"),
     ]
 
 
 class NormedArgs(GemmArgs):
     """``src/normed_rows.cuh``, ``src/gemm_few.cu``: with the LayerNorm in front, which is left out where there is none."""
 
-    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs)]
+    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs), *_fields(f="norm_margin norm_slope norm_eps")]
 
 
 class PixelArgs(ctypes.Structure):

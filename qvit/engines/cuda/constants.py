@@ -241,6 +241,21 @@ def _margin(spec: QuantSpec, shift: np.ndarray) -> float:
     return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + float(np.abs(shift).max())), 1.0)
 
 
+def _place_margins(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray, offset: np.ndarray) -> tuple[float, float]:
+    """How far a place in `src/few_norm.cuh` is from the reference engine's value, in codes, at most: a + b E[x^2] / Var[x].
+
+    In units of 2^-24: mean and E[x^2] have seven roundings behind each other, two of their factor, one for every 128 channels.
+    The variance has three times as many of E[x^2], its root's inverse half of that, and six of its own. The mean's own meet the
+    gain. Constants, differences and the place have six together, the reference engine's value three, of which one is of a value
+    with its offset still in it. Places have half of their last binary place.
+    """
+    reach = max(spec.qp, -spec.qn) + 1 + float(np.abs(shift).max(initial=0.0))
+    depth, ulp = 9 + -(-len(gain) // 128), _ULPS / 16
+    most, moved = float(np.abs(gain).max(initial=0.0)), float(np.abs(offset).max(initial=0.0))
+    a = 2.0 ** (-16 if spec.qp - spec.qn > 127 else -17) + ulp * (20 * reach + depth * most + moved)
+    return a, ulp * ((1.5 * depth + 3) * reach + depth * most)
+
+
 @dataclass(frozen=True, eq=False)
 class NormConstants:
     """A LayerNorm, and the codes behind it if there are any.
@@ -249,9 +264,10 @@ class NormConstants:
         weight, bias: float32 [C].
         eps: of the variance.
         gain, shift: float32 [C], both affine parts in one; ``None`` without codes.
-        unit_gain, unit_shift: the same to a code's place in its range, which is 0 to 1.
         codes: of the next input, or ``None``.
         margin: how near to the boundary between two codes a value is computed again.
+        place_gain, place_shift: float32 [C], as ``gain`` and ``shift``, to places in the codes' range, 0 to 1.
+        place_margins: as ``margin``, of places, in codes: a + b E[x^2] / Var[x].
     """
 
     weight: torch.Tensor
@@ -259,10 +275,11 @@ class NormConstants:
     eps: float
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
-    unit_gain: torch.Tensor | None = None
-    unit_shift: torch.Tensor | None = None
     codes: CodeConstants | None = None
     margin: float = 0.0
+    place_gain: torch.Tensor | None = None
+    place_shift: torch.Tensor | None = None
+    place_margins: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
     def of(cls, norm: ops.LayerNorm, quantizer: ops.Quantizer | None, to: Constants) -> NormConstants:
@@ -274,17 +291,18 @@ class NormConstants:
         scale = np.broadcast_to(quantizer.scale.astype(np.float64), (n,))
         offset = 0.0 if quantizer.offset is None else quantizer.offset.astype(np.float64)
         gain, shift = (norm.weight / scale).astype(_F32), ((norm.bias - offset) / scale).astype(_F32)
-        low, codes = quantizer.spec.qn, quantizer.spec.qp - quantizer.spec.qn
+        low, span = quantizer.spec.qn, quantizer.spec.qp - quantizer.spec.qn
         return cls(
             weight,
             bias,
             norm.eps,
             gain=to.floats(gain, n),
             shift=to.floats(shift, n),
-            unit_gain=to.floats((gain / _F32(codes)).astype(_F32), n),
-            unit_shift=to.floats(((shift - _F32(low)) / _F32(codes)).astype(_F32), n),
             codes=CodeConstants.of(quantizer, n, to),
             margin=_margin(quantizer.spec, shift),
+            place_gain=to.floats((norm.weight / scale / span).astype(_F32), n),
+            place_shift=to.floats((((norm.bias - offset) / scale - low) / span).astype(_F32), n),
+            place_margins=_place_margins(quantizer.spec, gain, shift, offset / scale),
         )
 
 

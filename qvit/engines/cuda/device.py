@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,12 @@ from qvit.engines.cuda.tuned import Tuned, tuned_for
 from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
 
 _SHARED_BY_DEFAULT = 48 * 1024
+# Shared memory's part of the first-level cache, in percent, of every kernel the same: a multiprocessor must be empty to change
+# it, and blocks of two kernels could not meet there. None: as the driver likes.
+_CARVEOUT: int | None = 100
 _OVERLAP_CAPABILITY, _OVERLAP_DRIVER = 9, 12030  # what programmatic dependent launch in a CUDA graph needs at least
+
+Queue = Callable[[Any], None]  # queues a kernel on a stream
 
 
 class Device(Protocol):
@@ -23,6 +29,11 @@ class Device(Protocol):
     hopper: bool  # has warpgroup products and bulk copies (compute capability 9)
     tuned: Tuned  # tiles that are the fastest on it
 
+    @property
+    def stream(self) -> Any:
+        """The current one."""
+        ...
+
     def launch(self, launch: Launch, behind: bool = False) -> None:
         """Runs a kernel, or queues it.
 
@@ -30,6 +41,10 @@ class Device(Protocol):
             launch: the kernel.
             behind: whether it may begin before the kernel queued before it has ended, which must be one of ``src``.
         """
+        ...
+
+    def prepared(self, launch: Launch, behind: bool = False) -> Queue:
+        """`launch` on a stream, again and again: all that can be done beforehand is done."""
         ...
 
 
@@ -79,19 +94,38 @@ class Gpu:
         """The GPU's name, as its driver gives it."""
         return torch.cuda.get_device_name(self.device)
 
+    @property
+    def stream(self) -> int:
+        """PyTorch's current one, as the driver knows it."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
     def launch(self, launch: Launch, behind: bool = False) -> None:
         """Queues a kernel on the current stream; see `Device`."""
-        function = self._functions.get(launch.code) or self._load(launch)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        if behind and self._overlaps:
-            (status,) = self._driver.cuLaunchKernelEx(self._overlapping(launch, stream), function, launch.arguments, 0)
-        else:
-            (status,) = self._driver.cuLaunchKernel(
-                function, *launch.grid, launch.threads, 1, 1, launch.shared, stream, launch.arguments, 0
-            )
-        self._check(status, launch.kernel)
+        self.prepared(launch, behind)(self.stream)
 
-    def _overlapping(self, launch: Launch, stream: int) -> Any:
+    def prepared(self, launch: Launch, behind: bool = False) -> Queue:
+        """See `Device`."""
+        function = self._functions.get(launch.code) or self._load(launch)
+        driver, arguments = self._driver, launch.arguments  # which live as long as the launch: it is kept for `check`
+        if behind and self._overlaps:
+            config, last = self._overlapping(launch), [0]
+
+            def queue(stream: int) -> None:
+                if stream != last[0]:
+                    config.hStream = last[0] = stream
+                (status,) = driver.cuLaunchKernelEx(config, function, arguments, 0)
+                self._check(status, launch.kernel)
+
+            return queue
+        shape = (*launch.grid, launch.threads, 1, 1, launch.shared)
+
+        def queue_alone(stream: int) -> None:
+            (status,) = driver.cuLaunchKernel(function, *shape, stream, arguments, 0)
+            self._check(status, launch.kernel)
+
+        return queue_alone
+
+    def _overlapping(self, launch: Launch) -> Any:
         """How a kernel is launched that waits by itself for the one before (`await_former_kernel` in ``src/warp.cuh``)."""
         driver = self._driver
         value = driver.CUlaunchAttributeValue()
@@ -102,7 +136,7 @@ class Gpu:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = launch.grid
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
-        config.sharedMemBytes, config.hStream = launch.shared, stream
+        config.sharedMemBytes = launch.shared
         config.attrs, config.numAttrs = [attribute], 1
         return config
 
@@ -113,9 +147,14 @@ class Gpu:
             self._check(status, launch.kernel)
             status, function = self._driver.cuModuleGetFunction(module, b"kernel")
             self._check(status, launch.kernel)
+            attributes = self._driver.CUfunction_attribute
             if launch.shared > _SHARED_BY_DEFAULT:
-                attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                (status,) = self._driver.cuFuncSetAttribute(function, attribute, launch.shared)
+                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                (status,) = self._driver.cuFuncSetAttribute(function, most, launch.shared)
+                self._check(status, launch.kernel)
+            if _CARVEOUT is not None:
+                preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+                (status,) = self._driver.cuFuncSetAttribute(function, preferred, _CARVEOUT)
                 self._check(status, launch.kernel)
         self._functions[launch.code] = function
         return function

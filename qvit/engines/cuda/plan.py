@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qvit.engines.cuda import constants as c
+from qvit.engines.cuda import few_tiles
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
@@ -32,6 +33,7 @@ from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
+_MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 _PIECE = 16  # bytes that a lane copies at a time
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
@@ -115,7 +117,7 @@ class Plan(ABC):
         a = model.architecture
         self.steps: list[Step] = []
         # Norms whose codes the next launch may make itself, by where they would be; codes that are to be seen are always there.
-        self._late: dict[int, Launch] = {}
+        self._late: dict[int, tuple[Launch, c.NormConstants]] = {}
         self._may_be_late = not with_map
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
         self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
@@ -234,12 +236,19 @@ class Plan(ABC):
         if tile is None:
             tile = self._few(layer, a, rows, 8)
         late = self._late.pop(a.data_ptr(), None)
+        defines = {}
         if late is not None:
-            if isinstance(tile, (FewTile, HopperTile)) and tile.normed:
-                assert isinstance(tile, FewTile) or late.values["ldx"] == layer.k
-                values["norm"] = late.values
+            launch, norm = late
+            if isinstance(tile, FewTile) and tile.normed:
+                values["norm"] = {**launch.values, "gain": norm.place_gain, "shift": norm.place_shift}
+                values["norm_margin"], values["norm_slope"] = norm.place_margins
+                values["norm_eps"] = norm.eps
+                defines = {"WIDE": int(norm.codes is not None and norm.codes.high - norm.codes.low > _MOST_NARROW)}
+            elif isinstance(tile, HopperTile) and tile.normed:
+                assert launch.values["ldx"] == layer.k
+                values["norm"] = launch.values
             else:
-                self._add(late)
+                self._add(late[0])
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         direct = isinstance(tile, HopperTile) and tile.direct
         b, planes = (layer.b_by_fours, layer.b_planes_by_fours) if direct else (layer.b, layer.b_planes)
@@ -253,9 +262,17 @@ class Plan(ABC):
             "k": layer.k,
             **values,
         }
-        defines = {"OUT_BITS": 0, **tile.defines(layer.k), "A_SIGNED": int(layer.signed), "W_HALF": int(layer.half), **epilogue}
+        defines |= {
+            "OUT_BITS": 0,
+            **tile.defines(layer.k),
+            "A_SIGNED": int(layer.signed),
+            "W_HALF": int(layer.half),
+            **epilogue,
+        }
         if isinstance(tile, HopperTile):
             defines["ALIGNED"] = int(tile.aligned(rows, self._gpu.multiprocessors))
+        if isinstance(tile, FewTile):
+            defines |= {"K": layer.k, "TILES_N": -(-layer.m // tile.bn)}
         if defines.get("STAGED") or direct:
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m
@@ -306,7 +323,9 @@ class Plan(ABC):
         bits = isinstance(tile, HopperTile) and tile.bits
         few = None if bits else self._few(layer, a, rows, 8)
         if few is not None:
-            tile = few
+            fours = layer.m % 4 == 0 and out.shape[1] % 4 == 0
+            arrays, added = 2 + (gamma is not None), (residual is not None) + (position is not None)
+            tile = few.with_spread(few.beside_floats(arrays, added)) if few_tiles.SPREAD and fours else few
         elif self._gpu.hopper and not (residual is not None and position is not None):
             choice = self._gpu.tuned.find("floats", rows, layer.m, layer.k, bits)
             found = choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
@@ -405,6 +424,9 @@ class Plan(ABC):
         if activation.permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
+            if few_tiles.SPREAD and isinstance(tile, FewTile) and not defines["OUT_BITS"]:
+                width = 8  # columns in their own order
+                tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         self._gemm(layer, defines, a, values, tile)
 
@@ -445,10 +467,10 @@ class Plan(ABC):
 
     def _few(self, layer: c.LinearConstants, a: torch.Tensor, rows: int, part: int) -> FewTile | None:
         """A tile for few rows; one with the LayerNorm of its rows, where that has been put off for ``a``."""
-        tile = None
+        tile, shared = None, MOST_SHARED if self._gpu.hopper else few_tiles.MOST_SHARED
         if a.data_ptr() in self._late:
-            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, normed=True)
-        return tile or choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors)
+            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, True, shared)
+        return tile or choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, False, shared)
 
     def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
         heads: c.HeadConstants = block["heads"]
@@ -484,7 +506,11 @@ class Plan(ABC):
             (margin, slope), (margin_k, slope_k) = heads.permuted_margins
             values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
             values |= {"tokens_inverse": min(2**32 // shape.tokens, 2**32 - 1)}
-            values |= heads.permuted.arrays(layer, shape.head_dim, bits)
+            width = shape.head_dim
+            if few_tiles.SPREAD and isinstance(tile, FewTile):
+                width = 8  # columns in their own order
+                tile = tile.with_spread(16 * tile.bn + 256)
+            values |= heads.permuted.arrays(layer, width, bits)
         defines = {
             "EPILOGUE": _HEADS,
             "PERMUTED": int(heads.permuted is not None),
@@ -636,7 +662,7 @@ class Plan(ABC):
         if isinstance(norm, c.NormConstants):
             values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
             values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
-            values |= {"unit_gain": norm.unit_gain, "unit_shift": norm.unit_shift}
+            values |= {"place_gain": norm.place_gain, "place_shift": norm.place_shift}
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
         warps = 4
@@ -649,10 +675,10 @@ class Plan(ABC):
             "GATHER": pieces,
         }
         launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
-        plain = isinstance(norm, c.NormConstants) and codes is not None and not pieces
+        plain = codes is not None and not pieces
         plain &= not isinstance(to, c.LinearConstants) or self._bits(to) is None or self._in_front(to)
-        if plain and self._may_be_late:
-            self._late[out.data_ptr()] = launch
+        if isinstance(norm, c.NormConstants) and plain and self._may_be_late:
+            self._late[out.data_ptr()] = launch, norm
         else:
             self._add(launch)
 

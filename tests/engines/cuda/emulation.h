@@ -293,6 +293,7 @@ inline int __dp4a(int a, int b, int sum) {
 }
 inline int __viaddmin_s32_relu(int a, int b, int most) { return std::max(std::min(a + b, most), 0); }
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
+inline double rsqrt(double a) { return 1.0 / sqrt(a); }
 inline int atomicExch(int* to, int value) {
     const int old = *to;
     *to = value;
@@ -360,6 +361,7 @@ inline void touch(void*, const void* from) {
     unsigned char sixteen[16];
     memcpy(sixteen, from, 16);
 }
+inline uint4 load_once(const void* from) { return *static_cast<const uint4*>(from); }
 inline void copies_end_group() {}
 template <int kLeft>
 inline void copies_wait() {}

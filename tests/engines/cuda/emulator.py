@@ -16,7 +16,7 @@ import torch
 
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import SOURCES
-from qvit.engines.cuda.device import Gpu
+from qvit.engines.cuda.device import Gpu, Queue
 from qvit.engines.cuda.tuned import Tuned
 
 HERE = Path(__file__).parent
@@ -31,6 +31,7 @@ class Emulated:
     device = torch.device("cpu")
     multiprocessors = 2
     tuned = Tuned()
+    stream = None
 
     def __init__(self, hopper: bool = False) -> None:
         self.hopper = hopper
@@ -42,6 +43,9 @@ class Emulated:
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
         self._library(launch).emulate(ctypes.byref(launch.packed), *launch.grid, launch.threads, launch.shared)
+
+    def prepared(self, launch: Launch, behind: bool = False) -> Queue:
+        return lambda stream: self.launch(launch)
 
     def _library(self, launch: Launch) -> Any:
         defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]

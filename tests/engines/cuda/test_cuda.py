@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants, plan, step_tables, tiles
+from qvit.engines.cuda import CudaEngine, constants, few_tiles, plan, step_tables, tiles
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -274,6 +274,38 @@ def test_few_heads_share_keys_among_all_warps_of_a_block(
     (launch,) = (one for one in CudaEngine(model, gpu).launches(2) if one.kernel == "attention")
     assert (launch.defines["SPLIT"], launch.defines["WARPS"], launch.grid[0]) == (1, 2, 4)
     check(model, gpu, 2)
+
+
+@pytest.mark.parametrize(("rows", "columns", "spread"), [(32, (96,), True), (16, (32,), False)])
+def test_tiles_of_few_rows(
+    rows: int,
+    columns: tuple[int, ...],
+    spread: bool,
+    gpu: Any,
+    make_student: Factory,
+    small_vit: Factory,
+    perturb: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Threads with several rows of a tile, or none; k in several rounds; warps that have no share of it; LayerScale."""
+    monkeypatch.setattr(few_tiles, "_ROWS", (rows,))
+    monkeypatch.setattr(few_tiles, "_COLUMNS", columns)
+    monkeypatch.setattr(few_tiles, "_MOST_PIECES", 8)
+    monkeypatch.setattr(few_tiles, "_MOST_WARPS", 6 if spread else 2)
+    monkeypatch.setattr(few_tiles, "SPREAD", spread)
+    monkeypatch.setattr(few_tiles, "_NORMED_WARPS", 7 if spread else 2)
+    few_tiles.choose_few.cache_clear()
+    try:
+        options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 1.5, "num_classes": 8, "init_values": 1e-2}
+        model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
+        few = [one.defines for one in CudaEngine(model, gpu).launches(2) if one.kernel == "gemm_few"]
+        assert {(one["kBM"], one["SPREAD"]) for one in few} == {(rows, int(spread))}
+        assert {one["NORM"] for one in few} == {0, 1}
+        assert {one["kRounds"] > 1 for one in few} == {False, True}
+        assert not spread or any(one["kSplit"] * one["kWarpsN"] < one["kWarps"] for one in few)
+        check(model, gpu, 2)
+    finally:
+        few_tiles.choose_few.cache_clear()
 
 
 def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, small_vit: Factory) -> None:

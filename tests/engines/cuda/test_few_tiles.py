@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qvit.engines.cuda.few_tiles import FewTile, choose_few
-from qvit.engines.cuda.tiles import MOST_SHARED
+from qvit.engines.cuda.few_tiles import MOST_SHARED, FewTile, choose_few
 
 MULTIPROCESSORS = 132
 WIDTHS = (192, 384, 768)
@@ -32,7 +31,9 @@ def test_few_rows(width: int, rows: int, multiprocessors: int) -> None:
         assert (tile.bm % 16, tile.bn % tile.warps_n, columns % 8, tile.bn % tile.part, tile.part % part) == (0, 0, 0, 0, 0)
         assert tile.units * (tile.bm // 8 + columns // 8) <= 24
         assert tile.threads() <= 512
-        assert tile.shared(k) <= MOST_SHARED
+        spread = [tile.with_spread(16 * tile.bn + 256), tile.with_spread(tile.beside_floats(3, 1))]
+        spread += [tile.with_spread(264 * tile.bn)] if part == 16 else []
+        assert all(one.shared(k) <= MOST_SHARED for one in spread)
         defines = tile.defines(k)
         covered, needed = tile.split * tile.units * defines["kRounds"], -(-k // 64)
         assert needed <= covered < needed + tile.split * tile.units

@@ -204,8 +204,8 @@ struct Normer {
 #pragma unroll
         for (int k = 0; k < kLanes; k += kVector) {
             float gain[kVector], shift[kVector];
-            load_columns(p.norm.unit_gain, channel(k, lane), gain);
-            load_columns(p.norm.unit_shift, channel(k, lane), shift);
+            load_columns(p.norm.place_gain, channel(k, lane), gain);
+            load_columns(p.norm.place_shift, channel(k, lane), shift);
 #pragma unroll
             for (int i = 0; i < kTogether; i++) {
                 uint32_t codes[kVector];

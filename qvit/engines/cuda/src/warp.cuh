@@ -76,6 +76,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool want
 __device__ __forceinline__ void touch(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
+// 16 bytes that are read once: they leave the first-level cache to others.
+__device__ __forceinline__ uint4 load_once(const void* from) {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from) : "memory");
+    return x;
+}
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most kLeft groups of copies are under way.
 template <int kLeft>
@@ -99,6 +105,32 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
 }
 
 #endif
+
+// The next kernel's blocks may come, once all of this one's have come here. Such a block waits for this kernel to end before it reads
+// what kernels write, and this one ends after the one before it, so it may be said before `await_former_kernel` too.
+__device__ __forceinline__ void announce() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The thread's number, read again: what follows from it is computed where it is used, and registers are not held in between.
+__device__ __forceinline__ int thread_again() {
+    int thread = threadIdx.x;
+#ifndef QVIT_EMULATION
+    asm volatile("" : "+r"(thread));
+#endif
+    return thread;
+}
+// An address, or a place, is computed here, and not behind what is waited for before it is used. An address is then of memory of any
+// kind: only for copies, which know of what kind.
+template <class T>
+__device__ __forceinline__ void hold(T& place) {
+    static_assert(sizeof(T) == 8, "a register of 64 bits");
+#ifndef QVIT_EMULATION
+    asm volatile("" : "+l"(place));
+#endif
+}
 
 // First of all in every thread of every kernel: until the kernel before has ended, and what it wrote can be read. Launches of one
 // forward pass may overlap (programmatic dependent launch, compute capability 9): the next kernel's blocks come as soon as this

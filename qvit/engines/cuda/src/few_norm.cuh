@@ -1,0 +1,202 @@
+// LayerNorm of a block's rows in front of a product of few rows: codes in shared memory, a warp a row (NORM).
+//
+// A value's place in the range of its codes is sat(((x - mean) * rstd) * gain + shift), of which kPlaces binary places are kept in
+// the bits of a float: the code, and how far the value is from the next one. Whoever is near to the boundary between two codes is
+// in doubt, and computed again as it is defined.
+#pragma once
+
+constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
+#include "norm_row.cuh"
+
+// Rows r and r + 8 lie together, their words taking turns: 16 bytes are a lane's operand of a product. 16 more set the next two
+// rows apart, so that both are in different banks.
+constexpr int kCodeLine = 2 * ((CHANNELS + kUnit - 1) / kUnit * kUnit) + 16;
+constexpr int kCodeBytes = kBM / 2 * kCodeLine;
+constexpr int kMine = (kBM + kWarps - 1) / kWarps;            // rows of a warp
+constexpr bool kHolds = 4 * kUnits * kEightsB + 3 * kLanes <= 64;  // registers hold gain and shift beside b and a row
+constexpr int kPlaces = WIDE ? 15 : 16;                       // a code and these fit 23 bits
+static_assert(kLanes <= 32, "doubts are bits of a word");
+
+// Where rows of codes begin, and where in its row a channel is.
+__device__ __forceinline__ int line_at(int row) { return (row / 16 * 8 + row % 8) * kCodeLine + row / 8 % 2 * 4; }
+__device__ __forceinline__ int code_in_line(int c) { return c / 4 * 8 + c % 4; }
+
+struct FewArgs : GemmArgs {
+    NormArgs norm;
+    float norm_margin, norm_slope;  // how far a place may be from the true one, in codes: margin + slope E[x^2] / Var[x]
+    float norm_eps;
+};
+
+// The codes in doubt of a row, as they are defined; `near`: its mean or nearly so, `doubts`: a bit for each of the lane's values.
+__device__ __noinline__ inline void codes_again(const NormArgs& p, const float* row, int lane, float near, uint32_t doubts,
+                                                unsigned char* codes) {
+    float x[kLanes];
+    load_row([&](int c) { return row + c; }, lane, x);
+    // Sums of differences from what is nearly the mean: the square of theirs is too small to take digits from the variance, so
+    // both can be added up at once.
+    double sum = 0.0, squares = 0.0;
+#pragma unroll
+    for (int i = 0; i < kLanes; i++) {
+        const double d = channel(i, lane) < CHANNELS ? static_cast<double>(x[i]) - static_cast<double>(near) : 0.0;
+        sum += d;
+        squares = fma(d, d, squares);
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+        sum += __shfl_xor_sync(kAll, sum, mask);
+        squares += __shfl_xor_sync(kAll, squares, mask);
+    }
+    const double beside = sum * (1.0 / CHANNELS);
+    const Moments of = {static_cast<double>(near) + beside, rsqrt(squares * (1.0 / CHANNELS) - beside * beside + p.eps)};
+#pragma unroll 1
+    while (doubts != 0) {
+        const int c = channel(__ffs(static_cast<int>(doubts)) - 1, lane);
+        doubts &= doubts - 1;
+        codes[code_in_line(c)] =
+            static_cast<unsigned char>(exact_code(exact_value(p, of, row[c], c), p.offset[c], p.step[c], p.low, p.high));
+    }
+}
+
+// A block's rows of codes; each warp's rows are under way together. Constants are brought near before there are rows, gain into
+// registers where there is room.
+struct Normer {
+    const FewArgs& p;
+    unsigned char* codes;
+    int row0, warp, lane;
+    float gain[kLanes], shift[kLanes];
+    long long from[kMine];  // where rows begin
+
+    __device__ __forceinline__ Normer(const FewArgs& p, unsigned char* codes, int row0, int warp, int lane)
+        : p(p), codes(codes), row0(row0), warp(warp), lane(lane) {
+        if constexpr (kHolds) {
+            load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
+        }
+        if constexpr (CHANNELS % 4 == 0) {
+#pragma unroll 1
+            for (int i = threadIdx.x; i < CHANNELS / 4; i += kThreads) {
+                unsigned char* const junk = codes + (i % (kBM / 2) + 1) * kCodeLine - 16;  // the last bytes of lines are of no use
+                touch(junk, p.norm.gain + 4 * i);
+                touch(junk, p.norm.shift + 4 * i);
+                touch(junk, p.norm.weight + 4 * i);
+                touch(junk, p.norm.bias + 4 * i);
+                touch(junk, p.norm.offset + 4 * i);
+                touch(junk, p.norm.step + 4 * i);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            const int r = row0 + warp + kWarps * i;
+            from[i] = (r < p.m ? r : p.m - 1) * p.norm.ldx;
+            if constexpr (kHolds) {
+                hold(from[i]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void fetch(float (&x)[kMine][kLanes]) {
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            load_row([&](int c) { return p.norm.x + from[i] + c; }, lane, x[i]);
+        }
+        if constexpr (kHolds) {
+            load_row([&](int c) { return p.norm.shift + c; }, lane, shift);
+        }
+    }
+
+    __device__ __forceinline__ void write(const float (&x)[kMine][kLanes]) const {
+#pragma unroll
+        for (int i = 0; i < kMine; i++) {
+            if (kBM % kWarps == 0 || warp + kWarps * i < kBM) {  // the same for all lanes
+                write(x[i], p.norm.x + from[i], codes + line_at(warp + kWarps * i));
+            }
+        }
+    }
+
+    __device__ __forceinline__ void write(const float (&x)[kLanes], const float* from, unsigned char* line) const {
+        float sums[4] = {}, squares[4] = {};  // four of each, so that few roundings are one after the other
+#pragma unroll
+        for (int i = 0; i < kLanes; i++) {  // zeros behind the last channel
+            sums[i % 4] += x[i];
+            squares[i % 4] = fmaf(x[i], x[i], squares[i % 4]);
+        }
+        float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
+#pragma unroll
+        for (int mask = 16; mask > 0; mask /= 2) {
+            sum += __shfl_xor_sync(kAll, sum, mask);
+            square += __shfl_xor_sync(kAll, square, mask);
+        }
+        const float mean = sum * (1.0f / CHANNELS);
+        square *= 1.0f / CHANNELS;
+        const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, square), 0.0f) + p.norm_eps), moved = -mean * rstd;
+        // Where the mean is large beside the deviation, its square takes digits from the variance.
+        const float margin = fmaf(p.norm_slope, square * rstd * rstd, p.norm_margin);
+        const float units = ceilf(fminf(margin * (1 << kPlaces), 1 << (kPlaces - 2)));
+        const uint32_t reach = 2 * static_cast<uint32_t>(units) << (16 - kPlaces);
+        const float most = (p.norm.high - p.norm.low) * (1 << kPlaces), whole = 8388608.0f + (1 << (kPlaces - 1)) + units;
+        float gains[kLanes], shifts[kLanes];
+        if constexpr (!kHolds) {
+            load_row([&](int c) { return p.norm.gain + c; }, lane, gains);
+            load_row([&](int c) { return p.norm.shift + c; }, lane, shifts);
+        }
+        uint32_t u[kLanes], least = 0xFFFFFFFFu;  // code in the third byte, in doubt where the two below are up to `reach`
+#pragma unroll
+        for (int i = 0; i < kLanes; i++) {
+            const float z = fmaf(x[i], rstd, moved);
+            const float place = __saturatef(fmaf(z, kHolds ? gain[i] : gains[i], kHolds ? shift[i] : shifts[i]));
+            u[i] = static_cast<uint32_t>(__float_as_int(fmaf(place, most, whole))) << (16 - kPlaces);
+            if (CHANNELS % 32 != 0 && channel(i, lane) >= CHANNELS) {
+                u[i] = 0x8000;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kLanes; i += 2) {
+            least = __vminu2(least, __byte_perm(u[i], u[i + 1 < kLanes ? i + 1 : i], 0x5410));
+        }
+        store_codes(u, line);
+        if (__any_sync(kAll, min(least & 0xFFFFu, least >> 16) <= reach || reach >= 32768u)) {
+            uint32_t doubts = 0;
+#pragma unroll
+            for (int i = 0; i < kLanes; i++) {
+                const bool there = CHANNELS % 32 == 0 || channel(i, lane) < CHANNELS;
+                doubts |= static_cast<uint32_t>(there && ((u[i] & 0xFFFFu) <= reach || reach >= 32768u)) << i;
+            }
+            codes_again(p.norm, from, lane, mean, doubts, line);  // a lane's codes are its own to write
+        }
+    }
+
+    // The third bytes, from which the range's lowest code is still missing.
+    __device__ __forceinline__ void store_codes(const uint32_t (&u)[kLanes], unsigned char* line) const {
+        const int low = code_of(p.norm.low);
+        const uint32_t first = static_cast<uint32_t>(128 + low) * 0x01010101u;
+        const auto whole = [&](uint32_t codes) { return low == 0 ? codes : (codes + first) ^ 0x80808080u; };  // no byte carries
+#pragma unroll
+        for (int i = 0; i < kLanes; i += kVector) {
+            const int c = channel(i, lane);
+            if constexpr (kVector == 4) {
+                const uint32_t pairs[2] = {__byte_perm(u[i], u[i + 1], 0x0062), __byte_perm(u[i + 2], u[i + 3], 0x0062)};
+                *reinterpret_cast<uint32_t*>(line + code_in_line(c)) = whole(__byte_perm(pairs[0], pairs[1], 0x5410));
+            } else if constexpr (kVector == 2) {
+                *reinterpret_cast<uint16_t*>(line + code_in_line(c)) = static_cast<uint16_t>(whole(__byte_perm(u[i], u[i + 1], 0x0062) & 0xFFFFu));
+            } else if (c < CHANNELS) {
+                line[code_in_line(c)] = static_cast<unsigned char>(whole(u[i] >> 16 & 0xFFu));
+            }
+        }
+    }
+};
+
+// The rows' codes as a lane reads them: 16 bytes are an operand as it is.
+struct Rows {
+    const unsigned char* codes;
+
+    // Operands of both products of a unit, `u` behind `first`.
+    __device__ __forceinline__ void read(int first, int u, int units, int i, uint32_t (&one)[4], uint32_t (&two)[4]) const {
+        const int lane = threadIdx.x % 32;
+        uint4 x[2] = {};
+        if (kEven || first + u < units) {
+            const int at = (8 * i + lane / 4) * kCodeLine + 2 * (kUnit * (first + u) + lane % 4 * 16);
+            x[0] = *reinterpret_cast<const uint4*>(codes + at), x[1] = *reinterpret_cast<const uint4*>(codes + at + 16);
+        }
+        one[0] = x[0].x, one[1] = x[0].y, one[2] = x[0].z, one[3] = x[0].w;
+        two[0] = x[1].x, two[1] = x[1].y, two[2] = x[1].z, two[3] = x[1].w;
+    }
+};
