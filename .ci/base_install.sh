@@ -37,5 +37,6 @@ for i in range(len(pixels), 11):
     folder.mkdir(parents=True)
     Image.fromarray(pixels[0].transpose(1, 2, 0)).save(folder / "image.png")'
 venv/bin/qvit predict cases/w4a4.qvit images/00/image.png images/01/image.png --top 1
+venv/bin/qvit predict images/00/image.png # with the model that comes with the wheel
 venv/bin/qvit eval cases/w4a4.qvit --data images
 venv/bin/qvit inspect cases/w4a4.qvit > /dev/null

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +15,19 @@ from qvit.cli.engines import open_runner
 from qvit.cli.images import at_least_one, workers_of
 from qvit.cli.results import write_results
 from qvit.cli.show import progress, show_table
+from qvit.errors import InputError
 from qvit.preprocessing import open_image
+from qvit.sample import SAMPLE
 
 
 def command(
-    file: Annotated[Path, typer.Argument(help="A .qvit file.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A .qvit file and image files; without a .qvit file, the model that comes with qvit.",
+            metavar="[FILE] IMAGE...",
+        ),
+    ],
     top: Annotated[int, typer.Option("--top", help="Classes to show for each image.")] = 5,
     batch: options.Batch = 32,
     workers: options.Workers = None,
@@ -35,7 +43,10 @@ def command(
     Example:
 
         qvit predict deit_small_w4a4.qvit cat.jpg dog.png --top 3
+
+        qvit predict church.jpg
     """
+    file, images = _model_and_images(paths)
     at_least_one("--top", top)
     at_least_one("--batch", batch)
     readers = workers_of(workers)
@@ -60,6 +71,14 @@ def command(
         left=2,
     )
     write_results(json, rows)
+
+
+def _model_and_images(paths: Sequence[Path]) -> tuple[Path, Sequence[Path]]:
+    """The first path where it is a frozen file, else the sample model; and the others."""
+    file, images = (paths[0], paths[1:]) if paths[0].suffix == ".qvit" else (SAMPLE, paths)
+    if not images:
+        raise InputError(f"There is no image to classify: name one behind {file}.")
+    return file, images
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import qvit
 from qvit.cli.predict import softmax
+from qvit.sample import SAMPLE
 
 Cli = Callable[..., Any]
 
@@ -110,3 +111,16 @@ def test_damaged_file_and_unknown_engine(cli: Cli, frozen_file: Path, images: li
 def test_softmax_of_large_logits() -> None:
     values = softmax(np.asarray([[1e4, 1e4, -1e4]], np.float32))
     assert values.tolist() == [[0.5, 0.5, 0.0]]
+
+
+def test_without_a_file_the_sample_model(cli: Cli, images: list[Path], tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    done = cli("predict", images[1], images[2], "--json", report)
+    assert (done.status, done.err) == (0, "")
+    rows = json.loads(report.read_text())["rows"]
+    assert {row["model"] for row in rows} == {qvit.load(SAMPLE).model.name}
+    assert [row["image"] for row in rows] == [str(path) for path in images[1:] for _ in range(5)]
+
+
+def test_a_file_without_images(cli: Cli, frozen_file: Path) -> None:
+    cli("predict", frozen_file).refused("There is no image to classify")
