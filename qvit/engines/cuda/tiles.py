@@ -219,8 +219,8 @@ _FLOATS_OF_BITS = (
     HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
-# Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md): rows of
-# 192 gain by it, rows of 384 lose, since narrow tiles and a launch for LayerNorm are faster than a tile as wide as they.
+# Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
+# rows of 192 gain by it at 2 bits; rows of 384 lose, since narrow tiles and a launch for LayerNorm are faster than tiles so wide.
 WIDEST_NORM_BEHIND = 192
 
 
