@@ -220,7 +220,7 @@ _FLOATS_OF_BITS = (
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
-# rows of 192 gain by it at 2 bits; rows of 384 lose, since narrow tiles and a launch for LayerNorm are faster than tiles so wide.
+# rows of 192 gain at 2 bits; rows of 384 lose, as narrow tiles and a launch for LayerNorm are faster than tiles of that width.
 WIDEST_NORM_BEHIND = 192
 
 
