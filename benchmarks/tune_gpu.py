@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from qvit.architecture import VitArchitecture
 from qvit.bench.on_device import milliseconds
 from qvit.bench.run import make_random_model
 from qvit.engines.cuda import CudaEngine
@@ -51,8 +52,8 @@ class Site:
 
 def sites(model: IntegerModel, planes: bool) -> list[Site]:
     """Every product of a ViT's blocks, the largest first, and its patch embedding."""
-    a = model.architecture
-    width, hidden = a.embed_dim, a.mlp_hidden  # type: ignore[union-attr]
+    a = _architecture(model)
+    width, hidden = a.embed_dim, a.mlp_hidden
     kind = "planes" if planes else "codes"
     return [
         Site(kind, hidden, width, planes),
@@ -63,6 +64,11 @@ def sites(model: IntegerModel, planes: bool) -> list[Site]:
         Site("floats", width, width, planes),
         Site("floats", width, a.patch_features, False),
     ]
+
+
+def _architecture(model: IntegerModel) -> VitArchitecture:
+    assert isinstance(model.architecture, VitArchitecture)
+    return model.architecture
 
 
 def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
@@ -134,8 +140,8 @@ class Tuner:
         self.engine = CudaEngine(model, gpu)
         size = model.preprocessing.input_size
         self.images = torch.randint(0, 256, (batch, *size), dtype=torch.uint8, device=gpu.device)
-        a = model.architecture
-        self._rows = {True: batch * a.num_patches, False: batch * a.num_tokens}  # type: ignore[union-attr]
+        a = _architecture(model)
+        self._rows = {True: batch * a.num_patches, False: batch * a.num_tokens}
 
     def choice(self, site: Site, tile: MmaTile | HopperTile | None) -> Choice:
         """A site's tile as a choice."""

@@ -124,7 +124,7 @@ def _gemm(launch: Launch) -> Work:
     if launch.defines["EPILOGUE"] == 3:  # the codes beside the floats
         moved += m * n // (4 if launch.defines["OUT_BITS"] else 1)
     if "norm" in values:  # floats come in, and no codes
-        moved += 4 * m * k - m * k // (4 if bits else 1)
+        moved += 3 * m * k
     if values.get("residual") is not None:
         moved += 4 * m * n
     if values.get("position") is not None:

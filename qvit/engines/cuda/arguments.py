@@ -44,14 +44,17 @@ class AttentionArgs(ctypes.Structure):
 class NormArgs(ctypes.Structure):
     """``src/norm_row.cuh``."""
 
-    _fields_: ClassVar[list[tuple[str, Any]]] = [
-        *_fields(p="x weight bias gain shift offset step index out", l="ldx ldo", i="rows", f="low high margin", d="eps"),
-        *_fields(p="place_gain place_shift"),
-    ]
+    _fields_ = _fields(
+        p="x weight bias gain shift offset step index out",
+        l="ldx ldo",
+        i="rows",
+        f="low high margin",
+        d="eps",
+    )
 
 
 class NormedArgs(GemmArgs):
-    """``src/normed_rows.cuh``, ``src/gemm_few.cu``: with the LayerNorm in front, which is left out where there is none."""
+    """``src/gemm_few.cu``: with the LayerNorm in front, which is left out where there is none."""
 
     _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs), *_fields(f="norm_margin norm_slope norm_eps")]
 
@@ -75,7 +78,7 @@ class PoolArgs(ctypes.Structure):
 ARGUMENTS = {
     "gemm": GemmArgs,
     "gemm_few": NormedArgs,
-    "gemm_hopper": NormedArgs,
+    "gemm_hopper": GemmArgs,
     "attention": AttentionArgs,
     "norm": NormArgs,
     "pixels": PixelArgs,

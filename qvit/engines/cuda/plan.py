@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ from qvit.engines.cuda.tiles import (
     choose,
     choose_bits,
     choose_floats,
-    choose_whole_rows,
+    choose_norm_behind,
     with_columns,
-    with_norm,
 )
 from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
@@ -43,11 +42,6 @@ _RING_Q = True  # whether the ring holds queries, too
 _PAIRED_WARPS, _PAIRED_RING = 16, 4  # where two warps have 16 queries: warps (0: never), and heads in the ring
 _SPLIT_MOST, _SPLIT_BLOCKS = 4, 2  # blocks of a multiprocessor where a block's warps share 16 queries' keys: in all, at a time
 _MOST_WINDOWS = 8  # of a block of attention
-# Where a block's LayerNorms are computed on Hopper, rows being many: in "front" of the product that reads their codes, "behind"
-# the one that makes their floats, where that has whole rows, or "alone".
-_NORM = "front"
-# Products of codes behind products of floats go through the rows backwards.
-_BACKWARDS = True
 _BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
 
@@ -244,11 +238,8 @@ class Plan(ABC):
                 values["norm_margin"], values["norm_slope"] = norm.place_margins
                 values["norm_eps"] = norm.eps
                 defines = {"WIDE": int(norm.codes is not None and norm.codes.high - norm.codes.low > _MOST_NARROW)}
-            elif isinstance(tile, HopperTile) and tile.normed:
-                assert launch.values["ldx"] == layer.k
-                values["norm"] = launch.values
             else:
-                self._add(late[0])
+                self._add(launch)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         direct = isinstance(tile, HopperTile) and tile.direct
         b, planes = (layer.b_by_fours, layer.b_planes_by_fours) if direct else (layer.b, layer.b_planes)
@@ -269,8 +260,6 @@ class Plan(ABC):
             "W_HALF": int(layer.half),
             **epilogue,
         }
-        if isinstance(tile, HopperTile):
-            defines["ALIGNED"] = int(tile.aligned(rows, self._gpu.multiprocessors))
         if isinstance(tile, FewTile):
             defines |= {"K": layer.k, "TILES_N": -(-layer.m // tile.bn)}
         if defines.get("STAGED") or direct:
@@ -344,7 +333,7 @@ class Plan(ABC):
         index: torch.Tensor | None = None,
         gather: torch.Tensor | None = None,
     ) -> None:
-        """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where a tile has whole rows.
+        """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where that is faster.
 
         With an index, int32 [rows], row r goes to row ``index[r]`` of out and codes; of the codes alone where its inverse
         ``gather`` is beside it.
@@ -354,11 +343,8 @@ class Plan(ABC):
         if following is not None and self._gpu.hopper:
             bits = self._bits(layer) is not None
             choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
-            if choice is not None:
-                tile = choice.tile
-            elif _NORM == "behind" or gather is not None or not self._in_front(following[1]):
-                tile = choose_whole_rows(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
-            tile = tile if _NORM != "alone" else None
+            rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+            tile = rule if choice is None else choice.tile
         if following is None or tile is None:
             to = None if gather is not None else index
             self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer))
@@ -430,40 +416,20 @@ class Plan(ABC):
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         self._gemm(layer, defines, a, values, tile)
 
-    def _in_front(self, reader: c.LinearConstants) -> bool:
-        """Whether the LayerNorm of what a layer of a block reads is left to it, on Hopper and with many rows."""
-        if _NORM != "front" or not self._gpu.hopper:
-            return False
-        tile, _ = self._plain_tile(reader)
-        return isinstance(tile, HopperTile) and self._normed(reader, tile, 0) is not None
-
-    def _normed(self, layer: c.LinearConstants, tile: HopperTile, column_bytes: int) -> HopperTile | None:
-        return with_norm(tile, self._shape.rows, layer.m, layer.k, self._gpu.multiprocessors, column_bytes)
-
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int) -> tuple[Tile, bool]:
         """How a layer of a block is computed from ``a``, and whether with one-bit products.
 
         ``part``: see `choose_few`; ``column_bytes``: see `with_columns`.
         """
-        if self._bits(layer) is None and (few := self._few(layer, a, self._shape.rows, part)) is not None:
+        rows, tile = self._shape.rows, self._bits(layer)
+        if tile is not None:
+            return with_columns(tile, layer.k, column_bytes), True
+        if (few := self._few(layer, a, rows, part)) is not None:
             return few, False
-        tile, bits = self._plain_tile(layer)
-        normed = None
-        if isinstance(tile, HopperTile):
-            tile = replace(tile, backwards=_BACKWARDS)
-            if a.data_ptr() in self._late and _NORM == "front":
-                normed = self._normed(layer, tile, column_bytes)
-        return normed or with_columns(tile, layer.k, column_bytes), bits
-
-    def _plain_tile(self, layer: c.LinearConstants) -> tuple[Tile, bool]:
-        """A tile for many rows, whatever is in front of a layer of a block and behind it."""
-        if (bits := self._bits(layer)) is not None:
-            return bits, True
-        rows = self._shape.rows
         choice = self._gpu.tuned.find("codes", rows, layer.m, layer.k, False)
-        if choice is not None and choice.tile is not None:
-            return choice.tile, False
-        return choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper), False
+        known = None if choice is None else choice.tile
+        found = known or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
+        return with_columns(found, layer.k, column_bytes), False
 
     def _few(self, layer: c.LinearConstants, a: torch.Tensor, rows: int, part: int) -> FewTile | None:
         """A tile for few rows; one with the LayerNorm of its rows, where that has been put off for ``a``."""
@@ -662,7 +628,6 @@ class Plan(ABC):
         if isinstance(norm, c.NormConstants):
             values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
             values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
-            values |= {"place_gain": norm.place_gain, "place_shift": norm.place_shift}
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
         warps = 4
@@ -676,7 +641,7 @@ class Plan(ABC):
         }
         launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
         plain = codes is not None and not pieces
-        plain &= not isinstance(to, c.LinearConstants) or self._bits(to) is None or self._in_front(to)
+        plain &= isinstance(to, int) or self._bits(to) is None
         if isinstance(norm, c.NormConstants) and plain and self._may_be_late:
             self._late[out.data_ptr()] = launch, norm
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -10,7 +9,7 @@ from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
 
 MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
-_EVEN = 0.95  # share of multiprocessors that have work, or of their time, that is as good as all
+_EVEN = 0.95  # share of multiprocessors that have work that is as good as all
 
 
 class Tile(Protocol):
@@ -101,10 +100,6 @@ class HopperTile:
         twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
-        normed: whether warpgroups make the codes of their rows themselves, by their LayerNorm; of rows that stay.
-        row_sets: buffers for such rows: 2, so that the next ones are made while these are multiplied, or 1.
-        backwards: the last rows come first.
-        skew: clocks by which every other block begins later.
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
         ahead: loads of what is added to such rows that a lane issues at once, an even number up to ``bn / 8``.
         early: the first of them are on their way from before a tile is multiplied.
@@ -132,10 +127,6 @@ class HopperTile:
     twice: bool = False
     column_stages: int = 2
     column_bytes: int = 0
-    normed: bool = False
-    row_sets: int = 1
-    backwards: bool = False
-    skew: int = 0
 
     kernel: ClassVar[str] = "gemm_hopper"
 
@@ -159,7 +150,7 @@ class HopperTile:
 
     def shared(self, k: int) -> int:
         """Rows, b, floats and codes on their way, constants, barriers."""
-        rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK * self.row_sets
+        rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
         floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
         out = 64 if self.direct else 0 if self.piece or self.column_bytes else self.bn
@@ -193,21 +184,11 @@ class HopperTile:
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
             "COLUMN_BYTES": self.column_bytes,
-            "NORM": int(self.normed),
-            "ROW_SETS": self.row_sets,
-            "REVERSED": int(self.backwards),
-            "SKEW": self.skew,
-            **({"CHANNELS": k} if self.normed else {}),
         }
 
     def tiles(self, m: int, n: int) -> int:
         """Of a product [m, n]."""
         return -(-m // (TILE_ROWS * self.groups)) * -(-n // self.bn)
-
-    def aligned(self, m: int, multiprocessors: int) -> bool:
-        """Whether blocks get whole row blocks, which is as good as even: then no LayerNorm's codes are made twice."""
-        row_blocks = -(-m // (TILE_ROWS * self.groups))
-        return self.normed and row_blocks >= _EVEN * multiprocessors * -(-row_blocks // multiprocessors)
 
     def blocks(self, m: int, n: int, multiprocessors: int) -> int:
         """One a multiprocessor, each with a range of tiles."""
@@ -238,7 +219,9 @@ _FLOATS_OF_BITS = (
     HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
-_MOST_NORMED = 3  # warpgroups of a block with LayerNorm in front: more would spill registers
+# Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
+# rows of 192 gain at 2 bits; rows of 384 lose, as narrow tiles and a launch for LayerNorm are faster than tiles of that width.
+WIDEST_NORM_BEHIND = 192
 
 
 def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
@@ -279,38 +262,11 @@ def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | No
 def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
     """The tile with room for what its epilogue knows of columns, so many bytes each, where it has such room."""
     if isinstance(tile, HopperTile):
-        for cut in _cut_down(replace(tile, column_bytes=column_bytes)):
-            if cut.shared(k) <= MOST_SHARED:
-                return cut
+        for column_stages in range(tile.column_stages, 0, -1):
+            wider = replace(tile, column_bytes=column_bytes, column_stages=column_stages)
+            if wider.shared(k) <= MOST_SHARED:
+                return wider
     return tile
-
-
-def with_norm(tile: HopperTile, m: int, n: int, k: int, multiprocessors: int, column_bytes: int) -> HopperTile | None:
-    """The tile, or another one of as many columns, with the LayerNorm of its rows in front; ``None`` where rows do not stay.
-
-    Args:
-        tile: for codes.
-        m, n, k: the product [m, k] x [k, n].
-        multiprocessors: of the GPU.
-        column_bytes: see `with_columns`.
-    """
-    like = [tile, *(other for other in (_BITS if tile.bits else _HOPPER) if other.bn == tile.bn)]
-    fit = []
-    for other in like:
-        for some in dict.fromkeys((column_bytes, 0)):
-            normed = replace(other, normed=True, row_sets=2, column_bytes=some, backwards=tile.backwards)
-            if normed._resident(k) and other.groups <= _MOST_NORMED and other.suits(m, n, k, multiprocessors):
-                fit += [cut for cut in _cut_down(normed) if cut.shared(k) <= MOST_SHARED][:1]
-    return min(fit, key=lambda tile: (tile.column_bytes == 0, not tile.aligned(m, multiprocessors)), default=None)
-
-
-def _cut_down(tile: HopperTile) -> Iterator[HopperTile]:
-    """The tile, and what is left of it where shared memory is short, the least harmful first."""
-    stages = [tile.stages, tile.stages - 1] if tile.normed and tile.stages > 2 else [tile.stages]
-    for column_stages in range(tile.column_stages, 0, -1) if tile.column_bytes else [tile.column_stages]:
-        for row_sets in range(tile.row_sets, 0, -1):
-            for some in stages:
-                yield replace(tile, row_sets=row_sets, column_stages=column_stages, stages=some)
 
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
@@ -321,6 +277,11 @@ def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> H
 
 
 def choose_whole_rows(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
-    """A tile of whole rows, which LayerNorm may follow, on Hopper; ``None`` where there is none, or too little work."""
+    """A tile of whole rows, which LayerNorm can follow, on Hopper; ``None`` where there is none, or too little work."""
     tiles = () if n not in _WIDTHS else _whole_rows_of_bits(n) if bits else _whole_rows(n, k)
     return next((tile for tile in tiles if tile.suits(m, n, k, multiprocessors)), None)
+
+
+def choose_norm_behind(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:
+    """A tile of whole rows where LayerNorm should follow in the same launch; ``None`` where it has one of its own."""
+    return choose_whole_rows(m, n, k, multiprocessors, bits) if n <= WIDEST_NORM_BEHIND else None

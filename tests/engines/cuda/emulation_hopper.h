@@ -29,7 +29,6 @@ inline void barrier_wait(Barrier* b, int phase) {
     }
 }
 inline void prefetch(const void*, int) {}
-inline void wait_clocks(int) {}
 inline int uniform(int value) { return value; }
 inline void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
     memcpy(to, from, bytes);
@@ -86,16 +85,3 @@ inline int add_shared(int* to, int value) {
 inline int take_shared(int* to) { return add_shared(to, 1); }
 inline void proxies_meet() {}
 inline int anew(int x) { return x; }
-// `normed_rows.cuh`: the 128 threads of a warpgroup.
-inline void warpgroup_barrier(int group) {
-    static int waiting[8];
-    static long turns[8];
-    const long turn = turns[group];
-    if (++waiting[group] == 128) {
-        waiting[group] = 0;
-        turns[group]++;
-    }
-    while (turns[group] == turn) {
-        emulation::yield();
-    }
-}

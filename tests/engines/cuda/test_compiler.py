@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, compiler, plan
+from qvit.engines.cuda import CudaEngine, compiler, plan, tiles
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import cache_folder, compile_kernel
 from qvit.engines.cuda.tuned import Tuned
@@ -90,17 +90,15 @@ def test_the_largest_tiles_compile(make_launches: Callable[..., list[Launch]]) -
 
 
 @pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize(
-    ("norm", "epilogues"), [("front", [(0, 0), (1, 1), (2, 1)]), ("behind", [(0, 0), (1, 0), (2, 0), (3, 0)])]
-)
-def test_hoppers_products_compile(
-    norm: str, epilogues: list[tuple[int, int]], make_launches: Callable[..., list[Launch]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan, "_NORM", norm)
+def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows of 384, LayerNorm by itself and behind the products of floats."""
     launches = make_launches("deit_small_patch16_224", 384, 14, 1, hopper=True)
-    kinds = {(one.defines["EPILOGUE"], one.defines["NORM"]): one for one in launches if one.kernel == "gemm_hopper"}
-    assert sorted(kinds) == epilogues
-    for launch in kinds.values():
+    kinds = {one.defines["EPILOGUE"]: one for one in launches if one.kernel == "gemm_hopper"}
+    assert sorted(kinds) == [0, 1, 2]
+    monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 384)
+    behind = make_launches("deit_small_patch16_224", 384, 14, 1, hopper=True)
+    whole_rows = next(one for one in behind if one.defines.get("EPILOGUE") == 3)
+    for launch in (*kinds.values(), whole_rows):
         assert launch.shared <= 227 * 1024
         assert compile_kernel("gemm_hopper", launch.defines, "sm_90a").startswith(b"\x7fELF")
     attention = next(launch for launch in launches if launch.kernel == "attention")
@@ -121,11 +119,8 @@ def test_rows_that_pass_through_shared_memory_compile(make_launches: Callable[..
 
 
 @pytest.mark.usefixtures("nvrtc")
-def test_swins_kernels_compile(
-    make_student: Callable[..., Any], small_swin: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_swins_kernels_compile(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:
     """Those that a ViT's launches do not have: windows of 49 tokens, shifted, rows gathered, rows scattered behind a norm."""
-    monkeypatch.setattr(plan, "_NORM", "behind")
     shape = {"img_size": 28, "patch_size": 2, "window_size": 7, "embed_dim": 64, "num_heads": (2, 4), "depths": (2, 1)}
     far = Far(1, hopper=True)
     launches = CudaEngine(qvit.freeze(make_student(small_swin(**shape))), far).launches(8)  # type: ignore[arg-type]

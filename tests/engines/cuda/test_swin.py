@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants, plan
+from qvit.engines.cuda import CudaEngine, constants, plan, tiles
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -83,9 +83,9 @@ def test_every_geometry(
     assert torch.cuda.is_available() or (packs == {4}) == (name == "six windows")
 
 
-@pytest.mark.parametrize(("norm", "wanted"), [("front", [2]), ("behind", [1, 2, 1])])
+@pytest.mark.parametrize(("widest", "wanted"), [(0, []), (64, [1, 2, 1])])
 def test_norms_behind_hoppers_products(
-    norm: str,
+    widest: int,
     wanted: list[int],
     make_student: Factory,
     small_swin: Factory,
@@ -94,7 +94,7 @@ def test_norms_behind_hoppers_products(
 ) -> None:
     """Codes go from the order of windows to that of the map and back, in rows of 64 channels, of more than one tile."""
     model = qvit.freeze(perturb(make_student(small_swin(**HOPPER), weight_bits=3, act_bits=2)))
-    monkeypatch.setattr(plan, "_NORM", norm)
+    monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", widest)
     gpu = open_gpu(hopper=True)
     kinds = [one.defines.get("SCATTER") for one in CudaEngine(model, gpu).launches(3) if one.defines.get("EPILOGUE") == 3]
     assert torch.cuda.is_available() or kinds == wanted

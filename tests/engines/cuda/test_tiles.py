@@ -11,9 +11,9 @@ from qvit.engines.cuda.tiles import (
     choose,
     choose_bits,
     choose_floats,
+    choose_norm_behind,
     choose_whole_rows,
     with_columns,
-    with_norm,
 )
 
 MULTIPROCESSORS = 132
@@ -45,6 +45,11 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
     assert choose_bits(197, 1152, 384, MULTIPROCESSORS) is None
     assert choose_whole_rows(256 * 197, 384, 384, MULTIPROCESSORS, bits=False) is not None
     assert choose_whole_rows(256 * 197, 768, 768, MULTIPROCESSORS, bits=False) is None
+    for bits in (False, True):  # LayerNorm follows where rows are narrow
+        whole = choose_whole_rows(256 * 197, 192, 192, MULTIPROCESSORS, bits)
+        assert whole is not None
+        assert choose_norm_behind(256 * 197, 192, 192, MULTIPROCESSORS, bits) == whole
+        assert choose_norm_behind(256 * 197, 384, 384, MULTIPROCESSORS, bits) is None
     for k in (384, 1536):  # two-bit weights of all of a DeiT-S layer stay in shared memory
         planes = choose_whole_rows(256 * 197, 384, k, MULTIPROCESSORS, bits=True)
         assert planes is not None
@@ -68,27 +73,6 @@ def test_rows_stay_where_k_is_short() -> None:
     planes = HopperTile(2, 128, 4, bits=True)
     assert planes.defines(1536) | {"BITS": 1, "DEPTH": 384, "RESIDENT": 1} == planes.defines(1536)
     assert planes.defines(384)["DEPTH"] == 128  # two groups of 256 columns, 64 bytes each
-
-
-def test_norms_in_front_are_made_beside_products_and_once() -> None:
-    """A block has whole row blocks, and room for two of them, where there are two or more for each."""
-    rows = 256 * 197
-    for tile, n, column_bytes, sets in (
-        (HopperTile(3, 128, 4), 1152, 16, 2),
-        (HopperTile(3, 128, 4), 1536, 136, 2),  # with a table of 64 cells, and one buffer for weights less
-        (HopperTile(3, 128, 4), 1536, 264, 1),
-        (HopperTile(4, 128, 2, bits=True, twice=True), 1536, 40, 2),
-    ):
-        normed = with_norm(tile, rows, n, 384, MULTIPROCESSORS, column_bytes)
-        assert normed is not None
-        assert (normed.row_sets, normed.column_stages, normed.column_bytes) == (sets, 2, column_bytes)
-        assert (normed.groups, normed.aligned(rows, MULTIPROCESSORS), normed.bits) == (3, True, tile.bits)
-        assert normed.shared(384) <= MOST_SHARED
-        assert normed.defines(384) | {"NORM": 1, "CHANNELS": 384, "ROW_SETS": sets, "RESIDENT": 1} == normed.defines(384)
-    assert with_norm(HopperTile(3, 128, 4), rows, 4096, 1024, MULTIPROCESSORS, 0) is None  # rows do not stay
-    uneven = with_norm(HopperTile(3, 128, 4), 100 * 197, 1152, 384, MULTIPROCESSORS, 16)
-    assert uneven is not None
-    assert not uneven.aligned(100 * 197, MULTIPROCESSORS)
 
 
 def test_room_for_what_is_known_of_columns() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import qvit
-from qvit.engines.cuda import CudaEngine, tuned
-from qvit.engines.cuda.tiles import HopperTile, MmaTile
+from qvit.engines.cuda import CudaEngine, tiles, tuned
+from qvit.engines.cuda.tiles import HopperTile, MmaTile, choose_whole_rows
 from qvit.engines.cuda.tuned import Choice, Tuned, file_name, tuned_for, write
 from qvit.spec import ModelSpec
 from tests.engines.cuda.emulator import Emulated
@@ -43,7 +43,9 @@ def test_a_file_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(map(repr, tuned_for("NVIDIA X1 80GB").all())) == sorted(map(repr, CHOICES))
 
 
-def test_plans_take_them(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> None:
+def test_plans_take_them(
+    make_student: Callable[..., Any], small_vit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8, "depth": 2}
     model = qvit.freeze(make_student(small_vit(**small), spec=ModelSpec.of_bits(2)))
     gpu = Emulated(hopper=True)
@@ -62,7 +64,11 @@ def test_plans_take_them(make_student: Callable[..., Any], small_vit: Callable[.
     narrow = used(Choice("planes", rows, 192, 64, True, HopperTile(1, 64, 2, bits=True)))
     assert narrow != plain
     assert len(narrow) == len(plain)
-    apart = CudaEngine(model, gpu)
-    gpu.tuned = Tuned([Choice("rows", rows, 64, k, True, None) for k in (64, 256)])
-    assert not any(one.defines.get("EPILOGUE") == 3 for one in apart.launches(700))
-    assert sum(one.defines.get("NORM", 0) for one in apart.launches(700)) > 2
+    # A choice comes before the rule for LayerNorm, in both directions.
+    whole_rows = choose_whole_rows(rows, 64, 64, 1, bits=True)
+    assert whole_rows is not None
+    for widest, proj, fused in ((64, None, 1), (64, whole_rows, 3), (0, None, 0), (0, whole_rows, 2)):
+        monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", widest)
+        gpu.tuned = Tuned([Choice("rows", rows, 64, 64, True, proj)])
+        launches = CudaEngine(model, gpu).launches(700)
+        assert sum(one.defines.get("EPILOGUE") == 3 for one in launches) == fused

@@ -8,9 +8,6 @@
 //
 // OVERLAP: what follows a tile's products is done, piece by piece, while the next tile's are made: a warp has the sums of both.
 //
-// NORM: a is no codes but floats, and each warpgroup makes the codes of their LayerNorm itself (`normed_rows.cuh`), those of the
-// next row block while the tiles of this one are multiplied (ROW_SETS is 2), or between the two (1).
-//
 // Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `tiles.py`.
 constexpr int kBM = 64 * kGroups;
 constexpr int kThreads = 128 * (kGroups + 1);
@@ -33,8 +30,6 @@ constexpr int kUnits = BITS ? 1 : kParts;  // buffers of a chunk of b
 constexpr int kBytesB = (BITS ? kBN : kPart) * kChunk;
 constexpr int kStage = (BITS ? kChunks : 1) * kBytesB;
 static_assert(RESIDENT || !BITS, "rows of one-bit products stay");
-static_assert(ROW_SETS == 1 || NORM, "rows that are copied have one set of buffers");
-constexpr int kRowSet = kChunks * kBytesA;  // bytes of a row block that stays
 static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b has its place");
 constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
 constexpr int kTeams = B_STAYS ? kGroups : 1;  // warpgroups that have tiles of their own
@@ -53,12 +48,6 @@ struct Barriers {
 #endif
 };
 
-#if NORM
-#include "normed_rows.cuh"
-typedef NormedArgs HopperArgs;
-#else
-typedef GemmArgs HopperArgs;
-#endif
 
 #if COLUMN_STAGES
 static_assert(kColumnBytes == COLUMN_BYTES * kBN, "the host has made room for what the epilogue knows of columns");
@@ -90,15 +79,11 @@ struct Cursor {
     }
 };
 
-// All tiles of the product: so many a row block, numbered row block by row block. Where REVERSED the last rows come first: what
-// the kernel before has written last is what the L2 cache still holds.
+// All tiles of the product: so many a row block, numbered row block by row block.
 struct Tiles {
     int row_blocks, across;
 
-    __device__ __forceinline__ int row0(int tile) const {
-        const int block = tile / across;
-        return (REVERSED ? row_blocks - 1 - block : block) * kTileM;
-    }
+    __device__ __forceinline__ int row0(int tile) const { return tile / across * kTileM; }
     __device__ __forceinline__ int column0(int tile) const { return tile % across * kBN; }
 };
 
@@ -107,12 +92,12 @@ struct Range {
     int first, last;
 };
 
-// Even shares; of whole row blocks where ALIGNED, so that no row block is two teams'.
+// Even shares.
 __device__ __forceinline__ Range range_of(const Tiles& tiles, int team) {
     const int blocks = static_cast<int>(gridDim.x), teams = kTeams * blocks, own = team * blocks + static_cast<int>(blockIdx.x);
-    const int all = ALIGNED ? tiles.row_blocks : tiles.row_blocks * tiles.across, each = ALIGNED ? tiles.across : 1;
+    const int all = tiles.row_blocks * tiles.across;
     const int some = all / teams, more = all % teams, first = some * own + (own < more ? own : more);
-    return {first * each, (first + some + (own < more)) * each};
+    return {first, first + some + (own < more)};
 }
 
 // A tile of the range, without a division from one to the next.
@@ -122,11 +107,9 @@ struct Walk {
     __device__ __forceinline__ Walk(int first, const Tiles& tiles)
         : tile(first), tiles_n(tiles.across), row0(tiles.row0(first)), column0(tiles.column0(first)) {}
     __device__ __forceinline__ bool last_of_rows() const { return column0 == (tiles_n - 1) * kBN; }
-    // Rows of the row block that follows.
-    __device__ __forceinline__ int next_row0() const { return REVERSED ? row0 - kTileM : row0 + kTileM; }
     __device__ __forceinline__ void next() {
         const bool wraps = last_of_rows();
-        row0 = wraps ? next_row0() : row0;
+        row0 = wraps ? row0 + kTileM : row0;
         column0 = wraps ? 0 : column0 + kBN;
         tile++;
     }
@@ -155,19 +138,6 @@ __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, i
 #endif
 }
 
-#if NORM
-// The floats of the first row block, on their way into the L2 cache from the beginning: no product waits for others.
-__device__ __forceinline__ void prefetch_floats(const NormedArgs& p, int row0) {
-    constexpr int kAtOnce = 16;
-    const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM;
-    for (int r = 0; r < rows; r += kAtOnce) {
-        const int count = rows - r < kAtOnce ? rows - r : kAtOnce;
-        if (count * CHANNELS % 4 == 0) {
-            prefetch(p.norm.x + static_cast<size_t>(row0 + r) * CHANNELS, count * CHANNELS * static_cast<int>(sizeof(float)));
-        }
-    }
-}
-#endif
 
 // All of b, where it stays: constants, so before what the former kernel writes is there.
 __device__ __forceinline__ void copy_all_of_b(const GemmArgs& p, const Buffers& of) {
@@ -184,7 +154,7 @@ __device__ __forceinline__ void copy_all_of_b(const GemmArgs& p, const Buffers& 
 }
 
 // A lane of the copying warpgroup, one a team.
-__device__ __forceinline__ void produce(const HopperArgs& p, const Buffers& of, Range range, const Tiles& tiles, int team) {
+__device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Range range, const Tiles& tiles, int team) {
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;
     int rows_phase = 0;
@@ -192,20 +162,11 @@ __device__ __forceinline__ void produce(const HopperArgs& p, const Buffers& of, 
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
 #endif
-    // Blocks that all multiply at the same time all write at the same time, and the memory has nothing to do in between.
-    if (SKEW && blockIdx.x % 2) {
-        wait_clocks(SKEW);
-    }
-#if NORM
-    if (range.first < range.last) {
-        prefetch_floats(p, tiles.row0(range.first));
-    }
-#endif
     for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile, row0 = walk.row0, column0 = walk.column0;
         const bool fresh = tile == range.first || column0 == 0;
         for (int chunk = 0; chunk < kChunks; chunk++) {
-            if (!NORM && (!RESIDENT || fresh)) {
+            if (!RESIDENT || fresh) {
                 // The first round finds its buffers empty: it waits for the phase before the first.
                 if (!RESIDENT) {
                     barrier_wait(&barriers->rows_empty[team][row_cursor.at], row_cursor.phase ^ 1);
@@ -293,7 +254,7 @@ struct Reader {
     // This warpgroup's rows of a chunk.
     __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
-        if (!NORM && (!RESIDENT || fresh)) {
+        if (!RESIDENT || fresh) {
             barrier_wait(&of.barriers->rows_full[team][at], RESIDENT ? rows_phase : row_cursor.phase);
         }
         return advance(rows, at * kBytesA);
@@ -455,7 +416,7 @@ constexpr int kConstants = 0;
 #endif
 
 // A warpgroup's products and what follows them.
-__device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, const Behind& behind, Range range,
+__device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range,
                                         const Tiles& tiles, int team, int warp, int lane) {
     const int group = warp / 4;
     Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), group, team, lane, false};
@@ -480,46 +441,10 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
 #endif
-#if NORM
-    Normer normer(p, warp % 4, lane);
-    unsigned char *set = of.rows + group * kTileBytes, *other_set = set + (ROW_SETS - 1) * kRowSet;
-    if (range.first < range.last) {
-        normer.begin(tiles.row0(range.first) + kTileRows * group, set);
-        normer.finish();
-    }
-    const int steps_a_tile = (kNormSteps + tiles.across - 1) / tiles.across;
-#endif
     for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile;
         reader.fresh = tile == range.first || walk.column0 == 0;
         reader.rows_phase ^= static_cast<int>(reader.fresh);
-#if NORM
-        if (reader.fresh) {
-            if (tile != range.first) {
-                if (ROW_SETS == 1) {
-                    // All four warps have waited for their products of the rows before: nobody reads the set any more.
-                    warpgroup_barrier(group);
-                    normer.begin(walk.row0 + kTileRows * group, set);
-                    normer.finish();
-                } else {
-                    unsigned char* const made = other_set;
-                    other_set = set, set = made;
-                }
-                reader.rows = operand(set);
-            }
-            // Each thread makes its own codes known to the products' way of reading, then all have made theirs. With two sets the
-            // barrier says, too, that all four warps have waited for their products of the other set, which is written next.
-            proxies_meet();
-            warpgroup_barrier(group);
-            if (ROW_SETS == 2 && tile + tiles.across - walk.column0 / kBN < range.last) {
-                normer.begin(walk.next_row0() + kTileRows * group, other_set);
-            }
-        }
-        NormRows ahead;
-        if (ROW_SETS == 2 && !normer.is_done()) {
-            normer.fetch(normer.step, ahead);
-        }
-#endif
 #if STAGED
         move_rows(p, place(tile + 1 - OVERLAP), lane);
 #elif DIRECT
@@ -566,15 +491,6 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
         finish(p, walk.row0 + 16 * own, walk.column0, lane, lines, sums.fragments);
 #endif
         __syncwarp();
-#if NORM
-#pragma unroll 1
-        for (int i = 0; ROW_SETS == 2 && !normer.is_done() && (i < steps_a_tile || walk.last_of_rows()); i++) {
-            if (i > 0) {
-                normer.fetch(normer.step, ahead);
-            }
-            normer.write(ahead);
-        }
-#endif
     }
 #if OVERLAP
     finish(p, place(range.last - 1), place(range.last), lane, slots, sums_before.fragments);
@@ -584,12 +500,12 @@ __device__ __forceinline__ void consume(const HopperArgs& p, const Buffers& of, 
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT HopperArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
     QVIT_SHARED(memory);
     const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
     Buffers of;
     of.rows = memory;
-    of.stages = of.rows + ROW_SETS * kRowBuffers * kBytesA;
+    of.stages = of.rows + kRowBuffers * kBytesA;
     of.columns = of.stages + kStages * kStage;
     Behind behind;
     behind.slots = of.columns + COLUMN_STAGES * COLUMN_BYTES * kBN;
@@ -648,6 +564,6 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT Hopper
 
 #ifdef QVIT_EMULATION
 extern "C" void emulate(const void* args, int x, int y, int z, int threads, int bytes) {
-    emulation::launch([](const void* a) { kernel(*static_cast<const HopperArgs*>(a)); }, args, x, y, z, threads, bytes);
+    emulation::launch([](const void* a) { kernel(*static_cast<const GemmArgs*>(a)); }, args, x, y, z, threads, bytes);
 }
 #endif

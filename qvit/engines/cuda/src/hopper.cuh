@@ -38,10 +38,6 @@ __device__ __forceinline__ void barrier_wait(Barrier* b, int phase) {
         "r"(phase)
         : "memory");
 }
-__device__ __forceinline__ void wait_clocks(int clocks) {
-    for (const long long until = clock64() + clocks; clock64() < until;) {
-    }
-}
 // What all lanes of a warp have, for the compiler to see that they do.
 __device__ __forceinline__ int uniform(int value) { return __reduce_max_sync(kAll, value); }
 // Bytes, a multiple of 16, into the L2 cache.

@@ -18,8 +18,6 @@ struct NormArgs {
     int rows;
     float low, high, margin;
     double eps;
-    const float* place_gain;   // [C]: gain and shift to a code's place in its range, which is 0 to 1
-    const float* place_shift;
 };
 
 constexpr int kLanes = (CHANNELS + 31) / 32;  // values a lane
