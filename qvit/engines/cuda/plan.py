@@ -13,10 +13,12 @@ import torch
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda import few_tiles
 from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.attention import attention_launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
 from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
+from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.tiles import (
     MOST_SHARED,
     HopperTile,
@@ -27,7 +29,6 @@ from qvit.engines.cuda.tiles import (
     choose_norm_behind,
     with_columns,
 )
-from qvit.engines.cuda.windows import WindowConstants, bias_bytes
 from qvit.integer.model import IntegerModel
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -35,14 +36,6 @@ _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/ep
 _MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 _PIECE = 16  # bytes that a lane copies at a time
 ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
-_LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
-_ATTENTION_WARPS, _ATTENTION_BLOCKS = 4, 3  # of a block of attention, and such blocks of a multiprocessor
-_RING_WARPS, _RING_MOST, _RING_LEAST = 12, 5, 1  # of the only one where it has a ring of heads: warps, and heads in the ring
-_RING_Q = True  # whether the ring holds queries, too
-_PAIRED_WARPS, _PAIRED_RING = 16, 4  # where two warps have 16 queries: warps (0: never), and heads in the ring
-_SPLIT_MOST, _SPLIT_BLOCKS = 4, 2  # blocks of a multiprocessor where a block's warps share 16 queries' keys: in all, at a time
-_MOST_WINDOWS = 8  # of a block of attention
-_BLOCKS_BUSY = 16  # blocks of attention that a multiprocessor should get at least, four at a time
 
 
 Tap = Callable[[], torch.Tensor]
@@ -54,35 +47,6 @@ class Step:
 
     launch: Launch
     taps: dict[str, Tap]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sequences that blocks work on.
-
-    Attributes:
-        images: sequences: images, or windows of all images.
-        tokens: of a sequence.
-        width, heads, hidden: C, H and the outputs of fc1.
-        windows: sequences of an image.
-    """
-
-    images: int
-    tokens: int
-    width: int
-    heads: int
-    hidden: int
-    windows: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Tokens of all sequences."""
-        return self.images * self.tokens
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.width // self.heads
 
 
 class Plan(ABC):
@@ -492,117 +456,9 @@ class Plan(ABC):
     def _attention(
         self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        shape, of = self._shape, block["attention"]
-        windows: WindowConstants | None = block["windows"]
-        codes: c.CodeConstants = block["proj_codes"]
-        found: c.ValueConstants = block["values"]
-        near = found.near(shape.tokens * of.map_high)
-        q, k, v = q_k_v
-        long = shape.tokens > _LONGEST_IN_REGISTERS
-        warps, blocks = _ATTENTION_WARPS, _ATTENTION_BLOCKS
-        if windows is not None and shape.tokens <= 64:
-            blocks = 16 // warps
-        elif not long and shape.tokens > 208:
-            blocks = max(1, 8 // warps)
-        # A block with several images of one head loads the next one's keys and values meanwhile, and in windows the bias
-        # of positions once; as long as there are blocks for all.
-        heads = shape.images * shape.heads
-        if windows is None:
-            pack = -(-heads // (blocks * self._gpu.multiprocessors))
-        else:
-            pack = max(1, min(_MOST_WINDOWS, heads // (_BLOCKS_BUSY * self._gpu.multiprocessors)))
-        of_head = pad(shape.tokens, 32) * (2 * shape.head_dim + 4)
-        staged, paired, exchanged = False, False, 0
-        tiles = -(-shape.tokens // 16)
-        ring, blocks_of_head = 0, self._gpu.multiprocessors // shape.heads
-        if self._gpu.hopper and windows is None and not long and blocks_of_head * _RING_LEAST <= shape.images:
-            of_head_and_queries = of_head + shape.tokens * shape.head_dim
-            ring = min(_RING_MOST, (MOST_SHARED - 1024) // of_head_and_queries)
-            staged = _RING_Q and ring >= 4
-            if staged:
-                of_head = of_head_and_queries
-                warps = min(_RING_WARPS if shape.tokens <= 208 else 8, tiles)
-                halves = min(_PAIRED_WARPS, 2 * tiles)
-                exchanged = halves // 2 * (64 * shape.head_dim + 400)
-                most = min(_PAIRED_RING, (MOST_SHARED - 1024 - exchanged) // of_head_and_queries)
-                paired = halves > 0 and of.row_check and tiles > 4 and most >= 4
-                if paired:
-                    ring, warps = most, halves
-            else:
-                ring = min(_RING_MOST, (MOST_SHARED - 1024 * (_RING_WARPS + 1)) // of_head)
-                warps = min(_RING_WARPS if shape.tokens <= 208 else 8, (ring - 2) * tiles // 2)
-            blocks = 1
-            pack = -(-shape.images // max(1, blocks_of_head))
-        split = windows is None and not long and heads * tiles <= _SPLIT_MOST * self._gpu.multiprocessors
-        if split:
-            ring, staged, paired, pack, warps, blocks = 0, False, False, 1, -(-shape.tokens // 32), _SPLIT_BLOCKS
-        values = {
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "map": maps,
-            "score_scale": of.score_scale,
-            "map_scale": of.map_scale,
-            "value_scale": of.value_scale,
-            "value_row": of.value_row,
-            "offset": codes.offset,
-            "step": codes.step,
-            "gain": found.gain,
-            "row_gain": found.row_gain,
-            "shift": found.shift,
-            "pack": pack,
-            "near": 2 * near << (16 - found.binary_places),
-            "fixed_step": float((found.high - found.low) << found.binary_places),
-            "fixed_first": float(2**23 + 2 ** (found.binary_places - 1) + near),
-            "bias": None if windows is None else windows.bias,
-            "regions": None if windows is None else windows.regions,
-            "heads": shape.heads,
-            "ldo": self._chunks(block["proj"]),
-            "images": shape.images,
-            "windows": shape.windows,
-            "map_margin": of.map_margin,
-            "map_unit": of.map_unit,
-            "low": codes.low,
-            "high": codes.high,
-        }
-        defines = {
-            "HEAD_DIM": shape.head_dim,
-            "TOKENS": shape.tokens,
-            "WARPS": warps,
-            "Q_HALF": int(of.q_half),
-            "Q_DOUBLED": int(block["heads"].doubled),
-            "V_SIGNED": int(of.v_signed),
-            "V_OFFSET": of.value_offset,
-            "BLOCKS": blocks,
-            "MAP_HIGH": of.map_high,
-            "ROW_CHECK": int(of.row_check and windows is None),
-            "FIXED": found.binary_places,
-            "OUT_LOW": found.low,
-            "SHOW": int(maps is not None),
-            "LONG": int(long),
-            "RING": ring,
-            "RING_Q": int(staged),
-            "PAIRED": int(paired),
-            "SPLIT": int(split),
-            "PACKED": int(self._gpu.hopper and of.map_short),
-            "BIAS": int(windows is not None),
-            "MASK": int(windows is not None and windows.regions is not None),
-            "OUT_BITS": int(self._bits(block["proj"]) is not None),
-        }
-        shared = (1 if long or split else 2) * of_head
-        if split:
-            shared += 128 * warps + pad(12 * warps, 16) + 12 * shape.head_dim + warps * (64 * shape.head_dim + 256)
-        elif staged:
-            shared = ring * of_head + 12 * shape.head_dim + pad(24 * ring + 4, 16)
-            shared += exchanged if paired else 0
-        elif ring:
-            shared = ring * of_head + pad(20 * ring + 4, 16) + 1024 * warps + 12 * shape.head_dim
-        shared += 0 if windows is None else bias_bytes(shape.tokens)
-        # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-        parts = min(-(-tiles // warps), max(1, 2 * self._gpu.multiprocessors // heads)) if pack == 1 and not ring else 1
-        grid = (tiles, heads, 1) if split else (-(-shape.images // pack) * shape.heads, parts, 1)
-        self._add(Launch("attention", defines, grid, 32 * warps, shared, values))
+        proj: c.LinearConstants = block["proj"]
+        bits = self._bits(proj) is not None
+        self._add(attention_launch(self._shape, self._gpu, block, q_k_v, maps, out, self._chunks(proj), bits))
 
     def _norm(
         self,

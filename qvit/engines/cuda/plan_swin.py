@@ -15,7 +15,8 @@ import torch
 
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.layout import chunks
-from qvit.engines.cuda.plan import Plan, Shape
+from qvit.engines.cuda.plan import Plan
+from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.windows import square_rows, window_rows
 from qvit.integer.ops import Block, PatchMerging, Windows
 

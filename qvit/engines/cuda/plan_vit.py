@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from qvit.architecture import VitArchitecture
-from qvit.engines.cuda.plan import Plan, Shape
+from qvit.engines.cuda.plan import Plan
+from qvit.engines.cuda.shape import Shape
 
 
 class VitPlan(Plan):

@@ -78,10 +78,5 @@ inline void warpgroup_multiply_bits(int (&d)[N / 2], Operand a, Operand b, bool 
     emulate_product<N>(d, a, b, add, [](unsigned char x, unsigned char y) { return __builtin_popcount(x & y); });
 }
 
-inline int add_shared(int* to, int value) {
-    *to += value;
-    return *to - value;
-}
-inline int take_shared(int* to) { return add_shared(to, 1); }
+inline int take_shared(int* to) { return (*to)++; }
 inline void proxies_meet() {}
-inline int anew(int x) { return x; }

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, compiler, plan, tiles
+from qvit.engines.cuda import CudaEngine, compiler, tiles
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import cache_folder, compile_kernel
 from qvit.engines.cuda.tuned import Tuned
@@ -102,11 +102,9 @@ def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]], mo
         assert launch.shared <= 227 * 1024
         assert compile_kernel("gemm_hopper", launch.defines, "sm_90a").startswith(b"\x7fELF")
     attention = next(launch for launch in launches if launch.kernel == "attention")
-    assert attention.defines["RING"] == plan._PAIRED_RING
+    assert (attention.defines["RING"], attention.defines["WARPS"]) == (5, 12)
     assert attention.shared <= 227 * 1024
     assert compile_kernel("attention", attention.defines, "sm_90a").startswith(b"\x7fELF")
-    alone = attention.defines | {"PAIRED": 0, "WARPS": plan._RING_WARPS, "RING": plan._RING_MOST}
-    assert compile_kernel("attention", alone, "sm_90a").startswith(b"\x7fELF")
 
 
 @pytest.mark.usefixtures("nvrtc")

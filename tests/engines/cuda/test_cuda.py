@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants, few_tiles, plan, step_tables, tiles
+from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, step_tables, tiles
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -209,29 +209,12 @@ def test_heads_go_through_a_ring_on_hopper(
     check(model, gpu, count)
 
 
-@pytest.mark.parametrize(("bits", "doubt"), [(2, False), (4, True)])
-def test_two_warps_share_the_keys_of_queries_on_hopper(
-    bits: int, doubt: bool, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 82 tokens, the last of which one warp has alone; more heads than there are stages."""
-    gpu = open_gpu(hopper=True)
-    options = {"embed_dim": 64, "num_heads": 1, "depth": 1, "img_size": 72}
-    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
-    if doubt:
-        least = float(constants.AttentionConstants.of(model.blocks[0].attention, CPU).score_scale.min())
-        monkeypatch.setattr(constants, "_ULPS", 1e-6 * 2**24 * least / 600)
-    count = 5 * gpu.multiprocessors + 1
-    (launch,) = (one for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
-    assert (launch.defines["PAIRED"], launch.defines["RING"]) == (1, 4)
-    check(model, gpu, count)
-
-
 @pytest.mark.parametrize(("bits", "doubt"), [(2, 0.0), (4, 1 / 600), (4, 1e9), (8, 0.0)])
 def test_few_heads_share_keys_among_all_warps_of_a_block(
     bits: int, doubt: float, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of 50 tokens, two warps; with margins of that many distances of scores, and where every row is computed thrice."""
-    monkeypatch.setattr(plan, "_SPLIT_MOST", 100)
+    monkeypatch.setattr(attention_blocks, "_SPLIT_MOST", 100)
     gpu = open_gpu(hopper=False)
     options = {"embed_dim": 64, "num_heads": 2 if bits == 8 else 1, "depth": 1, "img_size": 56}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))

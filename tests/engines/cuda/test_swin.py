@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, constants, plan, tiles
+from qvit.engines.cuda import CudaEngine, attention_blocks, constants, tiles
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -75,7 +75,8 @@ def test_two_bits_with_hoppers_products(make_student: Factory, small_swin: Facto
 def test_every_geometry(
     name: str, gpu: Any, make_student: Factory, small_swin: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_BLOCKS_BUSY", 4)  # several windows a block where there are six, the last block's not all
+    # Several windows a block where there are six, the last block's not all.
+    monkeypatch.setattr(attention_blocks, "_BLOCKS_BUSY", 4)
     options = SMALL | GEOMETRIES[name]
     model = qvit.freeze(perturb(make_student(small_swin(**options), weight_bits=3, act_bits=2)))
     _check(model, gpu, 3)

@@ -6,12 +6,10 @@
 // In windows (BIAS) scores become floats, to which the bias of relative positions is added, and -100 where two tokens belong to
 // different regions of a shifted map (MASK).
 //
-// How the work is shared out (plan.py chooses):
+// How the work is shared out (`attention_blocks.py` chooses):
 //
 //     SPLIT    few heads: a block has 16 queries, each of its warps 32 of the keys
-//     PAIRED   many heads, on Hopper: one block a multiprocessor, RING heads in shared memory; two warps have 16 queries
-//     RING_Q   the same, one warp has 16 queries
-//     RING     the same, queries come to each warp on their own
+//     RING     many heads, on Hopper: one block a multiprocessor, RING heads in shared memory; a warp has 16 queries of any of them
 //     else     a block has one head of p.pack images, one after another, with k and v of two in shared memory
 //
 // A warp has the exponentials of its keys in registers where they fit (`Once`; LONG = 0), else it computes the scores three times
@@ -19,10 +17,6 @@
 #include "attention_once.cuh"
 #if SPLIT
 #include "attention_split.cuh"
-#elif PAIRED
-#include "attention_pairs.cuh"
-#elif RING_Q
-#include "attention_stages.cuh"
 #elif RING
 #include "attention_ring.cuh"
 #endif
@@ -84,40 +78,22 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
                 RING ? reinterpret_cast<const float*>(memory + kGainsAt) : nullptr};
     };
 
-    const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
-    const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
-
-#if PAIRED
-    const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
-    stages.begin();
-    // First and second ones in turn on a multiprocessor's four schedulers, which have warps 0, 4, 8 .., 1, 5 .. and so on.
-    const int side = of_first_lane(lane == 0 ? (warp + warp / 4) % 2 : 0), pair = warp / 2;
-    unsigned tile = of_first_lane(lane == 0 ? pair : 0);
-#pragma unroll 1
-    while (tile < count * kQueryTiles) {
-        const int n = tile / kQueryTiles, part = tile % kQueryTiles;
-        stages.enter(n, part, side == 1);
-        const Head head = head_of(n);
-        const Rows rows = {p, head, 16 * part, anew(lane), reinterpret_cast<const int8_t*>(head.queries), side};
-        unsigned char* const exchange = memory + kPairsAt + anew(pair) * kPairBytes;
-        tile = of_first_lane(Pair<decltype(stages)>{stages, rows, Once::of(rows), exchange, side}.run(n));
-    }
-#elif RING_Q
-    const Stages<decltype(head_of)> stages = {p, head_of, memory, count, lane};
-    stages.begin();
+#if RING
+    const Ring<decltype(head_of)> ring = {p, head_of, memory, count, lane};
+    ring.begin();
     unsigned tile = of_first_lane(lane == 0 ? warp : 0);
 #pragma unroll 1
     while (tile < count * kQueryTiles) {
         const int n = tile / kQueryTiles, part = tile % kQueryTiles;
-        stages.enter(n, part, true);
+        ring.enter(n, part);
         const Head head = head_of(n);
-        const Rows rows = {p, head, 16 * part, lane, reinterpret_cast<const int8_t*>(head.queries)};
+        const Rows rows = {p, head, 16 * part, lane};
         uint32_t q[kSteps][4];
         rows.load_q(q);
         int next = 0;
         const auto leave = [&] {
-            stages.leave(n);
-            next = stages.take();
+            ring.leave(n);
+            next = ring.take();
         };
         if (!Once::of(rows).run(q, [] {}, leave)) {
             const Head copy = head;  // its address is given away, that of `head` is not
@@ -126,33 +102,11 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         }
         tile = of_first_lane(next);
     }
-#elif RING
-    const Ring<decltype(head_of)> ring = {p, head_of, memory, count, warp, lane};
-    ring.begin();
-    const auto rows_at = [&](int part, const Head& head) -> Rows { return {p, head, 16 * part, anew(lane), ring.queries()}; };
-    int n = warp / kRound, part = warp % kRound;  // a head, and a tile of it
-    ring.begin_queries(rows_at(part, head_of(min(n, count - 1))));
-#pragma unroll 1
-    while (n < count) {
-        const int next = ring.take(), next_n = next / kRound, next_part = next - next_n * kRound;
-        ring.enter(n, part);
-        Head head = head_of(n);
-        head.index = anew(index);
-        const Rows rows = rows_at(part, head);
-        uint32_t q[kSteps][4];
-        ring.end_queries(rows, q);
-        const auto begin_next = [&] { ring.begin_queries(rows_at(next_part, head_of(min(next_n, count - 1)))); };
-        if (!Once::of(rows).run(q, begin_next, [&] { ring.leave(n); })) {
-            const Head copy = head;  // its address is given away, that of `head` is not
-            thrice(p, copy, rows.query0);
-            ring.leave(n);
-        }
-        n = next_n;
-        part = next_part;
-    }
 #else
     // Tiles of 16 queries, of one head after another: WARPS of them a round, which may be the last ones of a head and the first ones
     // of the next. The head behind those is on its way meanwhile; what came in a round is prepared in the next.
+    const auto rows_of = [&](int tile, const Head& head) -> Rows { return {p, head, 16 * (tile % kRound), lane}; };
+    const auto head_at = [&](int tile) { return head_of(min(tile / kRound, count - 1)); };
     int loaded = 0, prepared = 0;
     uint32_t q[kSteps][4];
     rows_of(WARPS * blockIdx.y + warp, head_at(WARPS * blockIdx.y + warp)).load_q(q);

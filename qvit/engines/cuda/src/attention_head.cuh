@@ -42,17 +42,14 @@ constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a 
 constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in shared memory
 constexpr int kStages = RING ? RING : LONG || SPLIT ? 1 : 2;  // heads in shared memory
 // Tiles from one head to the next one: as many as there are where a round of a block may have tiles of two heads.
-constexpr int kRound = RING ? kQueryTiles : kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
-constexpr int kQueryBytes = RING_Q ? TOKENS * HEAD_DIM : 0;  // of q in shared memory
+constexpr int kRound = kStages == 1 || kQueryTiles < WARPS ? (kQueryTiles + WARPS - 1) / WARPS * WARPS : kQueryTiles;
+constexpr int kQueryBytes = RING ? TOKENS * HEAD_DIM : 0;  // of q in shared memory
 constexpr int kStageBytes = 2 * kBytes + 4 * 32 * kGroups + kQueryBytes;
-constexpr int kQueriesAt = (kStages * kStageBytes + 20 * RING + 4 + 15) / 16 * 16;  // RING: a kilobyte a warp
 constexpr bool kHoldsGains = RING || SPLIT;                // in shared memory
 constexpr int kTotalsAt = kStageBytes;                     // SPLIT: a row's total of a warp, [WARPS, 16]
 constexpr int kExactAt = kTotalsAt + 64 * WARPS;           // SPLIT: parts of exact totals, of a row of four lanes, [8, WARPS]
 constexpr int kFlagsAt = kExactAt + 64 * WARPS;            // SPLIT: what a warp has to tell, [3, WARPS]
-constexpr int kGainsAt = SPLIT    ? kFlagsAt + (12 * WARPS + 15) / 16 * 16
-                         : RING_Q ? kStages * kStageBytes
-                                  : kQueriesAt + 1024 * WARPS;
+constexpr int kGainsAt = SPLIT ? kFlagsAt + (12 * WARPS + 15) / 16 * 16 : kStages * kStageBytes;
 constexpr int kGainBytes = 12 * HEAD_DIM;
 constexpr int kLaneBytes = HEAD_DIM / 4;                   // of a row of q or k that a lane has, see `scores_of`
 constexpr bool kKeySums = Q_HALF && !Q_DOUBLED;
@@ -75,7 +72,7 @@ __device__ __forceinline__ float scaled(Score s, float scale) { return __fmul_rn
 
 // A head of an image, or of a window.
 struct Head {
-    unsigned char *keys, *values, *queries;  // in shared memory; RING_Q: queries, too
+    unsigned char *keys, *values, *queries;  // in shared memory; queries: RING
     int* key_sums;
     const float* bias;       // [N, kBiasLine] of this head
     const uint8_t* regions;  // of this window

@@ -90,11 +90,6 @@ struct Once {
             q[i / 4][i % 4] = from[i / 4][i % 4] ^ zero;
         }
     }
-    __device__ __forceinline__ void queries(uint32_t (&q)[kSteps][4]) const {
-        uint32_t from[kSteps][4];
-        rows.load_q(from);
-        given(from, q);
-    }
 
     // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
     struct Row {
@@ -335,12 +330,11 @@ struct Once {
         return exact_code(__double2float_rn(1.0 / total), 0.0f, rows.head.step, 0.0f, kMapHigh);
     }
 
-    // The code of score s of a query, by the whole warp; some keys at a time, whose long chains of operations go side by side.
+    // The code of score s of a query, by the whole warp; two keys of a lane at a time, whose long chains of operations go side by side.
     __device__ __forceinline__ int decided(int s, int query) const {
-        const int8_t* const q = RING_Q || (RING && HEAD_DIM == 64) ? rows.held_q(query) : rows.q_of(query);
-        constexpr int kTogether = PAIRED ? 4 : 2;  // as many as there are registers for
+        const int8_t* const q = rows.q_of(query);
         double total = 0.0;
-#pragma unroll kTogether
+#pragma unroll 2
         for (int first = 0; first < TOKENS; first += 32) {
             total += exact_ratio(s, q, query, first + rows.lane);
         }

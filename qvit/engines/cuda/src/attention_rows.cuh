@@ -7,18 +7,12 @@ struct Rows {
     const AttentionArgs& p;
     const Head& head;
     int query0, lane;
-    const int8_t* held = nullptr;  // in shared memory, if they are there: these queries; RING_Q: all of the head
-
-    int flip = 0;                  // 1: the halves of 8 queries are exchanged
 
     __device__ __forceinline__ int query(int half) const { return query_of(lane, half); }
-    __device__ __forceinline__ int query_of(int of_lane, int half) const { return query0 + of_lane / 4 + 8 * (half ^ flip); }
+    __device__ __forceinline__ int query_of(int of_lane, int half) const { return query0 + of_lane / 4 + 8 * half; }
     __device__ __forceinline__ const int8_t* q_of(int query) const {
-        return p.q + (head.first + (query < TOKENS ? query : TOKENS - 1)) * HEAD_DIM;
-    }
-    // The same in shared memory.
-    __device__ __forceinline__ const int8_t* held_q(int query) const {
-        return RING_Q ? held + (query < TOKENS ? query : TOKENS - 1) * HEAD_DIM : held + (query - query0) * HEAD_DIM;
+        const int row = query < TOKENS ? query : TOKENS - 1;
+        return RING ? reinterpret_cast<const int8_t*>(head.queries) + row * HEAD_DIM : p.q + (head.first + row) * HEAD_DIM;
     }
     __device__ __forceinline__ Place place(int query) const {
         const int row = query < TOKENS ? query : TOKENS - 1;
@@ -29,7 +23,7 @@ struct Rows {
     __device__ __forceinline__ void load_q(uint32_t (&q)[kSteps][4]) const {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int8_t* const from = (RING_Q ? held_q(query(half)) : q_of(query(half))) + kLaneBytes * (lane % 4);
+            const int8_t* const from = q_of(query(half)) + kLaneBytes * (lane % 4);
             if constexpr (HEAD_DIM == 64) {
                 const uint4 a = *reinterpret_cast<const uint4*>(from);
                 q[0][half] = a.x;

@@ -166,7 +166,6 @@ struct Thrice {
 
 // Out of the way of what all warps go through: its own registers, and not among their instructions.
 __noinline__ __device__ void thrice(const AttentionArgs& p, const Head& head, int query0) {
-    const int8_t* const held = RING_Q ? reinterpret_cast<const int8_t*>(head.queries) : nullptr;
-    const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32), held};
+    const Rows rows = {p, head, query0, static_cast<int>(threadIdx.x % 32)};
     Thrice{rows}.run();
 }
