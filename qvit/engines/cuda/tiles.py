@@ -96,7 +96,6 @@ class HopperTile:
             tiles of all of k where products are of bits.
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
-        ordered: warpgroups take turns at products.
         twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
@@ -123,7 +122,6 @@ class HopperTile:
     slots: int = 1
     overlaps: bool = False
     keeps_rows: bool = True
-    ordered: bool = False
     twice: bool = False
     column_stages: int = 2
     column_bytes: int = 0
@@ -158,7 +156,6 @@ class HopperTile:
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.direct else 0
         barriers = 16 * (self.stages + self.groups * max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
-        barriers += 8 * self.groups * self.ordered
         return rows + self.stages * stage + columns + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
@@ -180,7 +177,6 @@ class HopperTile:
             "kPiece": self.piece,
             "kSlots": self.slots,
             "OVERLAP": int(self.overlaps),
-            "ORDERED": int(self.ordered),
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
             "COLUMN_BYTES": self.column_bytes,
