@@ -102,7 +102,6 @@ class HopperTile:
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
         ahead: loads of what is added to such rows that a lane issues at once, an even number up to ``bn / 8``.
         early: the first of them are on their way from before a tile is multiplied.
-        prefetch: what is added to floats is on its way into the L2 cache from before a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
@@ -116,7 +115,6 @@ class HopperTile:
     direct: bool = False
     ahead: int = 6
     early: bool = True
-    prefetch: bool = True
     bits: bool = False
     piece: int = 0
     slots: int = 1
@@ -173,10 +171,11 @@ class HopperTile:
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
             "EARLY": int(self.early),
-            "PREFETCH": int(self.prefetch),
             "kPiece": self.piece,
             "kSlots": self.slots,
             "OVERLAP": int(self.overlaps),
+            # Where it does not come into shared memory a tile ahead, what is added is brought into the L2 cache beforehand.
+            "PREFETCH": int(not self.overlaps),
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
             "COLUMN_BYTES": self.column_bytes,
@@ -204,15 +203,15 @@ _BITS = tuple(
 )
 # For floats: the same with room for what is added to them.
 _FLOATS = (
-    HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, prefetch=False, keeps_rows=False),
-    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2, overlaps=True, prefetch=False),
-    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4, overlaps=True, prefetch=False),
-    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, keeps_rows=False),
+    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4, overlaps=True),
+    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2, overlaps=True),
 )
 _FLOATS_OF_BITS = (
-    HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
-    HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
-    HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True),
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):

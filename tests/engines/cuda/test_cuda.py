@@ -135,7 +135,7 @@ def test_where_norms_are_computed(
     Floats come from whole rows, or from narrow tiles whose epilogues do not overlap the next tile's products.
     """
     monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 128 if where == "behind" else 0)
-    narrow = tuple(replace(tile, overlaps=False, prefetch=True) for tile in tiles._FLOATS)
+    narrow = tuple(replace(tile, overlaps=False) for tile in tiles._FLOATS)
     monkeypatch.setattr(tiles, "_FLOATS", () if where == "behind" else narrow)
     gpu = open_gpu(hopper=True)
     options = {"embed_dim": 128, "num_heads": 4, "depth": 1, "mlp_ratio": 0.5, "img_size": 16}

@@ -131,8 +131,8 @@ __device__ __forceinline__ void hold(T& place) {
 __device__ __forceinline__ void await_former_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+    announce();
 }
 
 // Over the four lanes that hold one row of a fragment.
