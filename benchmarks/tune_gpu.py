@@ -98,7 +98,6 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                     piece=piece,
                     slots=slots,
                     overlaps=overlaps,
-                    prefetch=not overlaps,
                     keeps_rows=bn < 192 or site.bits,
                 )
                 for stages, row_stages in streams

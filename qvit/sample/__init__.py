@@ -4,9 +4,5 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# For `qvit.load`: ten classes of ImageNet, RGB images of 224 x 224.
 SAMPLE = Path(__file__).parent / "deit_tiny_imagenette_w4a4.qvit"
-
-
-def sample_model() -> Path:
-    """The file, for `qvit.load`: ten classes of ImageNet, RGB images of 224 x 224."""
-    return SAMPLE

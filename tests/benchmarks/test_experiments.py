@@ -112,3 +112,7 @@ def test_files_are_those_of_the_data_folder(tmp_path: Path) -> None:
     assert recipe.model is not None
     assert recipe.model.checkpoint == tmp_path / "vit_small_patch14_224_imagenette.safetensors"
     assert recipe.data.workers == 3
+    (tmp_path / "vit_small_patch14_224_imagenette.safetensors").touch()
+    parent = Bench(tmp_path, tmp_path / "runs", 3).recipe(Experiment("imagenette-deit-tiny", "float", 32, 1))
+    assert parent.teacher is not None
+    assert parent.teacher.checkpoint == tmp_path / "vit_small_patch14_224_imagenette.safetensors"

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 from qvit.integer.model import IntegerModel
-from qvit.sample import SAMPLE, sample_model
+from qvit.sample import SAMPLE
 
 CLASSES = ["tench", "English springer", "cassette player", "chain saw", "church"]
 CLASSES += ["French horn", "garbage truck", "gas pump", "golf ball", "parachute"]
 
 
 def test_what_it_is() -> None:
-    assert sample_model().stat().st_size <= 3.2e6
-    model = IntegerModel.load(sample_model())
+    assert SAMPLE.stat().st_size <= 3.2e6
+    model = IntegerModel.load(SAMPLE)
     assert list(model.classes) == CLASSES
     assert model.block_bits() == (4, 4)
 

@@ -32,7 +32,7 @@ _PLANS_KEPT = 4
 class CudaEngine:
     """Runs an `IntegerModel` on a GPU.
 
-    The launches of a forward pass are recorded as a CUDA graph, once a batch size; the last few are kept, with their buffers.
+    Most launches of a forward pass are recorded as a CUDA graph, once a batch size; the last few are kept, with their buffers.
 
     Args:
         model: the frozen model.

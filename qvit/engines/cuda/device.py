@@ -14,8 +14,8 @@ from qvit.errors import InputError, MissingDependencyError, UnsupportedModelErro
 
 _SHARED_BY_DEFAULT = 48 * 1024
 # Shared memory's part of the first-level cache, in percent, of every kernel the same: a multiprocessor must be empty to change
-# it, and blocks of two kernels could not meet there. None: as the driver likes.
-_CARVEOUT: int | None = 100
+# it, and blocks of two kernels could not meet there.
+_CARVEOUT = 100
 _OVERLAP_CAPABILITY, _OVERLAP_DRIVER = 9, 12030  # what programmatic dependent launch in a CUDA graph needs at least
 
 Queue = Callable[[Any], None]  # queues a kernel on a stream
@@ -152,10 +152,9 @@ class Gpu:
                 most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 (status,) = self._driver.cuFuncSetAttribute(function, most, launch.shared)
                 self._check(status, launch.kernel)
-            if _CARVEOUT is not None:
-                preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-                (status,) = self._driver.cuFuncSetAttribute(function, preferred, _CARVEOUT)
-                self._check(status, launch.kernel)
+            preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+            (status,) = self._driver.cuFuncSetAttribute(function, preferred, _CARVEOUT)
+            self._check(status, launch.kernel)
         self._functions[launch.code] = function
         return function
 

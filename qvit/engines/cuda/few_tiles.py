@@ -9,9 +9,6 @@ from typing import ClassVar
 from qvit.engines.cuda.layout import pad
 
 SPREAD = True  # all threads take part in epilogues, where they know how
-# Whether the next kernel's blocks come while a kernel still waits for the one before. Behind one with a LayerNorm come smaller
-# blocks, of which several would meet on the few multiprocessors where three kernels' blocks find room.
-_EARLY, _NORMED_EARLY = True, False
 _UNIT = 64  # bytes of k of one load
 _MOST_PIECES = 24  # of 16 bytes that a lane holds
 _LEAST_WARPS, _MOST_WARPS = 6, 16  # of a block
@@ -43,11 +40,9 @@ class FewTile:
         units: of 64 bytes of k that a warp loads at once.
         part: columns of a warp's part of the epilogue, where that is not spread; it has 16 rows.
         warps: of a block; there may be more than multiply.
-        touch: whether what the epilogue reads is brought near beforehand, where that is not spread.
         normed: whether a block makes the codes of its rows itself, by their LayerNorm.
         spread: whether all threads take part in the epilogue, a few sums each.
         beside: bytes of shared memory that such an epilogue has beside the sums.
-        early: whether the next kernel's blocks may come while this one's still wait for the kernel before.
         registers: of a thread, at most.
     """
 
@@ -58,11 +53,9 @@ class FewTile:
     units: int
     part: int
     warps: int
-    touch: bool = True
     normed: bool = False
     spread: bool = False
     beside: int = 0
-    early: bool = True
     registers: int = _REGISTERS
 
     kernel: ClassVar[str] = "gemm_few"
@@ -81,10 +74,11 @@ class FewTile:
             "kUnits": self.units,
             "kPart": self.part,
             "kBound": max(self.threads(), min(1024, _ALL_REGISTERS // self.registers // 128 * 128)),
-            "TOUCH": int(self.touch),
             "NORM": int(self.normed),
             "SPREAD": int(self.spread),
-            "EARLY": int(self.early),
+            # Behind a LayerNorm come smaller blocks, of which several would meet on the few multiprocessors where three
+            # kernels' blocks find room.
+            "EARLY": int(not self.normed),
             "kShared": self.shared(k),
             **({"CHANNELS": k} if self.normed else {}),
         }
@@ -172,7 +166,6 @@ def _cut(bm: int, bn: int, k: int, part: int, normed: bool, most_shared: int) ->
                 part,
                 max(warps, _NORMED_WARPS) if normed else warps,
                 normed=normed,
-                early=_NORMED_EARLY if normed else _EARLY,
                 registers=registers,
             )
             # Bytes that shared memory and the first-level cache pass on: sums there and back, and rows.

@@ -191,8 +191,6 @@ class Plan(ABC):
     ) -> None:
         rows = values.pop("rows")
         bits = isinstance(tile, HopperTile) and tile.bits
-        if tile is None:
-            tile = self._few(layer, a, rows, 8)
         late = self._late.pop(a.data_ptr(), None)
         defines = {}
         if late is not None:

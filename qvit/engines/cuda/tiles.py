@@ -96,14 +96,12 @@ class HopperTile:
             tiles of all of k where products are of bits.
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
         keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
-        ordered: warpgroups take turns at products.
         twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
         direct: ``bn`` is the width of a row of floats; they go from registers to memory, and their LayerNorm may follow.
         ahead: loads of what is added to such rows that a lane issues at once, an even number up to ``bn / 8``.
         early: the first of them are on their way from before a tile is multiplied.
-        prefetch: what is added to floats is on its way into the L2 cache from before a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
         slots: pieces that a warp has room for; divides ``bn / piece``.
@@ -117,13 +115,11 @@ class HopperTile:
     direct: bool = False
     ahead: int = 6
     early: bool = True
-    prefetch: bool = True
     bits: bool = False
     piece: int = 0
     slots: int = 1
     overlaps: bool = False
     keeps_rows: bool = True
-    ordered: bool = False
     twice: bool = False
     column_stages: int = 2
     column_bytes: int = 0
@@ -158,7 +154,6 @@ class HopperTile:
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.direct else 0
         barriers = 16 * (self.stages + self.groups * max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
-        barriers += 8 * self.groups * self.ordered
         return rows + self.stages * stage + columns + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
@@ -176,11 +171,11 @@ class HopperTile:
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
             "EARLY": int(self.early),
-            "PREFETCH": int(self.prefetch),
             "kPiece": self.piece,
             "kSlots": self.slots,
             "OVERLAP": int(self.overlaps),
-            "ORDERED": int(self.ordered),
+            # Where it does not come into shared memory a tile ahead, what is added is brought into the L2 cache beforehand.
+            "PREFETCH": int(not self.overlaps),
             "TWICE": int(self.twice),
             "COLUMN_STAGES": self.column_stages if self.column_bytes else 0,
             "COLUMN_BYTES": self.column_bytes,
@@ -208,15 +203,15 @@ _BITS = tuple(
 )
 # For floats: the same with room for what is added to them.
 _FLOATS = (
-    HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, prefetch=False, keeps_rows=False),
-    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2, overlaps=True, prefetch=False),
-    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4, overlaps=True, prefetch=False),
-    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, keeps_rows=False),
+    HopperTile(3, 128, 4, row_stages=3, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 128, 4, row_stages=4, piece=32, slots=4, overlaps=True),
+    HopperTile(2, 64, 4, row_stages=4, piece=32, slots=2, overlaps=True),
 )
 _FLOATS_OF_BITS = (
-    HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
-    HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
-    HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True, prefetch=False),
+    HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True),
 )
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):

@@ -382,9 +382,6 @@ inline void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 inline void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     multiply_with(d, a, b, byte_product<uint8_t, uint8_t>);
 }
-inline void multiply_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    multiply_with(d, a, b, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
-}
 
 // `load_matrices` of transposed matrices of 16-bit elements.
 inline void load_transposed(uint32_t (&to)[4], const void* row) {

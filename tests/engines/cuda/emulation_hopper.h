@@ -29,7 +29,7 @@ inline void barrier_wait(Barrier* b, int phase) {
     }
 }
 inline void prefetch(const void*, int) {}
-inline int uniform(int value) { return value; }
+inline int of_first_lane(int x) { return __shfl_sync(kAll, x, 0); }
 inline void copy_tile(void* to, const void* from, int bytes, Barrier* b) {
     memcpy(to, from, bytes);
     b->phase_and_bytes -= 2 * bytes;

@@ -136,7 +136,7 @@ def test_where_norms_are_computed(
     Floats come from whole rows, or from narrow tiles whose epilogues do not overlap the next tile's products.
     """
     monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 128 if where == "behind" else 0)
-    narrow = tuple(replace(tile, overlaps=False, prefetch=True) for tile in tiles._FLOATS)
+    narrow = tuple(replace(tile, overlaps=False) for tile in tiles._FLOATS)
     monkeypatch.setattr(tiles, "_FLOATS", () if where == "behind" else narrow)
     gpu = open_gpu(hopper=True)
     options = {"embed_dim": 128, "num_heads": 4, "depth": 1, "mlp_ratio": 0.5, "img_size": 16}
@@ -165,20 +165,19 @@ def test_rows_that_registers_do_not_hold_whole_pass_through_shared_memory(
     check(model, gpu, 33)
 
 
-@pytest.mark.parametrize("ordered", [False, True])
 def test_the_longest_tables_pass_through_shared_memory(
-    ordered: bool, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+    make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks with more tiles of columns than there are buffers for their tables; warpgroups that take turns, or do not."""
+    """Blocks with more tiles of columns than there are buffers for their tables."""
     monkeypatch.setattr(step_tables, "CELLS", (128,))
-    monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(3, 128, 4, ordered=ordered),))
+    monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(3, 128, 4),))
     gpu, count = open_gpu(hopper=True), 78
     options = {"depth": 1, "mlp_ratio": 6.0, "img_size": 16}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
     if gpu.device.type == "cpu":
         (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("CELLS"))
         each = -(-5 * count // (64 * fc1.defines["kGroups"])) * -(-384 // fc1.defines["kBN"]) // fc1.grid[0]
-        assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], fc1.defines["ORDERED"], each) == (128, 2, ordered, 4)
+        assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], each) == (128, 2, 4)
     check(model, gpu, count)
 
 

@@ -130,9 +130,7 @@ struct Once {
         const float off = PACKED ? fmaf(e, of.inverse, -boundary) : fmaf(__fmul_rn(e, of.inverse), kMapHigh, -boundary);
         return fabsf(off) <= fmaf(kEach * unit, fabsf(y), of.near * unit) * boundary;
     }
-#endif
 
-#if ROW_CHECK
     // Bit 2 k + half: whether boundary 4 k + t of a row is next to a score that would be in doubt, t of the row's four lanes.
     __device__ __forceinline__ unsigned suspects_of(const Row (&of)[2]) const {
         unsigned suspects = 0;

@@ -15,21 +15,6 @@
 #include "attention_rows.cuh"
 #include "hopper.cuh"
 
-#ifdef QVIT_EMULATION
-inline int of_first_lane(int x) { return __shfl_sync(kAll, x, 0); }
-#else
-// What the first lane has, where the others have not more.
-__device__ __forceinline__ int of_first_lane(int x) { return __reduce_max_sync(kAll, x); }
-// One more, in no order with other accesses.
-__device__ __forceinline__ int take_shared(int* to) {
-    int old;
-    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], 0x7FFFFFFF;" : "=r"(old) : "r"(shared_address(to)));
-    return old;
-}
-// Bulk copies do not overtake what was done to shared memory before.
-__device__ __forceinline__ void proxies_meet() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-#endif
-
 template <class HeadOf>
 struct Ring {
     const AttentionArgs& p;

@@ -8,15 +8,6 @@
 constexpr int kHeadLanes = HEAD_DIM / 4;
 constexpr int kBesideBytes = 16 * kBN + 256;  // numbers of columns, and to no use
 
-template <class T>
-__device__ __forceinline__ T head_sum(T x) {
-#pragma unroll
-    for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) {
-        x += __shfl_xor_sync(kAll, x, mask);
-    }
-    return x;
-}
-
 struct HeadRange {
     float low, high, margin, slope;
 };

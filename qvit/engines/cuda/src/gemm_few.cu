@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kBound) kernel(const QVIT_CONSTANT FewArgs p) 
     }
 #endif
     __syncwarp();  // the compiler is to load here, not where products begin
-#if !SPREAD && TOUCH
+#if !SPREAD
     const Toucher toucher = {lines + 16 * (lane % 16)};
     toucher.constants(p, column0);
 #if EPILOGUE == 0 && (RESIDUAL || POSITION)

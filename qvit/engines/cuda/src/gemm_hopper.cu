@@ -34,20 +34,14 @@ static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b ha
 constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
 constexpr int kTeams = B_STAYS ? kGroups : 1;  // warpgroups that have tiles of their own
 constexpr int kTileM = kBM / kTeams;           // rows of such a tile
-// Who waits for the turn releases no buffer.
-static_assert(!ORDERED || (kTeams == 1 && (BITS || kStages >= kChunks * kUnits) && kRowBuffers >= kChunks), "buffers for a tile");
 
 struct Barriers {
     Barrier full[kStages], empty[kStages];
     Barrier rows_full[kTeams][kRowBuffers], rows_empty[kTeams][kRowBuffers];  // of the last the first alone, where RESIDENT
-#if ORDERED
-    Barrier turn[kGroups];
-#endif
 #if COLUMN_STAGES
     Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
 #endif
 };
-
 
 #if COLUMN_STAGES
 static_assert(kColumnBytes == COLUMN_BYTES * kBN, "the host has made room for what the epilogue knows of columns");
@@ -137,7 +131,6 @@ __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, i
     }
 #endif
 }
-
 
 // All of b, where it stays: constants, so before what the former kernel writes is there.
 __device__ __forceinline__ void copy_all_of_b(const GemmArgs& p, const Buffers& of) {
@@ -231,26 +224,12 @@ __device__ __forceinline__ void settle(Sums& sums) {
 struct Reader {
     const Buffers& of;
     Operand rows, stages;  // the first ones
-    int group, team, lane;
+    int team, lane;
     bool fresh;  // these rows are read for the first time
-    int rows_phase = 1, turn = 0;
+    int rows_phase = 1;
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;  // where rows do not stay
 
-    // ORDERED: one warpgroup's products at a time, so that while they are made the others are in their epilogues.
-    __device__ __forceinline__ void await_turn() {
-#if ORDERED
-        barrier_wait(&of.barriers->turn[group], turn ^ static_cast<int>(group == 0));  // the first finds it free
-        turn ^= 1;
-#endif
-    }
-    __device__ __forceinline__ void pass_turn() const {
-#if ORDERED
-        if (lane == 0) {
-            barrier_arrive(&of.barriers->turn[group == kGroups - 1 ? 0 : group + 1]);
-        }
-#endif
-    }
     // This warpgroup's rows of a chunk.
     __device__ __forceinline__ Operand await_rows(int chunk) const {
         const int at = RESIDENT ? chunk : row_cursor.at;
@@ -324,7 +303,6 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
         reader.await_rows(chunk);
     }
     const Operand stage = reader.await_stage(), rows = reader.rows;
-    reader.await_turn();
     const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
     if (TWICE) {
         multiply_and_wait(
@@ -341,7 +319,6 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
         change(sums, [](int x) { return 2 * x; });
         multiply_and_wait(sums, [&] { multiply(0, 0, true); }, [&] { meanwhile(3); });
     }
-    reader.pass_turn();
     reader.release(reader.cursor.at);
     reader.cursor.next();
 }
@@ -353,7 +330,6 @@ constexpr int kSlices = kChunks;
 template <class Meanwhile>
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
     int before = -1, rows_before = -1;
-    reader.await_turn();
     reader.cursor.begin<kChunks * kUnits>();
     reader.row_cursor.begin<kChunks>();
 #pragma unroll
@@ -388,7 +364,6 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
         rows_before = reader.row_cursor.at;
         reader.row_cursor.next();
     }
-    reader.pass_turn();
     products_wait<0>();
     settle(sums);
     reader.release(before);
@@ -418,8 +393,7 @@ constexpr int kConstants = 0;
 // A warpgroup's products and what follows them.
 __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range,
                                         const Tiles& tiles, int team, int warp, int lane) {
-    const int group = warp / 4;
-    Reader reader = {of, operand(of.rows + group * kTileBytes), operand(of.stages), group, team, lane, false};
+    Reader reader = {of, operand(of.rows + warp / 4 * kTileBytes), operand(of.stages), team, lane, false};
     const int own = warp % (4 * kGroups / kTeams);  // which of the team's warps
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
@@ -502,7 +476,7 @@ extern "C"
 #endif
 __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmArgs p) {
     QVIT_SHARED(memory);
-    const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
+    const int lane = threadIdx.x % 32, warp = of_first_lane(threadIdx.x / 32);
     Buffers of;
     of.rows = memory;
     of.stages = of.rows + kRowBuffers * kBytesA;
@@ -522,11 +496,6 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
             barrier_init(&of.barriers->rows_full[0][i], 1);
             barrier_init(&of.barriers->rows_empty[0][i], 4 * kGroups / kTeams);
         }
-#if ORDERED
-        for (int i = 0; i < kGroups; i++) {
-            barrier_init(&of.barriers->turn[i], 4);
-        }
-#endif
 #if COLUMN_STAGES
         for (int i = 0; i < kColumnStages; i++) {
             barrier_init(&of.barriers->columns_full[i], 1);

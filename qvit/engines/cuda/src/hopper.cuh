@@ -38,8 +38,16 @@ __device__ __forceinline__ void barrier_wait(Barrier* b, int phase) {
         "r"(phase)
         : "memory");
 }
-// What all lanes of a warp have, for the compiler to see that they do.
-__device__ __forceinline__ int uniform(int value) { return __reduce_max_sync(kAll, value); }
+// What the first lane has, where the others have not more: for the compiler to see that it is the same for all lanes.
+__device__ __forceinline__ int of_first_lane(int x) { return __reduce_max_sync(kAll, x); }
+// One more, in shared memory, and what was there; in no order with other accesses.
+__device__ __forceinline__ int take_shared(int* to) {
+    int old;
+    asm volatile("atom.relaxed.cta.shared::cta.inc.u32 %0, [%1], 0x7FFFFFFF;" : "=r"(old) : "r"(shared_address(to)));
+    return old;
+}
+// Bulk copies do not overtake what was done to shared memory before.
+__device__ __forceinline__ void proxies_meet() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Bytes, a multiple of 16, into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");

@@ -7,8 +7,7 @@
 //     B   b[0]: column g,  bytes 4t ..               b[1]: column g,  bytes 16 + 4t ..
 //     D   d[0], d[1]: row g, columns 2t, 2t + 1      d[2], d[3]: row g + 8
 //
-// One-bit products are the same with 256 bits in place of 32 bytes (PTX ISA, "Matrix Fragments for mma.m16n8k32" and
-// "mma.m16n8k256").
+// Source: PTX ISA, "Matrix Fragments for mma.m16n8k32".
 #pragma once
 
 #ifdef QVIT_EMULATION
@@ -58,13 +57,6 @@ __device__ __forceinline__ void multiply(int (&d)[4], const uint32_t (&a)[4], co
 // The same, b unsigned and a unsigned.
 __device__ __forceinline__ void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     QVIT_MMA("m16n8k32", "s32.u8.u8.s32");
-}
-// d += popcount(a & b).
-__device__ __forceinline__ void multiply_bits(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // 16 bytes from global to shared memory; zeros where they are not wanted.
@@ -139,8 +131,8 @@ __device__ __forceinline__ void hold(T& place) {
 __device__ __forceinline__ void await_former_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+    announce();
 }
 
 // Over the four lanes that hold one row of a fragment.
