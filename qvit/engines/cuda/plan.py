@@ -16,7 +16,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.attention import attention_launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
-from qvit.engines.cuda.layout import CHUNK, bit_chunks, chunks, from_planes, pad, untiled
+from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, from_planes, pad, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.tiles import (
@@ -35,7 +35,7 @@ _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
 _MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 _PIECE = 16  # bytes that a lane copies at a time
-ROW_PAD = 256  # rows of codes are padded to a multiple: no tile is higher
+HIGHEST = 256  # rows: no tile of a product has more
 
 
 Tap = Callable[[], torch.Tensor]
@@ -131,8 +131,8 @@ class Plan(ABC):
         return out.fill_(0xA5) if self._poison else out
 
     def _codes(self, rows: int, columns: int) -> torch.Tensor:
-        """Room for a matrix of codes, in whole tiles."""
-        return self._bytes(pad(rows, ROW_PAD), pad(columns, CHUNK))
+        """Room for a matrix of codes, in whole tiles: a product reads all rows of its last tile, wherever that begins."""
+        return self._bytes(pad(rows, TILE_ROWS) + HIGHEST - TILE_ROWS, pad(columns, CHUNK))
 
     def _floats(self, rows: int, columns: int) -> torch.Tensor:
         out = torch.empty(rows, columns, dtype=torch.float32, device=self._device)

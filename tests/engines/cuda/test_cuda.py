@@ -12,12 +12,13 @@ import torch
 
 import qvit
 from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, step_tables, tiles
+from qvit.engines.cuda.layout import pad
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 from qvit.spec import ModelSpec
 from tests.engines import cases
-from tests.engines.cuda.emulator import open_gpu
+from tests.engines.cuda.emulator import Emulated, open_gpu
 
 Factory = Callable[..., Any]
 # Heads that the kernels know, in models small enough for emulation.
@@ -267,6 +268,17 @@ def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, smal
         assert (1 in used) == (bits == 2)
         assert all(not launch.defines.get("BITS") for launch in CudaEngine(model, gpu, one_bit=False).launches(48))
         assert {launch.defines["OUT_BITS"] for launch in launches if launch.kernel == "attention"} == {int(bits == 2)}
+
+
+def test_products_read_no_rows_beyond_their_buffers(make_student: Factory, small_vit: Factory) -> None:
+    """Tiles of 192 rows too, the last of which may begin at any multiple of 64."""
+    model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1, "img_size": 16}), spec=ModelSpec.of_bits(4)))
+    launches = CudaEngine(model, Emulated(hopper=True)).launches(40)  # 200 rows
+    products = [one for one in launches if one.kernel == "gemm_hopper"]
+    assert any(one.defines["kGroups"] == 3 for one in products)
+    for one in products:
+        height = 64 * one.defines["kGroups"]
+        assert one.values["a"].numel() >= pad(one.values["m"], height) * pad(one.values["k"], 128)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
