@@ -29,7 +29,10 @@ class VitPlan(Plan):
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         first, x = self._floats(rows, width), self._floats(rows, width)
         self._row_chunks = row_chunks(rows)
-        self._may_be_late &= len(self._row_chunks) == 1  # norms of chunks, which a launch over all rows may follow
+        may_be_late = self._may_be_late
+        self._may_be_late = (
+            may_be_late and len(self._row_chunks) == 1
+        )  # norms of chunks have launches: one over all rows may follow
         # Codes of fc2's input are written and read chunk by chunk, where they are not to be seen.
         self._hidden_again = not with_map and is_chunked("fc1") and is_chunked("fc2")
         most = max(part.count for part in self._row_chunks) if self._hidden_again else rows
@@ -70,6 +73,7 @@ class VitPlan(Plan):
             self._tap_input(f"{name}.mlp.fc1.input", normed, block["fc1"], batch, n)
             self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"], batch, n)
             source = x
+        self._may_be_late = may_be_late
         self._classify(source, a)
 
     def _behind_attention(

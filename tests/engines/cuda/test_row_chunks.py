@@ -109,8 +109,11 @@ def test_launches_take_turns(
     names = ["floats", "norm", "activation", "floats", "norm"]
     whole = [*((name, 330) for name in names), ("heads", 330)]
     assert within_blocks(model, gpu) == whole
+    last = CudaEngine(model, gpu).launches(COUNT)[-1]
+    assert last.defines["NORM"] == 1
     monkeypatch.setattr(row_chunks, "_CHUNK_ROWS", 128)
     assert within_blocks(model, gpu) == [*((name, rows) for rows in (128, 128, 74) for name in names), whole[-1]]
+    assert CudaEngine(model, gpu).launches(COUNT)[-1].code == last.code  # with the norm in front, as without chunks
     monkeypatch.setattr(row_chunks, "_CHUNKED", ("fc1", "fc2"))
     between = [(name, rows) for rows in (128, 128, 74) for name in ("activation", "floats")]
     assert within_blocks(model, gpu) == [*whole[:2], *between, *whole[4:]]
