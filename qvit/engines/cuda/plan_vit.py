@@ -29,10 +29,9 @@ class VitPlan(Plan):
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         first, x = self._floats(rows, width), self._floats(rows, width)
         self._row_chunks = row_chunks(rows)
+        # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
         may_be_late = self._may_be_late
-        self._may_be_late = (
-            may_be_late and len(self._row_chunks) == 1
-        )  # norms of chunks have launches: one over all rows may follow
+        self._may_be_late = may_be_late and len(self._row_chunks) == 1
         # Codes of fc2's input are written and read chunk by chunk, where they are not to be seen.
         self._hidden_again = not with_map and is_chunked("fc1") and is_chunked("fc2")
         most = max(part.count for part in self._row_chunks) if self._hidden_again else rows
