@@ -20,52 +20,9 @@ import triton
 import triton.language as tl
 
 from qvit.kernels.arithmetic import round_half_even
+from qvit.kernels.attention_operands import load_codes, load_grad, load_queries, load_values, score_scale
 
 _QUERIES, _KEYS = 64, 32  # a tile; the fastest of eleven on an H100 at 257 tokens and D = 64 (docs/decisions.md)
-
-
-@triton.jit
-def _load(codes_ptr, image, tokens, heads, head, part, n, D: tl.constexpr, DP: tl.constexpr):
-    """Codes [T, DP] of tokens ``n`` of one head of part 0, 1, 2 (q, k, v); zero beyond the last token and channel."""
-    d = tl.arange(0, DP)
-    first = codes_ptr + image.to(tl.int64) * tokens * (3 * heads * D) + (part * heads + head) * D
-    where = n[:, None] * (3 * heads * D) + d[None, :]
-    return tl.load(first + where, mask=(n < tokens)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _queries(codes_ptr, columns_ptr, image, tokens, heads, head, n, D: tl.constexpr, DP: tl.constexpr):
-    """q over its scale: codes plus offset / scale, which is exact for half a step."""
-    d = tl.arange(0, DP)
-    code = _load(codes_ptr, image, tokens, heads, head, 0, n, D, DP)
-    scale = tl.load(columns_ptr + head * D + d, mask=d < D, other=1.0)
-    offset = tl.load(columns_ptr + 3 * heads * D + head * D + d, mask=d < D, other=0.0)
-    return (code.to(tl.float32) + (offset / scale)[None, :]).to(code.dtype)
-
-
-@triton.jit
-def _values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D: tl.constexpr, DP: tl.constexpr):
-    """v [T, DP], dequantized."""
-    d = tl.arange(0, DP)
-    column = (2 * heads + head) * D + d
-    code = _load(codes_ptr, image, tokens, heads, head, 2, n, D, DP)
-    scale = tl.load(columns_ptr + column, mask=d < D, other=0.0)
-    offset = tl.load(columns_ptr + 3 * heads * D + column, mask=d < D, other=0.0)
-    return (code.to(tl.float32) * scale[None, :] + offset[None, :]).to(code.dtype)
-
-
-@triton.jit
-def _grad(grad_ptr, image, tokens, heads, head, m, D: tl.constexpr, DP: tl.constexpr):
-    """The gradient [M, DP] of one head's output."""
-    d = tl.arange(0, DP)
-    first = grad_ptr + image.to(tl.int64) * tokens * (heads * D) + head * D
-    return tl.load(first + m[:, None] * (heads * D) + d[None, :], mask=(m < tokens)[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _score_scale(columns_ptr, heads, head, factor, D: tl.constexpr):
-    """What turns sums of products of codes into scores to the base 2."""
-    return tl.load(columns_ptr + head * D) * tl.load(columns_ptr + (heads + head) * D) * factor * 1.4426950408889634
 
 
 @triton.jit
@@ -87,13 +44,13 @@ def _attention(
 ):
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     m = tl.program_id(0) * M + tl.arange(0, M)
-    q = _queries(codes_ptr, columns_ptr, image, tokens, heads, head, m, D, DP)
-    scale = _score_scale(columns_ptr, heads, head, factor, D)
+    q = load_queries(codes_ptr, columns_ptr, image, tokens, heads, head, m, D, DP)
+    scale = score_scale(columns_ptr, heads, head, factor, D)
     largest = tl.full((M,), -1e30, tl.float32)
     total = tl.zeros((M,), tl.float32)
     for start in range(0, tokens, T):
         n = start + tl.arange(0, T)
-        k = _load(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
+        k = load_codes(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         scores = tl.where((n < tokens)[None, :], scores, -1e30)
         higher = tl.maximum(largest, tl.max(scores, 1))
@@ -106,11 +63,11 @@ def _attention(
     code_sums = tl.zeros((M,), tl.float32)
     for start in range(0, tokens, T):
         n = start + tl.arange(0, T)
-        k = _load(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
+        k = load_codes(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         p = tl.where((n < tokens)[None, :], tl.exp2(scores - row[:, None]), 0.0)
         code = round_half_even(tl.minimum(p * inverse_map_scale, qp))
-        v = _load(codes_ptr, image, tokens, heads, head, 2, n, D, DP)
+        v = load_codes(codes_ptr, image, tokens, heads, head, 2, n, D, DP)
         sums += tl.dot(code.to(v.dtype), v, input_precision=PRECISION)
         code_sums += tl.sum(code, 1)
     d = tl.arange(0, DP)
@@ -159,26 +116,26 @@ def _attention_backward_queries(
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     m = tl.program_id(0) * M + tl.arange(0, M)
     d = tl.arange(0, DP)
-    q = _queries(codes_ptr, columns_ptr, image, tokens, heads, head, m, D, DP)
-    grad = _grad(grad_ptr, image, tokens, heads, head, m, D, DP)
+    q = load_queries(codes_ptr, columns_ptr, image, tokens, heads, head, m, D, DP)
+    grad = load_grad(grad_ptr, image, tokens, heads, head, m, D, DP)
     # Beyond the last token the map is 2^-inf = 0.
     row = tl.load(row_ptr + tl.program_id(1) * tokens + m, mask=m < tokens, other=float("inf"))
-    scale = _score_scale(columns_ptr, heads, head, factor, D)
+    scale = score_scale(columns_ptr, heads, head, factor, D)
     inverse_map_scale = 1.0 / tl.load(map_scale_ptr + head)
     along = tl.zeros((M,), tl.float32)
     map_sums = tl.zeros((M,), tl.float32)
     for start in range(0, tokens, T):
         n = start + tl.arange(0, T)
-        k = _load(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
-        v = _values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D, DP)
+        k = load_codes(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
+        v = load_values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D, DP)
         p, _, dp, ds = _map_tile(q, k, v, grad, row, n, tokens, scale, inverse_map_scale, qp, PRECISION)
         along += tl.sum(p * dp, 1)
         map_sums += tl.sum(ds, 1)
     sums = tl.zeros((M, DP), tl.float32)
     for start in range(0, tokens, T):
         n = start + tl.arange(0, T)
-        k = _load(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
-        v = _values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D, DP)
+        k = load_codes(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
+        v = load_values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D, DP)
         p, _, dp, _ = _map_tile(q, k, v, grad, row, n, tokens, scale, inverse_map_scale, qp, PRECISION)
         # A constant that is added to all of k, such as its offset, changes nothing here: every row of dS sums to zero.
         sums += tl.dot((p * (dp - along[:, None])).to(k.dtype), k, input_precision=PRECISION)
@@ -212,17 +169,17 @@ def _attention_backward_keys(
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     n = tl.program_id(0) * T + tl.arange(0, T)
     d = tl.arange(0, DP)
-    k = _load(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
-    v = _values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D, DP)
-    scale = _score_scale(columns_ptr, heads, head, factor, D)
+    k = load_codes(codes_ptr, image, tokens, heads, head, 1, n, D, DP)
+    v = load_values(codes_ptr, columns_ptr, image, tokens, heads, head, n, D, DP)
+    scale = score_scale(columns_ptr, heads, head, factor, D)
     map_scale = tl.load(map_scale_ptr + head)
     inverse_map_scale = 1.0 / map_scale
     sums_k = tl.zeros((T, DP), tl.float32)
     sums_v = tl.zeros((T, DP), tl.float32)
     for start in range(0, tokens, M):
         m = start + tl.arange(0, M)
-        q = _queries(codes_ptr, columns_ptr, image, tokens, heads, head, m, D, DP)
-        grad = _grad(grad_ptr, image, tokens, heads, head, m, D, DP)
+        q = load_queries(codes_ptr, columns_ptr, image, tokens, heads, head, m, D, DP)
+        grad = load_grad(grad_ptr, image, tokens, heads, head, m, D, DP)
         row = tl.load(row_ptr + tl.program_id(1) * tokens + m, mask=m < tokens, other=float("inf"))
         along = tl.load(along_ptr + tl.program_id(1) * tokens + m, mask=m < tokens, other=0.0)
         p, code, dp, _ = _map_tile(q, k, v, grad, row, n, tokens, scale, inverse_map_scale, qp, PRECISION)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from qvit.kernels.arithmetic import quantize
 
-_ROWS = 8  # a tile
+_NUMBERS = 512  # a tile: 8 rows of heads of 64 channels; narrower heads get more rows, so that no program has too little to do
 _TILES_A_PROGRAM = 32  # of the backward pass, whose sums over rows stay in registers
 
 
@@ -171,8 +171,9 @@ class _RectifyQuantize(torch.autograd.Function):
         rows, dim = qkv.numel() // width, width // (3 * heads)
         codes = torch.empty_like(qkv)
         rectified = torch.empty((2, rows, heads * dim) if keep else (2, 1), dtype=qkv.dtype, device=qkv.device)
-        shape = {"D": dim, "DP": triton.next_power_of_2(dim), "R": _ROWS, "RECTIFY": eps is not None}
-        grid = (triton.cdiv(rows, _ROWS), 3 * heads)
+        side = triton.next_power_of_2(dim)
+        shape = {"D": dim, "DP": side, "R": max(_NUMBERS // side, 1), "RECTIFY": eps is not None}
+        grid = (triton.cdiv(rows, shape["R"]), 3 * heads)
         _rectify_quantize[grid](qkv, columns, codes, rectified, rows, heads, eps or 0.0, *ranges, KEEP=keep, **shape)
         ctx.save_for_backward(qkv, columns)
         ctx.arguments = (rows, heads, eps or 0.0, *ranges)
@@ -190,7 +191,7 @@ class _RectifyQuantize(torch.autograd.Function):
         if kept:
             like = next(g for g in (grad_q, grad_k) if g is not None)
             grad_q, grad_k = (torch.zeros_like(like) if g is None else g.contiguous() for g in (grad_q, grad_k))
-        programs = triton.cdiv(rows, _ROWS * _TILES_A_PROGRAM)
+        programs = triton.cdiv(rows, ctx.shape["R"] * _TILES_A_PROGRAM)
         grad_qkv = torch.empty_like(qkv)
         sums = torch.empty((programs, *columns.shape), dtype=torch.float32, device=qkv.device)
         _rectify_quantize_backward[(programs, 3 * heads)](

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 _TOKENS = 64  # a tile
-_WARPS = 8  # with four, three products of 64 x 64 leave no registers
+# With four warps, three products of 64 x 64 leave no registers. Of 32 x 32, a thread needs as many registers with eight warps
+# as with four, with which a multiprocessor of Hopper holds three programs instead of one.
+_WARPS, _NARROW_WARPS, _NARROW = 8, 4, 32
 
 
 @triton.jit
@@ -122,7 +124,8 @@ class _Distance(torch.autograd.Function):
             "T": _TOKENS,
             "PRECISION": "ieee" if student.dtype == torch.float32 else "tf32",
         }
-        _similarity[(b * h,)](student, teacher, norms, n, h, *strides, num_warps=_WARPS, **shape)
+        shape["num_warps"] = _NARROW_WARPS if max(shape["DSP"], shape["DTP"]) <= _NARROW else _WARPS
+        _similarity[(b * h,)](student, teacher, norms, n, h, *strides, **shape)
         own, other, cross = norms.unbind(-1)
         inverse = (own.sqrt() * other.sqrt()).clamp_min(tiny).reciprocal()
         squared = (2 - 2 * cross * inverse).clamp_min(0)
@@ -143,7 +146,7 @@ class _Distance(torch.autograd.Function):
         grad_student = torch.empty_like(student)
         assert grad_student.stride() == student.stride()
         _similarity_backward[(student.shape[0] * student.shape[1],)](
-            student, teacher, factors, grad_student, *ctx.arguments, num_warps=_WARPS, **ctx.shape
+            student, teacher, factors, grad_student, *ctx.arguments, **ctx.shape
         )
         return grad_student, None, None, None
 

@@ -115,8 +115,14 @@ class QuantAttention(nn.Module):
 
     def _fused(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, N, C] -> what enters proj [B, N, C], by `qvit.kernels`."""
-        from qvit.kernels.attention import quantized_attention  # need Triton
-        from qvit.kernels.rectify_quantize import Ranges, rectify_quantize
+        from qvit.kernels.attention import quantized_attention  # needs Triton
+
+        codes, columns, map_scale = self._fused_operands(x)
+        return quantized_attention(codes, columns, map_scale, self.num_heads, self.map_quantizer.spec.qp)
+
+    def _fused_operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x [B, N, C] -> codes of q, k and v [B, N, 3 H D], their `columns`, the map's scales [H]; taps q and k."""
+        from qvit.kernels.rectify_quantize import Ranges, rectify_quantize  # needs Triton
 
         b, n, _ = x.shape
         quantizers = (self.q_quantizer, self.k_quantizer, self.v_quantizer)
@@ -133,8 +139,7 @@ class QuantAttention(nn.Module):
         if self.tap is not None:
             self.tap(*(part.view(b, n, self.num_heads, self.head_dim).transpose(1, 2) for part in (q, k)))
         map_scale, _ = self.map_quantizer.learned_parameters()
-        map_scale = map_scale.flatten().expand(self.num_heads).contiguous()
-        return quantized_attention(codes, columns, map_scale, self.num_heads, self.map_quantizer.spec.qp)
+        return codes, columns, map_scale.flatten().expand(self.num_heads).contiguous()
 
     def columns(self) -> torch.Tensor:
         """Scale, offset, IRM's weight and IRM's bias of every channel of q, k and v, [4, 3 H D]."""

@@ -18,8 +18,8 @@ class QuantWindowAttention(QuantAttention):
     In quantized form the scores are those of `code_scores`, plus the bias, plus the mask, each sum rounded to float32, as the
     engines compute them (`qvit.integer.ops.Windows`).
 
-    The fused kernels of `qvit.kernels` know neither bias nor mask: attention between qkv and proj always runs the plain
-    modules, in training too.
+    In a fused step, windows of up to 64 tokens have kernels of their own (`qvit.kernels.window_attention`); larger ones run the
+    plain modules between qkv and proj.
 
     Args:
         attention: the float module, with ``relative_position_bias_table`` [(2 h - 1) (2 w - 1), H].
@@ -48,6 +48,8 @@ class QuantWindowAttention(QuantAttention):
             x: the windows of an image one behind the other.
             mask: [W, N, N], 0 or -100; ``None`` where windows are not shifted.
         """
+        if self._fuses(x):
+            return self.proj_drop(self.proj(self._fused_in_windows(x, mask)))
 
         def place(scores: torch.Tensor) -> torch.Tensor:
             scores = scores + self.position_bias()
@@ -56,3 +58,18 @@ class QuantWindowAttention(QuantAttention):
             return (scores.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
 
         return self.attend(x, place)
+
+    def _fuses(self, x: torch.Tensor) -> bool:
+        if not super()._fuses(x):
+            return False
+        from qvit.kernels.window_attention import MOST_TOKENS  # needs Triton
+
+        return self.window_area <= MOST_TOKENS
+
+    def _fused_in_windows(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Windows x [B W, N, C] -> what enters proj [B W, N, C], by `qvit.kernels`."""
+        from qvit.kernels.window_attention import quantized_window_attention  # needs Triton
+
+        codes, columns, map_scale = self._fused_operands(x)
+        bias = self.position_bias()
+        return quantized_window_attention(codes, columns, map_scale, bias, mask, self.map_quantizer.spec.qp)

@@ -11,7 +11,7 @@ from qvit.spec import Operand, PerHead, QuantSpec
 from .helpers import close
 
 
-def _inputs(b: int, n: int, heads: int, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_inputs(b: int, n: int, heads: int, dim: int, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     low = -(1 << (bits - 1))
     codes = torch.randint(low, -low, (b, n, 3 * heads * dim)).float()
     columns = torch.empty(4, 3, heads, dim)
@@ -41,7 +41,7 @@ def _plain(codes, columns, map_scale, heads, bits):  # type: ignore[no-untyped-d
 def test_equals_plain_attention(bits: int, b: int, n: int, heads: int, dim: int, device: torch.device) -> None:
     from qvit.kernels.attention import quantized_attention
 
-    codes, columns, map_scale = _inputs(b, n, heads, dim, bits)
+    codes, columns, map_scale = attention_inputs(b, n, heads, dim, bits)
     values, scale, want = _plain(codes, columns, map_scale, heads, bits)
     leaves = [codes.to(device).requires_grad_(), map_scale.to(device).requires_grad_()]
     torch.full((b, n, heads * dim), float("nan"), device=device)  # poison for the allocator to hand out again
@@ -60,7 +60,7 @@ def test_bfloat16_codes_give_the_same_within_its_precision(device: torch.device)
 
     if device.type == "cpu":
         pytest.skip("needs a CUDA GPU: Triton's interpreter multiplies bfloat16 wrongly")
-    codes, columns, map_scale = _inputs(2, 65, 2, 32, 3)
+    codes, columns, map_scale = attention_inputs(2, 65, 2, 32, 3)
     _, _, want = _plain(codes, columns, map_scale, 2, 3)
     leaf = codes.to(device, torch.bfloat16).requires_grad_()
     got = quantized_attention(leaf, columns.to(device), map_scale.to(device), 2, 7)

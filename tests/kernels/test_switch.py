@@ -43,9 +43,19 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_fused_step_is_the_plain_one(case: str, make_student: Factory, small_vit: Factory, device: torch.device) -> None:
     teacher = small_vit(drop_path_rate=0.0)
-    spec = ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case]))
-    student = make_student(teacher, spec=spec).to(device)
-    images = torch.randn(3, 3, 48, 48).to(device)  # the same on any device: others may have an input on a threshold
+    student = make_student(teacher, spec=ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case])))
+    _same_step(student, teacher, torch.randn(3, 3, 48, 48), device)
+
+
+def test_so_it_is_for_swin(make_student: Factory, small_swin: Factory, device: torch.device) -> None:
+    teacher = small_swin(drop_path_rate=0.0)
+    student = make_student(teacher, spec=ModelSpec(weight_bits=4, act_bits=4))
+    _same_step(student, teacher, torch.randn(1, 3, 32, 32), device)
+
+
+def _same_step(student: nn.Module, teacher: nn.Module, images: torch.Tensor, device: torch.device) -> None:
+    # Images are the same on any device: others may have an input on a threshold.
+    student, images = student.to(device), images.to(device)
     plain, plain_grads = _step(student, teacher.to(device), images, fused=False)
     fused, fused_grads = _step(student, teacher, images, fused=True)
     assert fused == pytest.approx(plain, rel=2e-2)

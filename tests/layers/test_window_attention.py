@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
 
+from qvit.kernels import switch
 from qvit.layers.points import float_mode, quantization_points
 from qvit.layers.window_attention import QuantWindowAttention
 from qvit.quantizers.lsq import LSQQuantizer
@@ -127,6 +128,37 @@ def test_dropout_of_the_map_is_kept(quantized: bool) -> None:
     assert torch.equal(still, layer(x))
     layer.train()
     assert not torch.equal(layer(x), still)
+
+
+def test_a_fused_step_is_the_plain_one(device: torch.device) -> None:
+    _, layer = attention(4)
+    x, given = torch.randn(4 * B, N, C), mask()
+    calibrate(layer, x, given)
+    upstream = torch.randn(4 * B, N, C).to(device)
+    layer.train().to(device)
+    results = []
+    for fused in (False, True):
+        layer.zero_grad()
+        with switch.fused(fused):
+            out = layer(x.to(device), given.to(device))
+        out.backward(upstream)
+        results.append((out.detach(), {name: p.grad.clone() for name, p in layer.named_parameters()}))
+    (plain, plain_grads), (got, grads) = results
+    assert torch.nn.functional.cosine_similarity(got.flatten(), plain.flatten(), dim=0) > 0.999
+    # A code that falls on the other side of its threshold moves a few gradients: compare directions.
+    for name, want in plain_grads.items():
+        assert torch.nn.functional.cosine_similarity(grads[name].flatten(), want.flatten(), dim=0) > 0.98, name
+        assert grads[name].norm().item() == pytest.approx(want.norm().item(), rel=0.1), name
+
+
+@pytest.mark.parametrize(("window", "fuses"), [((8, 8), True), ((8, 9), False)])
+def test_large_windows_are_not_fused(window: tuple[int, int], fuses: bool, device: torch.device) -> None:
+    """Their maps do not fit the registers, and the plain modules take them."""
+    spec = ModelSpec.of_bits(4)
+    plain = WindowAttention(C, H, window_size=window)
+    layer = QuantWindowAttention(plain, lambda suffix, operand: spec.resolve(suffix, operand), True).to(device)
+    with switch.fused():
+        assert layer._fuses(torch.zeros(1, device=device)) == fuses
 
 
 def test_the_state_dict_holds_the_table_and_no_index() -> None:
