@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -44,29 +45,39 @@ CASES: dict[str, dict[str, Any]] = {
 def test_a_fused_step_is_the_plain_one(case: str, make_student: Factory, small_vit: Factory, device: torch.device) -> None:
     teacher = small_vit(drop_path_rate=0.0)
     student = make_student(teacher, spec=ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case])))
-    _same_step(student, teacher, torch.randn(3, 3, 48, 48), device)
+    _same_step(student, teacher, (3, 3, 48, 48), device)
 
 
 def test_so_it_is_for_swin(make_student: Factory, small_swin: Factory, device: torch.device) -> None:
     teacher = small_swin(drop_path_rate=0.0)
     student = make_student(teacher, spec=ModelSpec(weight_bits=4, act_bits=4))
-    _same_step(student, teacher, torch.randn(1, 3, 32, 32), device)
+    _same_step(student, teacher, (1, 3, 32, 32), device)
 
 
-def _same_step(student: nn.Module, teacher: nn.Module, images: torch.Tensor, device: torch.device) -> None:
-    # Images are the same on any device: others may have an input on a threshold.
-    student, images = student.to(device), images.to(device)
-    plain, plain_grads = _step(student, teacher.to(device), images, fused=False)
-    fused, fused_grads = _step(student, teacher, images, fused=True)
-    assert fused == pytest.approx(plain, rel=2e-2)
-    assert plain_grads.keys() == fused_grads.keys()
-    # A code that falls on the other side of its threshold moves a few gradients: compare directions.
-    for name, want in plain_grads.items():
-        got = fused_grads[name]
-        if want.norm() > 1e-5:
-            cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)
-            assert cosine > 0.98, name
-            assert got.norm().item() == pytest.approx(want.norm().item(), rel=0.1), name
+def _same_step(student: nn.Module, teacher: nn.Module, shape: tuple[int, ...], device: torch.device) -> None:
+    """Losses agree, and so do the gradients of every parameter, in direction and length.
+
+    A code that falls on the other side of its threshold moves a few gradients, all of them where few values are outside of a
+    quantizer's range: on a GPU, whose products round in another order, the median over five batches is compared.
+    """
+    student, teacher = student.to(device), teacher.to(device)
+    cosines: dict[str, list[float]] = {}
+    lengths: dict[str, list[float]] = {}
+    for _ in range(5 if device.type == "cuda" else 1):
+        images = torch.randn(shape).to(device)  # drawn on the CPU: the same on any device
+        plain, plain_grads = _step(student, teacher, images, fused=False)
+        fused, fused_grads = _step(student, teacher, images, fused=True)
+        assert fused == pytest.approx(plain, rel=2e-2)
+        assert plain_grads.keys() == fused_grads.keys()
+        for name, want in plain_grads.items():
+            if want.norm() > 1e-5:
+                got = fused_grads[name]
+                cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)
+                cosines.setdefault(name, []).append(cosine.item())
+                lengths.setdefault(name, []).append((got.norm() / want.norm()).item())
+    assert cosines
+    assert not {name: values for name, values in cosines.items() if median(values) <= 0.98}
+    assert not {name: values for name, values in lengths.items() if abs(median(values) - 1) > 0.1}
 
 
 def test_only_within_the_context_and_never_after_an_error() -> None:
