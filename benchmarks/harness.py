@@ -21,6 +21,7 @@ _PLAIN = [
     "activations_first.epochs=0",
     "oscillation.weight=0",
     "anneal.share=0",
+    "cascade.share=0",
 ]
 # The loss of the paper, in its own weights.
 _PAPER = [*_PLAIN, "distill.label=0.5", "distill.hard=0.5", "distill.soft=0", "distill.feature=0", "distill.dgd=1.0"]
@@ -37,6 +38,7 @@ METHODS: dict[str, list[str]] = {
 }
 _SOFT = ["method=qvit", *_PLAIN, *SOFT]
 _FEATURES = [*_SOFT, "distill.feature=1", "distill.feature_blocks=all"]
+_CASCADE = ["cascade.share=0.25", "cascade.bits=4"]
 _MIXED = ["data.mixup=0.8", "data.cutmix=1.0"]
 _EACH_INPUT, _EACH_WEIGHT = '"blocks.*.input"', '"blocks.*.weight"'
 # One thing each, on top of Q-ViT with soft teacher logits.
@@ -51,8 +53,7 @@ VARIANTS: dict[str, list[str]] = METHODS | {
     "activations-first": [*_SOFT, "activations_first.epochs=2"],
     "features-all": _FEATURES,
     "statsq-anneal": [*_SOFT, "quant.weight_quantizer=statsq", "anneal.share=0.1"],
-    # A quarter of the epochs at 4 bits, the rest from there.
-    "cascade": [*_SOFT],
+    "cascade": [*_SOFT, *_CASCADE],
     "no-equalise": [*_SOFT, "quant.equalise=false"],
     "per-token": [*_SOFT, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
     "v-per-head": [*_SOFT, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
@@ -78,7 +79,7 @@ VARIANTS |= {
     "all-3-mixed": [*_FEATURES, "distill.feature=3", *_MIXED],
     "all-3-mixed-double-lr": [*_FEATURES, "distill.feature=3", *_MIXED, "optim.lr=1.0e-3"],
     "all-statsq": [*_FEATURES, "quant.weight_quantizer=statsq"],
-    "all-cascade": [*_FEATURES],
+    "all-cascade": [*_FEATURES, *_CASCADE],
     "all-no-equalise": [*_FEATURES, "quant.equalise=false"],
     "all-per-token": [*_FEATURES, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
     "all-v-per-head": [*_FEATURES, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
@@ -87,8 +88,6 @@ VARIANTS |= {
         f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_64}}, {_EACH_WEIGHT}: {{scale: per_group_64}}}}",
     ],
 }
-# Variants that start from a student with more bits, which is trained first: its bits, and its share of all epochs.
-CASCADES: dict[str, tuple[int, float]] = {"cascade": (4, 0.25), "all-cascade": (4, 0.25)}
 TITLES = {
     "float": "float",
     "baseline": "baseline (LSQ)",
