@@ -9,13 +9,12 @@ import lzma
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import CASCADES, VARIANTS, public
+from harness import VARIANTS, public
 
 import qvit
 from qvit.analyze.agreement import agreement
@@ -32,7 +31,6 @@ from qvit.training.pixels import load_pixels
 from qvit.training.recipe import Recipe
 
 EVALUATION_BATCH = 100
-START_FROM = "quant.start_from="
 
 
 @dataclass(frozen=True)
@@ -147,33 +145,22 @@ class Experiment:
         digest = hashlib.blake2b(json.dumps(self.key()).encode(), digest_size=3).hexdigest()
         return f"{self.data}-{self.variant}-w{self.bits}a{self.bits}-seed{self.seed}-{digest}"
 
-    def command(self, more: Sequence[str] = (), part: str = "") -> str:
-        """The command line that trains it, with ``more`` overrides, into a folder whose name ends in ``part``."""
-        changes = [word for change in public([*self.changes, *more]) for word in ("--set", change)]
+    def command(self) -> str:
+        """The command line that trains it."""
+        changes = [word for change in public(self.changes) for word in ("--set", change)]
         data = DATA_SETS[self.data]
         start = data.teacher or f"runs/{data.float_recipe}"
         files = [word for key, names in data.files.items() for word in _flags(key, names)]
         checkpoint = ["--checkpoint", start]
         if self.variant == "float":
             checkpoint = ["--teacher", data.float_teacher] if data.float_teacher else []
-        output = f"runs/{self.name()}{part}"
+        output = f"runs/{self.name()}"
         return shlex.join(["qvit", "train", self.recipe_name, *files, *checkpoint, *changes, "-o", output])
 
 
 def _flags(key: str, names: str | list[str]) -> list[str]:
     flag = "--train-data" if key == "data.train" else "--val-data"
     return [part for name in ([names] if isinstance(names, str) else names) for part in (flag, name)]
-
-
-def cascade(recipe: Recipe, bits: int, share: float) -> tuple[list[str], list[str]]:
-    """The overrides of a cascade's two stages, which share the recipe's epochs; of the second, all but where it starts from."""
-    epochs = recipe.schedule.epochs
-    first = min(max(round(share * epochs), 1), epochs - 1)
-
-    def stage(number: int) -> list[str]:
-        return [f"schedule.epochs={number}", f"schedule.warmup_epochs={min(recipe.schedule.warmup_epochs, number):g}"]
-
-    return [f"quant.bits={bits}", *stage(first)], stage(epochs - first)
 
 
 @dataclass
@@ -237,15 +224,7 @@ class Bench:
         start = time.perf_counter()
         recipe = self.recipe(experiment)
         folder = self.runs / experiment.name()
-        seconds, steps, epochs, command = 0.0, 0, 0, experiment.command()
-        if experiment.variant in CASCADES:
-            first, rest = cascade(recipe, *CASCADES[experiment.variant])
-            stage = fit(recipe.override(*first), Path(f"{folder}-first"), resume=True, progress=False)
-            seconds, steps, epochs = stage.train_seconds, stage.steps, stage.epochs
-            command = f"{experiment.command(first, '-first')} && {experiment.command([*rest, START_FROM + LAST])}"
-            recipe = recipe.override(*rest, f"{START_FROM}{stage.output / LAST}")
         result = fit(recipe, folder, resume=True, progress=False)
-        seconds, steps, epochs = seconds + result.train_seconds, steps + result.steps, epochs + result.epochs
         # The loop is gone but for cycles, which hold the memory of a recorded step.
         gc.collect()
         if torch.cuda.is_available():
@@ -255,15 +234,15 @@ class Bench:
             "model": recipe.model.name if recipe.model else None,
             "method": recipe.method if experiment.variant != "ours" else "ours",
             "act_bits": experiment.bits,
-            "epochs": epochs,
-            "steps": steps,
+            "epochs": result.epochs,
+            "steps": result.steps,
             "batch": recipe.batch_size,
-            "train_seconds": seconds,
-            "train_images_per_s": steps * recipe.batch_size / seconds,
+            "train_seconds": result.train_seconds,
+            "train_images_per_s": result.steps * recipe.batch_size / result.train_seconds,
             "loader_idle": result.loader_idle,
             "peak_gb": result.peak_gb,
             "recipe": experiment.recipe_name,
-            "command": command,
+            "command": experiment.command(),
         }
         if experiment.variant == "float":
             row |= {"float_top1": result.top1, "images": result.images}
@@ -274,7 +253,6 @@ class Bench:
             row |= self._measure(experiment, recipe, result.model, row["float_top1"])
         if not self.keep:
             shutil.rmtree(folder)
-            shutil.rmtree(f"{folder}-first", ignore_errors=True)
         return row | {"wall_seconds": time.perf_counter() - start, **_device()}
 
     def _measure(self, experiment: Experiment, recipe: Recipe, student: Any, float_top1: float) -> dict[str, Any]:

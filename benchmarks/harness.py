@@ -21,6 +21,7 @@ _PLAIN = [
     "activations_first.epochs=0",
     "oscillation.weight=0",
     "anneal.share=0",
+    "cascade.share=0",
 ]
 # The loss of the paper, in its own weights.
 _PAPER = [*_PLAIN, "distill.label=0.5", "distill.hard=0.5", "distill.soft=0", "distill.feature=0", "distill.dgd=1.0"]
@@ -36,6 +37,9 @@ METHODS: dict[str, list[str]] = {
     "ours": [],
 }
 _SOFT = ["method=qvit", *_PLAIN, *SOFT]
+_FEATURES = [*_SOFT, "distill.feature=1", "distill.feature_blocks=all"]
+_CASCADE = ["cascade.share=0.25", "cascade.bits=4"]
+_MIXED = ["data.mixup=0.8", "data.cutmix=1.0"]
 _EACH_INPUT, _EACH_WEIGHT = '"blocks.*.input"', '"blocks.*.weight"'
 # One thing each, on top of Q-ViT with soft teacher logits.
 VARIANTS: dict[str, list[str]] = METHODS | {
@@ -47,10 +51,9 @@ VARIANTS: dict[str, list[str]] = METHODS | {
     "oscillation": [*_SOFT, "oscillation.weight=0.01"],
     "features": [*_SOFT, "distill.feature=1"],
     "activations-first": [*_SOFT, "activations_first.epochs=2"],
-    "features-all": [*_SOFT, "distill.feature=1", "distill.feature_blocks=all"],
+    "features-all": _FEATURES,
     "statsq-anneal": [*_SOFT, "quant.weight_quantizer=statsq", "anneal.share=0.1"],
-    # A quarter of the epochs at 4 bits, the rest from there.
-    "cascade": [*_SOFT],
+    "cascade": [*_SOFT, *_CASCADE],
     "no-equalise": [*_SOFT, "quant.equalise=false"],
     "per-token": [*_SOFT, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
     "v-per-head": [*_SOFT, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
@@ -63,8 +66,28 @@ VARIANTS: dict[str, list[str]] = METHODS | {
         f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_128}}, {_EACH_WEIGHT}: {{scale: per_group_128}}}}",
     ],
 }
-# Variants that start from a student with more bits, which is trained first: its bits, and its share of all epochs.
-CASCADES: dict[str, tuple[int, float]] = {"cascade": (4, 0.25)}
+# The same on top of feature matching of all blocks.
+VARIANTS |= {
+    "all-3": [*_FEATURES, "distill.feature=3"],
+    "all-10": [*_FEATURES, "distill.feature=10"],
+    "all-no-dgd": [*_FEATURES, "distill.dgd=0"],
+    "all-no-irm": [*_FEATURES, "method=dgd"],
+    "all-mixed": [*_FEATURES, *_MIXED],
+    "all-double-lr": [*_FEATURES, "optim.lr=1.0e-3"],
+    "all-half-batch": [*_FEATURES, "batch_size=64"],
+    "all-3-double-lr": [*_FEATURES, "distill.feature=3", "optim.lr=1.0e-3"],
+    "all-3-mixed": [*_FEATURES, "distill.feature=3", *_MIXED],
+    "all-3-mixed-double-lr": [*_FEATURES, "distill.feature=3", *_MIXED, "optim.lr=1.0e-3"],
+    "all-statsq": [*_FEATURES, "quant.weight_quantizer=statsq"],
+    "all-cascade": [*_FEATURES, *_CASCADE],
+    "all-no-equalise": [*_FEATURES, "quant.equalise=false"],
+    "all-per-token": [*_FEATURES, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
+    "all-v-per-head": [*_FEATURES, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
+    "all-groups-64": [
+        *_FEATURES,
+        f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_64}}, {_EACH_WEIGHT}: {{scale: per_group_64}}}}",
+    ],
+}
 TITLES = {
     "float": "float",
     "baseline": "baseline (LSQ)",
@@ -88,6 +111,22 @@ TITLES = {
     "v-per-head": "soft, v scaled per head",
     "groups-64": "soft, groups of 64 channels",
     "groups-128": "soft, groups of 128 channels",
+    "all-3": "all blocks, features weigh 3",
+    "all-10": "all blocks, features weigh 10",
+    "all-no-dgd": "all blocks, no DGD",
+    "all-no-irm": "all blocks, no IRM",
+    "all-mixed": "all blocks, mixup and cutmix",
+    "all-double-lr": "all blocks, twice the learning rate",
+    "all-half-batch": "all blocks, half the batch",
+    "all-3-double-lr": "all blocks, features weigh 3, twice the learning rate",
+    "all-3-mixed": "all blocks, features weigh 3, mixup and cutmix",
+    "all-3-mixed-double-lr": "all blocks, features weigh 3, mixup and cutmix, twice the learning rate",
+    "all-statsq": "all blocks, StatsQ weights",
+    "all-cascade": "all blocks, first a quarter of the epochs at 4 bits",
+    "all-no-equalise": "all blocks, not equalised",
+    "all-per-token": "all blocks, inputs scaled per token",
+    "all-v-per-head": "all blocks, v scaled per head",
+    "all-groups-64": "all blocks, groups of 64 channels",
 }
 
 

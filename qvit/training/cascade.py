@@ -2,15 +2,44 @@
 
 The weights of such a student have learned to be quantized, and its q and k are rectified. They are taken over as they are;
 scales and offsets are calibrated anew for the new widths. The float model remains the teacher.
+
+A run with ``cascade.share`` does both: the first stage is a run of its own in the folder `FIRST_STAGE` of its output, with a
+learning rate that rises and falls within it; the second starts from its student.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from qvit.errors import RecipeError
-from qvit.training.checkpoint import load_student
+from qvit.training.checkpoint import LAST, load_student
+from qvit.training.recipe import Recipe
+
+FIRST_STAGE = "first_stage"
+
+
+def cascade_stages(recipe: Recipe, output: Path) -> tuple[Recipe, Recipe]:
+    """The recipes of both stages of a recipe that `Recipe.cascades`, which share its epochs.
+
+    Annealing and oscillation regularisation belong to the end of training, a first stage of activations alone to its beginning.
+
+    Args:
+        recipe: of the whole run.
+        output: its folder; the first stage's is `FIRST_STAGE` in it.
+    """
+    epochs, bits = recipe.schedule.epochs, recipe.cascade.bits
+    first = min(max(round(recipe.cascade.share * epochs), 1), epochs - 1)
+
+    def lasting(count: int) -> list[str]:
+        return [f"schedule.epochs={count}", f"schedule.warmup_epochs={min(recipe.schedule.warmup_epochs, count):g}"]
+
+    wide = [f"quant.{key}=null" for key in ("weight_bits", "act_bits", "budget_mb", "budget_bops", "sensitivities")]
+    wide += [f"quant.bits={bits}", "cascade.share=0", "anneal.share=0", "oscillation.weight=0"]
+    start = f"quant.start_from={json.dumps(str(output / FIRST_STAGE / LAST))}"
+    begins = recipe.override(*wide, *lasting(first))
+    return begins, recipe.override(start, "activations_first.epochs=0", *lasting(epochs - first))
 
 
 def take_over(student: Any, path: Path) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from rich.console import Console
 from torch import nn
 
 from qvit.errors import InputError, RecipeError, TrainingError
+from qvit.training.cascade import FIRST_STAGE, cascade_stages
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
+from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.logs import RunLog
 from qvit.training.loop import TrainingLoop
 from qvit.training.recipe import Recipe
@@ -60,6 +66,8 @@ def fit(
 ) -> TrainingResult:
     """Trains what a recipe describes, in this process and those that were launched with it.
 
+    With ``cascade.share``, in two stages (`qvit.training.cascade`).
+
     Args:
         recipe: what to do.
         output: folder of the run, made if need be.
@@ -73,10 +81,35 @@ def fit(
         TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
+    if recipe.cascades:
+        return _fit_cascade(recipe, Path(output), model, teacher, resume, progress)
     with _out_of_memory():
         loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
         with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
             return loop.run(log)
+
+
+def _fit_cascade(
+    recipe: Recipe, output: Path, model: nn.Module | None, teacher: nn.Module | None, resume: bool, progress: bool
+) -> TrainingResult:
+    """Both stages of a cascade, one after the other; a first stage that is done is not trained again."""
+    if hasattr(model, "qvit"):
+        raise RecipeError("A cascade starts from a float model, and this one is quantized: set cascade.share to 0.")
+    _checkpoint_of(output, resume)
+    begins, ends = cascade_stages(recipe, output)
+    if progress and os.environ.get("RANK", "0") == "0":
+        epochs = f"{begins.schedule.epochs} of {recipe.schedule.epochs} epochs"
+        Console(stderr=True).print(f"first stage: {recipe.cascade.bits} bits, {epochs}", highlight=False)
+    try:
+        first = fit(begins, output / FIRST_STAGE, model=model, teacher=teacher, resume=resume, progress=progress)
+    except TrainingInterrupted:
+        raise TrainingInterrupted(f"Stopped in the first stage of the cascade: resume the run in {output} to go on.") from None
+    first = replace(first, model=nn.Module())
+    # The loop is gone but for cycles, which hold its model and the memory of a recorded step.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return fit(ends, output, model=model, teacher=teacher, resume=resume, progress=progress).behind(first)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from qvit.training.recipe_errors import sentence
 from qvit.training.sections import (
     ActivationsFirstSection,
     AnnealSection,
+    CascadeSection,
     DataSection,
     DistillSection,
     ModelSection,
@@ -59,6 +60,7 @@ class Recipe(Section):
     optim: OptimSection = OptimSection()
     schedule: ScheduleSection = ScheduleSection()
     activations_first: ActivationsFirstSection = ActivationsFirstSection()
+    cascade: CascadeSection = CascadeSection()
     oscillation: OscillationSection = OscillationSection()
     anneal: AnnealSection = AnnealSection()
     batch_size: Annotated[int, Field(ge=1)] = 128
@@ -89,6 +91,8 @@ class Recipe(Section):
                 f"activations_first.epochs is {first}, which leaves no epoch of {self.schedule.epochs} for the weights to join "
                 "(and anneal): use fewer"
             )
+        if self.cascades and self.schedule.epochs < 2:
+            raise ValueError("schedule.epochs is 1, and a cascade has two stages: use more, or set cascade.share to 0")
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr is more than optim.lr ({self.optim.lr})")
         return self
@@ -110,6 +114,13 @@ class Recipe(Section):
     def quantized(self) -> bool:
         """Whether the model is quantized at all."""
         return self.method != "float"
+
+    @property
+    def cascades(self) -> bool:
+        """Whether a first stage at more bits comes before what the rest of the recipe describes."""
+        q = self.quant
+        fewer = q.has_budget or min(q.weight_bits or q.bits, q.act_bits or q.bits) < self.cascade.bits
+        return self.quantized and self.cascade.share > 0 and fewer and q.start_from is None
 
     @property
     def mixes(self) -> bool:

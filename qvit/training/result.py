@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -38,3 +38,13 @@ class TrainingResult:
     train_images_per_s: float
     loader_idle: float
     peak_gb: float
+
+    def behind(self, first: TrainingResult) -> TrainingResult:
+        """The same of a run whose first stage ended as ``first``: epochs, steps and seconds of both."""
+        return replace(
+            self,
+            epochs=first.epochs + self.epochs,
+            steps=first.steps + self.steps,
+            train_seconds=first.train_seconds + self.train_seconds,
+            peak_gb=max(first.peak_gb, self.peak_gb),
+        )

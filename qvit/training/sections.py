@@ -122,7 +122,7 @@ class QuantSection(Section):
         sensitivities: file of the measurements that a budget needs; read where it exists, else written.
         calibration_images: training images, not augmented, that calibration sees.
         start_from: checkpoint of a student of the same model at more bits, whose weights are taken over
-            (`qvit.training.cascade`); the float model is only the teacher then.
+            (`qvit.training.cascade`, and ``cascade`` for both in one run); the float model is only the teacher then.
     """
 
     bits: Bits = 4
@@ -229,6 +229,20 @@ class ActivationsFirstSection(Section):
 
     epochs: Annotated[int, Field(ge=0)] = 0
     feature: Weight = 1.0
+
+
+class CascadeSection(Section):
+    """A first stage at more bits, from whose student the run then starts (`qvit.training.cascade`).
+
+    Not read where the method is ``float``, where the student has no fewer bits, or where ``quant.start_from`` is set.
+
+    Attributes:
+        share: of ``schedule.epochs``, for the first stage; 0 for none.
+        bits: of weights and activations in it.
+    """
+
+    share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bits: Bits = 4
 
 
 class OscillationSection(Section):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from experiments import DATA_SETS, Bench, Experiment, cascade
+from experiments import DATA_SETS, Bench, Experiment
 from harness import TITLES, VARIANTS
 
 import qvit
@@ -75,15 +75,6 @@ def test_names_and_commands_tell_experiments_apart() -> None:
     assert "--checkpoint" not in experiments[5].command()
     assert "--teacher" not in experiments[5].command()
     assert "--teacher vit_small_patch14_224_imagenette.safetensors" in experiments[6].command()
-
-
-def test_a_cascade_shares_the_epochs() -> None:
-    recipe = Recipe.load("imagenette", ["schedule.epochs=8", "schedule.warmup_epochs=2.5"])
-    first, rest = cascade(recipe, 4, 0.25)
-    assert first == ["quant.bits=4", "schedule.epochs=2", "schedule.warmup_epochs=2"]
-    assert rest == ["schedule.epochs=6", "schedule.warmup_epochs=2.5"]
-    assert recipe.override(*first).quant.bits == 4
-    assert cascade(recipe.override("schedule.epochs=3"), 4, 0.01)[0][1] == "schedule.epochs=1"
 
 
 def test_packed_files_are_unpacked_once(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import qvit.training.setup
-from qvit.errors import RecipeError, WeightsError
+from qvit.errors import RecipeError, TrainingError, WeightsError
+from qvit.training.cascade import FIRST_STAGE, cascade_stages
 from qvit.training.checkpoint import LAST, load_student
 from qvit.training.engine import fit
+from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.provenance import provenance_of
 from qvit.training.recipe import Recipe
 
+from .helpers import interrupt_at_step
 from .test_engine import RANDOM, metrics, same_tensors
 
 MakeRecipe = Callable[..., Recipe]
@@ -83,3 +86,78 @@ def test_what_does_not_fit_is_refused(start: Path, tiny_recipe: MakeRecipe, tmp_
     refused("There is no checkpoint", WeightsError, quant={"start_from": str(tmp_path / "none.safetensors")})
     fit(tiny_recipe(method="float", schedule={"epochs": 1}), tmp_path / "float", progress=False)
     refused("holds a float model", WeightsError, quant={"start_from": str(tmp_path / "float" / LAST)})
+
+
+CASCADE: dict[str, Any] = {"quant": {"bits": 2}, "schedule": {"epochs": 3, "warmup_epochs": 1.5}, "cascade": {"share": 0.4}}
+
+
+def test_the_stages_share_the_epochs(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(**CASCADE | {"anneal": {"share": 0.1}, "oscillation": {"weight": 0.01}})
+    recipe = recipe.override("schedule.epochs=8", "activations_first.epochs=1", "quant.act_bits=3")
+    first, second = cascade_stages(recipe, tmp_path)
+    assert (first.schedule.epochs, second.schedule.epochs) == (3, 5)
+    assert (first.schedule.warmup_epochs, second.schedule.warmup_epochs) == (1.5, 1.5)
+    assert (first.model_spec().weight_bits, first.model_spec().act_bits) == (4, 4)
+    assert (second.model_spec().weight_bits, second.model_spec().act_bits) == (2, 3)
+    assert (first.activations_first.epochs, second.activations_first.epochs) == (1, 0)
+    assert (first.anneal.share, second.anneal.share) == (0, 0.1)
+    assert (first.oscillation.weight, second.oscillation.weight) == (0, 0.01)
+    assert second.quant.start_from == tmp_path / FIRST_STAGE / LAST
+    assert not first.cascades
+    assert not second.cascades
+    few = cascade_stages(recipe.override("cascade.share=0.01", "schedule.epochs=2", "activations_first.epochs=0"), tmp_path)
+    assert [stage.schedule.epochs for stage in few] == [1, 1]
+
+
+def test_where_a_recipe_cascades(tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe(**CASCADE)
+    assert recipe.cascades
+    assert recipe.override("quant.bits=4", "quant.act_bits=3").cascades
+    assert recipe.override("quant.bits=4", "quant.budget_mb=1").cascades
+    others = ("cascade.share=0", "quant.bits=4", "cascade.bits=2", "method=float", "quant.start_from=other.safetensors")
+    for other in others:
+        assert not recipe.override(other).cascades, other
+    with pytest.raises(RecipeError, match=r"schedule.epochs is 1, and a cascade has two stages"):
+        recipe.override("schedule.epochs=1", "schedule.warmup_epochs=0")
+
+
+def test_a_cascade_is_both_runs_in_one(tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(**CASCADE)
+    result = fit(recipe, tmp_path / "run")
+    assert "first stage: 4 bits, 1 of 3 epochs" in capsys.readouterr().err
+    by_hand = tmp_path / "by_hand"
+    one = {"warmup_epochs": 1}
+    first = fit(tiny_recipe(quant={"bits": 4}, schedule={"epochs": 1} | one), by_hand / "4", progress=False)
+    start = {"bits": 2, "start_from": str(by_hand / "4" / LAST)}
+    second = fit(tiny_recipe(quant=start, schedule=CASCADE["schedule"] | {"epochs": 2}), by_hand / "2", progress=False)
+    assert same_tensors(tmp_path / "run" / FIRST_STAGE / LAST, by_hand / "4" / LAST)
+    assert same_tensors(tmp_path / "run" / LAST, by_hand / "2" / LAST)
+    assert (result.epochs, result.steps) == (3, first.steps + second.steps)
+    assert result.train_seconds > 0
+    assert result.output == tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"run holds a run already"):
+        fit(recipe, tmp_path / "run", progress=False)
+    again = fit(recipe, tmp_path / "run", resume=True, progress=False)
+    assert (again.epochs, again.steps, again.train_seconds) == (3, result.steps, result.train_seconds)
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_cascade_goes_on_where_it_was_stopped(
+    step: int, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(**CASCADE)
+    whole = fit(recipe, tmp_path / "whole", progress=False)
+    assert whole.steps == 15  # five of them in the first stage
+    where = "first stage of the cascade" if step == 3 else f"after step {step - 5} of"
+    with monkeypatch.context() as patch:
+        interrupt_at_step(patch, step)
+        with pytest.raises(TrainingInterrupted, match=rf"{where}.*resume the run in {tmp_path / 'run'} to go on"):
+            fit(recipe, tmp_path / "run", progress=False)
+    fit(recipe, tmp_path / "run", resume=True, progress=False)
+    assert same_tensors(tmp_path / "run" / LAST, tmp_path / "whole" / LAST)
+
+
+def test_a_quantized_model_cannot_cascade(start: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"set cascade.share to 0"):
+        fit(tiny_recipe(**CASCADE), tmp_path / "run", model=load_student(start)[0], progress=False)
+    assert not (tmp_path / "run").exists()
