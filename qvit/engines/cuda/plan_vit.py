@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,10 +10,8 @@ import torch
 from qvit.architecture import VitArchitecture
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.plan import Plan
-from qvit.engines.cuda.row_chunks import Rows, is_chunked, row_chunks
+from qvit.engines.cuda.row_chunks import Rows, chunk_rows, row_chunks
 from qvit.engines.cuda.shape import Shape
-
-_RowWise = tuple[str, Callable[[Rows], None]]  # a launch's name, and what makes it for some rows
 
 
 class VitPlan(Plan):
@@ -28,12 +25,13 @@ class VitPlan(Plan):
         self._shape = Shape(batch, a.num_tokens, a.embed_dim, a.num_heads, a.mlp_hidden)
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         first, x = self._floats(rows, width), self._floats(rows, width)
-        self._row_chunks = row_chunks(rows)
+        one_bit = self._bits(constants.blocks[0]["proj"]) is not None
+        self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, self._gpu.hopper, self._gpu.multiprocessors))
         # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
         may_be_late = self._may_be_late
         self._may_be_late = may_be_late and len(self._row_chunks) == 1
         # Codes of fc2's input are written and read chunk by chunk, where they are not to be seen.
-        self._hidden_again = not with_map and is_chunked("fc1") and is_chunked("fc2")
+        self._hidden_again = not with_map
         most = max(part.count for part in self._row_chunks) if self._hidden_again else rows
         codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(most, a.mlp_hidden)
         normed = self._codes(rows, width) if with_map else codes  # seen when the next block's norm has followed
@@ -108,19 +106,17 @@ class VitPlan(Plan):
 
         behind_proj = block["norm2"], block["fc1"]
         launches = [
-            *self._added(("proj", "norm2"), block, "ls1", attended, source, x, behind_proj, normed, lambda rows: rows),
-            ("fc1", fc1),
-            *self._added(("fc2", "norm1"), block, "ls2", hidden, x, x, following, codes, within),
+            *self._added("proj", block, "ls1", attended, source, x, behind_proj, normed, lambda rows: rows),
+            fc1,
+            *self._added("fc2", block, "ls2", hidden, x, x, following, codes, within),
         ]
-        for chunked, together in groupby(launches, key=lambda launch: is_chunked(launch[0])):
-            makers = [make for _, make in together]
-            for rows in self._row_chunks if chunked else [Rows(0, self._shape.rows)]:
-                for make in makers:
-                    make(rows)
+        for rows in self._row_chunks:
+            for launch in launches:
+                launch(rows)
 
     def _added(
         self,
-        names: tuple[str, str],
+        name: str,
         block: dict[str, Any],
         scale: str,
         a: torch.Tensor,
@@ -129,9 +125,9 @@ class VitPlan(Plan):
         following: tuple[c.NormConstants, c.LinearConstants] | None,
         codes: torch.Tensor,
         of_a: Callable[[Rows], Rows],
-    ) -> list[_RowWise]:
+    ) -> list[Callable[[Rows], None]]:
         """``x = source + scale * layer(a)`` and the norm that follows, of some rows; ``of_a`` is where they are in ``a``."""
-        layer: c.LinearConstants = block[names[0]]
+        layer: c.LinearConstants = block[name]
         behind = self._norm_behind(layer, self._shape.rows) is not None
 
         def product(rows: Rows) -> None:
@@ -152,7 +148,7 @@ class VitPlan(Plan):
             out = self._codes_of(codes, following[1], rows)
             self._norm(following[0], rows.floats(x), out, rows.count, x.shape[1], following[1])
 
-        return [(names[0], product), *([] if behind or following is None else [(names[1], norm)])]
+        return [product] if behind or following is None else [product, norm]
 
     def _codes_of(self, memory: torch.Tensor, layer: c.LinearConstants, rows: Rows) -> torch.Tensor:
         """Codes that a layer of a block reads, from the first of some rows on."""

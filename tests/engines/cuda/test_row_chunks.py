@@ -9,16 +9,15 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, row_chunks, tiles
+from qvit.engines.cuda import CudaEngine, plan_vit, tiles
 from qvit.engines.cuda.arguments import Launch
-from qvit.engines.cuda.row_chunks import Rows
+from qvit.engines.cuda.row_chunks import Rows, chunk_rows, row_chunks
 from qvit.integer.model import IntegerModel
 from qvit.spec import ModelSpec
 from tests.engines.cuda.emulator import Emulated, open_gpu
 from tests.engines.cuda.test_cuda import SMALL, check
 
 Factory = Callable[..., Any]
-ALL = ("proj", "norm2", "fc1", "fc2", "norm1")
 COUNT = 66  # images of 5 tokens: 330 rows
 PRODUCTS = ("gemm", "gemm_few", "gemm_hopper")
 
@@ -35,9 +34,8 @@ PRODUCTS = ("gemm", "gemm_few", "gemm_hopper")
         (16896, 197, [197]),
     ],
 )
-def test_chunks(size: int, rows: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_chunks, "_CHUNK_ROWS", size)
-    chunks = row_chunks.row_chunks(rows)
+def test_chunks(size: int, rows: int, wanted: list[int]) -> None:
+    chunks = row_chunks(rows, size)
     assert [one.count for one in chunks] == wanted
     assert [one.first for one in chunks] == [sum(wanted[:i]) for i in range(len(wanted))]
 
@@ -57,22 +55,24 @@ def rows_of(launch: Launch) -> int:
     return launch.values["rows"] if launch.kernel == "norm" else launch.values["m"]
 
 
-def within_blocks(model: IntegerModel, gpu: Any) -> list[tuple[str, int]]:
+def in_chunks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: size)
+
+
+def within_blocks(model: IntegerModel, gpu: Any, count: int = COUNT) -> list[tuple[str, int]]:
     """What is launched over rows between one attention and the next: what leaves it, and how many rows."""
     kinds = {0: "floats", 1: "activation", 2: "heads", 3: "floats and codes"}
-    launches = CudaEngine(model, gpu).launches(COUNT)
+    launches = CudaEngine(model, gpu).launches(count)
     (first, second) = (i for i, one in enumerate(launches) if one.kernel == "attention")
     return [(kinds.get(one.defines.get("EPILOGUE", -1), one.kernel), rows_of(one)) for one in launches[first + 1 : second]]
 
 
 @pytest.mark.parametrize(
-    ("bits", "width", "size", "count", "chunked", "fused"),
+    ("bits", "width", "size", "count", "fused"),
     [
-        (4, 128, 128, COUNT, ALL, False),
-        (2, 64, 128, COUNT, ALL, False),  # planes of bits, though chunks have too few tiles for them, and for LayerNorm behind
-        (2, 128, 256, 80, ALL, True),  # LayerNorm behind the products of a chunk,
-        (4, 128, 128, COUNT, ("fc1", "fc2"), False),
-        (4, 128, 128, COUNT, ("proj", "norm2", "norm1"), False),
+        (4, 128, 128, COUNT, False),
+        (2, 64, 128, COUNT, False),  # planes of bits, though chunks have too few tiles for them, and for LayerNorm behind
+        (2, 128, 256, 80, True),  # LayerNorm behind the products of a chunk
     ],
 )
 def test_same_codes_and_logits(
@@ -80,15 +80,13 @@ def test_same_codes_and_logits(
     width: int,
     size: int,
     count: int,
-    chunked: tuple[str, ...],
     fused: bool,
     make_student: Factory,
     small_vit: Factory,
     perturb: Factory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(row_chunks, "_CHUNK_ROWS", size)
-    monkeypatch.setattr(row_chunks, "_CHUNKED", chunked)
+    in_chunks_of(size, monkeypatch)
     gpu = open_gpu(hopper=True)
     model = qvit.freeze(perturb(small(make_student, small_vit, bits, width)))
     launches = [one for one in CudaEngine(model, gpu).launches(count) if one.kernel in PRODUCTS]
@@ -108,14 +106,21 @@ def test_launches_take_turns(
     model = qvit.freeze(perturb(small(make_student, small_vit, 4, 128)))
     names = ["floats", "norm", "activation", "floats", "norm"]
     whole = [*((name, 330) for name in names), ("heads", 330)]
+    in_chunks_of(0, monkeypatch)
     assert within_blocks(model, gpu) == whole
     last = CudaEngine(model, gpu).launches(COUNT)[-1]
     assert last.defines["NORM"] == 1
-    monkeypatch.setattr(row_chunks, "_CHUNK_ROWS", 128)
+    in_chunks_of(128, monkeypatch)
     assert within_blocks(model, gpu) == [*((name, rows) for rows in (128, 128, 74) for name in names), whole[-1]]
     assert CudaEngine(model, gpu).launches(COUNT)[-1].code == last.code  # with the norm in front, as without chunks
-    monkeypatch.setattr(row_chunks, "_CHUNKED", ("fc1", "fc2"))
-    between = [(name, rows) for rows in (128, 128, 74) for name in ("activation", "floats")]
-    assert within_blocks(model, gpu) == [*whole[:2], *between, *whole[4:]]
-    monkeypatch.setattr(row_chunks, "_CHUNK_ROWS", 512)  # one chunk
+    in_chunks_of(512, monkeypatch)  # one chunk
     assert within_blocks(model, gpu) == whole
+
+
+def test_where_chunks_pay(make_student: Factory, small_vit: Factory) -> None:
+    assert chunk_rows(384, False, True, 132) == 16896
+    assert chunk_rows(384, True, True, 132) == 0
+    assert chunk_rows(384, False, False, 132) == 0
+    model = qvit.freeze(small(make_student, small_vit, 4, 128))
+    rows = {rows for name, rows in within_blocks(model, Emulated(hopper=True), 100) if name != "heads"}
+    assert rows == {256, 244}, "a tile of 128 rows for each of two multiprocessors"
