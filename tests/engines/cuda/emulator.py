@@ -42,7 +42,9 @@ class Emulated:
         self._libraries: dict[Path, Any] = {}
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
-        self._library(launch).emulate(ctypes.byref(launch.packed), *launch.grid, launch.threads, launch.shared)
+        library = self._library(launch)
+        library.emulate(ctypes.byref(launch.packed), *launch.grid, launch.threads, launch.shared)
+        assert library.emulated_touched_twice() == 0
 
     def prepared(self, launch: Launch, behind: bool = False) -> Queue:
         return lambda stream: self.launch(launch)
