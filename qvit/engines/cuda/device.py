@@ -94,7 +94,6 @@ class Gpu:
         self._driver = driver
         with torch.cuda.device(self.device):
             torch.zeros(1, device=self.device)  # makes PyTorch's context
-            torch.cuda.synchronize()
             self._context = driver.cuCtxGetCurrent()[1]
         self._overlaps = major >= _OVERLAP_CAPABILITY and driver.cuDriverGetVersion()[1] >= _OVERLAP_DRIVER
         self._functions: dict[str, Any] = {}
