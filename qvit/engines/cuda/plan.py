@@ -452,7 +452,7 @@ class Plan(ABC):
             width = shape.head_dim
             if few_tiles.SPREAD and isinstance(tile, FewTile):
                 width = 8  # columns in their own order
-                tile = tile.with_spread(16 * tile.bn + 256)
+                tile = tile.with_spread(20 * tile.bn)
             values |= heads.permuted.arrays(layer, width, bits)
         defines = {
             "EPILOGUE": _HEADS,
