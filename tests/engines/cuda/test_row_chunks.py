@@ -119,6 +119,7 @@ def test_launches_take_turns(
 
 def test_where_chunks_pay(make_student: Factory, small_vit: Factory) -> None:
     assert chunk_rows(384, False, True, 132) == 16896
+    assert chunk_rows(768, False, True, 132) == 8448
     assert chunk_rows(384, True, True, 132) == 0
     assert chunk_rows(384, False, False, 132) == 0
     model = qvit.freeze(small(make_student, small_vit, 4, 128))
