@@ -104,7 +104,8 @@ def _clock_of(engine: CudaEngine) -> Clock:
             return milliseconds(run, engine.device, calls=1) / times
         run()  # compiled before it is recorded
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(engine.device), torch.cuda.graph(graph):
+        # On a stream of the engine's GPU: PyTorch's own for recording is of the GPU that recorded first.
+        with torch.cuda.device(engine.device), torch.cuda.graph(graph, stream=torch.cuda.Stream(engine.device)):
             run()
         return milliseconds(graph.replay, engine.device) / times
 

@@ -100,7 +100,7 @@ def workers_of(workers: int | None) -> int:
 
 
 def device_of(device: str | None) -> str:
-    """The device that ``--device`` names, by default a GPU where there is one.
+    """The device that ``--device`` names, by default a GPU where there is one; a numbered GPU becomes PyTorch's current one.
 
     Raises:
         InputError: PyTorch has no such device here.
@@ -113,4 +113,7 @@ def device_of(device: str | None) -> str:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"There is no device {device!r} here: use cpu, or cuda where there is a GPU.") from None
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)  # Triton's kernels and a step's timing go to the current one, wherever tensors are
     return device

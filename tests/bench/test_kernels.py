@@ -150,13 +150,16 @@ def test_on_a_gpu_a_graph_of_many_launches_is_timed(monkeypatch: pytest.MonkeyPa
         return 10.0
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    streams: list[str] = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext(streams.append(stream)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(kernels, "milliseconds", milliseconds)
     clock = kernels._clock_of(OnGpu())  # type: ignore[arg-type]
     assert clock(["a", "b", "c", "d", "e"]) == 2.0  # type: ignore[list-item]
     # Launched, so that they are compiled, and recorded: five times five are the first number above 24.
     assert launched == [*"abcde"] * 10 + ["replay"]
+    assert streams == ["stream of cuda"]
 
 
 def test_a_kernel_that_is_not_known_counts_what_it_is_given() -> None:

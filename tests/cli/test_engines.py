@@ -11,6 +11,7 @@ import torch
 
 import qvit
 from qvit.cli.engines import open_runner
+from qvit.cli.images import device_of
 from qvit.errors import FileFormatError, InputError
 
 
@@ -43,6 +44,15 @@ def test_the_cuda_engine(
     monkeypatch.setattr("qvit.engines.cuda.CudaEngine", lambda _model, device: f"cuda engine on {device}")
     assert open_runner(path, "cuda", None, None).engine == "cuda engine on cuda"
     assert open_runner(path, "cuda", "cuda:1", None).engine == "cuda engine on cuda:1"
+
+
+def test_one_gpu_of_several_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of training go there, not to where tensors are."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert [device_of(device) for device in ("cuda:1", "cuda", "cpu")] == ["cuda:1", "cuda", "cpu"]
+    assert current == [torch.device("cuda:1")]
 
 
 def test_the_commands_name_the_cuda_engine(

@@ -94,12 +94,13 @@ class CudaEngine:
 
     def _logits(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         try:
-            if codes is not None:
-                plan = self._plan(len(images), with_map=True)
-                logits = self._shown(plan, images, codes)
-            else:
-                replay = self._replay(len(images))
-                plan, logits = replay.plan, replay.run(images)
+            with self._gpu.current():
+                if codes is not None:
+                    plan = self._plan(len(images), with_map=True)
+                    logits = self._shown(plan, images, codes)
+                else:
+                    replay = self._replay(len(images))
+                    plan, logits = replay.plan, replay.run(images)
         except torch.OutOfMemoryError:
             self._plans.clear()
             raise InputError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,8 @@ _OVERLAP_CAPABILITY, _OVERLAP_DRIVER = 9, 12030  # what programmatic dependent l
 
 Queue = Callable[[Any], None]  # queues a kernel on a stream
 
+_NOTHING = nullcontext()
+
 
 class Device(Protocol):
     """What runs launches."""
@@ -34,6 +37,10 @@ class Device(Protocol):
         """The current one."""
         ...
 
+    def current(self) -> AbstractContextManager[object]:
+        """Within it, the calling thread may queue what has been `prepared`, record it and replay it."""
+        ...
+
     def launch(self, launch: Launch, behind: bool = False) -> None:
         """Runs a kernel, or queues it.
 
@@ -44,7 +51,7 @@ class Device(Protocol):
         ...
 
     def prepared(self, launch: Launch, behind: bool = False) -> Queue:
-        """`launch` on a stream, again and again: all that can be done beforehand is done."""
+        """`launch` on a stream, again and again: all that can be done beforehand is done. Within `current`."""
         ...
 
 
@@ -84,8 +91,10 @@ class Gpu:
         self.architecture = f"sm_{major}{minor}{'a' if self.hopper else ''}"
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.tuned = tuned_for(self.name)
-        torch.zeros(1, device=self.device)  # makes PyTorch's context
         self._driver = driver
+        with torch.cuda.device(self.device):
+            torch.zeros(1, device=self.device)  # makes PyTorch's context
+            self._context = driver.cuCtxGetCurrent()[1]
         self._overlaps = major >= _OVERLAP_CAPABILITY and driver.cuDriverGetVersion()[1] >= _OVERLAP_DRIVER
         self._functions: dict[str, Any] = {}
 
@@ -99,9 +108,20 @@ class Gpu:
         """PyTorch's current one, as the driver knows it."""
         return torch.cuda.current_stream(self.device).cuda_stream
 
+    def current(self) -> AbstractContextManager[object]:
+        """See `Device`: kernels are loaded and launched in the thread's context, which may be another GPU's, or none at all."""
+        return _NOTHING if int(self._driver.cuCtxGetCurrent()[1]) == int(self._context) else self._entered()
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        with torch.cuda.device(self.device):  # does nothing where a new thread has this GPU by default, but no context yet
+            self._driver.cuCtxSetCurrent(self._context)
+            yield
+
     def launch(self, launch: Launch, behind: bool = False) -> None:
         """Queues a kernel on the current stream; see `Device`."""
-        self.prepared(launch, behind)(self.stream)
+        with self.current():
+            self.prepared(launch, behind)(self.stream)
 
     def prepared(self, launch: Launch, behind: bool = False) -> Queue:
         """See `Device`."""
@@ -141,20 +161,19 @@ class Gpu:
         return config
 
     def _load(self, launch: Launch) -> Any:
-        with torch.cuda.device(self.device):
-            code = compile_kernel(launch.kernel, launch.defines, self.architecture)
-            status, module = self._driver.cuModuleLoadData(code)
+        code = compile_kernel(launch.kernel, launch.defines, self.architecture)
+        status, module = self._driver.cuModuleLoadData(code)
+        self._check(status, launch.kernel)
+        status, function = self._driver.cuModuleGetFunction(module, b"kernel")
+        self._check(status, launch.kernel)
+        attributes = self._driver.CUfunction_attribute
+        if launch.shared > _SHARED_BY_DEFAULT:
+            most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            (status,) = self._driver.cuFuncSetAttribute(function, most, launch.shared)
             self._check(status, launch.kernel)
-            status, function = self._driver.cuModuleGetFunction(module, b"kernel")
-            self._check(status, launch.kernel)
-            attributes = self._driver.CUfunction_attribute
-            if launch.shared > _SHARED_BY_DEFAULT:
-                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                (status,) = self._driver.cuFuncSetAttribute(function, most, launch.shared)
-                self._check(status, launch.kernel)
-            preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-            (status,) = self._driver.cuFuncSetAttribute(function, preferred, _CARVEOUT)
-            self._check(status, launch.kernel)
+        preferred = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        (status,) = self._driver.cuFuncSetAttribute(function, preferred, _CARVEOUT)
+        self._check(status, launch.kernel)
         self._functions[launch.code] = function
         return function
 

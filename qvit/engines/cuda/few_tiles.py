@@ -92,9 +92,10 @@ class FewTile:
         return 32 * self.warps
 
     def shared(self, k: int) -> int:
-        """The sums of all shares, what an epilogue has beside them or codes on their way out, and codes of rows."""
+        """The sums of all shares, what an epilogue has beside them or codes on their way out, and codes of rows with what their
+        LayerNorm touches."""
         share = self.split * self.warps_n * self.units * self.bm * _UNIT
-        codes = self.bm // 2 * (2 * pad(k, _UNIT) + 16) if self.normed else share
+        codes = self.bm // 2 * (2 * pad(k, _UNIT) + 16) + 4 * 6 * -(-k // 8) if self.normed else share
         line = pad(self.bn - 8, 32) + 8 if self.spread else self.bn
         return 4 * self.split * self.bm * line + (self.beside if self.spread else self.warps * 16 * (self.part + 16)) + codes
 

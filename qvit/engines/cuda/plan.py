@@ -167,11 +167,19 @@ class Plan(ABC):
 
         self.steps[-1].taps[name] = read
 
-    def _bits(self, layer: c.LinearConstants) -> HopperTile | None:
-        """How a layer of a block is computed with one-bit products; ``None`` where it is not."""
+    def _bits(self, layer: c.LinearConstants, rows: int | None = None) -> HopperTile | None:
+        """How a layer of a block is computed with one-bit products; ``None`` where it is not.
+
+        With ``rows``, of so many rows of a chunk; that all rows go one way decides it for every chunk.
+        """
         if layer.b_planes is None or not (self._gpu.hopper and self._one_bit):
             return None
-        rows = self._shape.rows
+        whole = self._bits_of(layer, self._shape.rows)
+        if whole is None or rows is None:
+            return whole
+        return self._bits_of(layer, rows) or whole
+
+    def _bits_of(self, layer: c.LinearConstants, rows: int) -> HopperTile | None:
         choice = self._gpu.tuned.find("planes", rows, layer.m, layer.k, True)
         if choice is not None:
             return choice.tile if isinstance(choice.tile, HopperTile) else None
@@ -294,22 +302,18 @@ class Plan(ABC):
         codes: torch.Tensor,
         index: torch.Tensor | None = None,
         gather: torch.Tensor | None = None,
+        rows: int | None = None,
     ) -> None:
         """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where that is faster.
 
         With an index, int32 [rows], row r goes to row ``index[r]`` of out and codes; of the codes alone where its inverse
-        ``gather`` is beside it.
+        ``gather`` is beside it. ``rows``: of a chunk; all rows where it is left out.
         """
-        rows, width = self._shape.rows, out.shape[1]
-        tile = None
-        if following is not None and self._gpu.hopper:
-            bits = self._bits(layer) is not None
-            choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
-            rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
-            tile = rule if choice is None else choice.tile
+        rows, width = self._shape.rows if rows is None else rows, out.shape[1]
+        tile = None if following is None else self._norm_behind(layer, rows)
         if following is None or tile is None:
             to = None if gather is not None else index
-            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer))
+            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer, rows))
             if following is not None:
                 self._norm(following[0], out, codes, rows, width, following[1], index=gather)
             return
@@ -347,14 +351,25 @@ class Plan(ABC):
         }
         self._gemm(layer, defines, a, values, tile)
 
-    def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor) -> None:
+    def _norm_behind(self, layer: c.LinearConstants, rows: int) -> Tile | None:
+        """How a layer of a block is computed with LayerNorm behind it, in the same launch; ``None`` where it is not."""
+        if not self._gpu.hopper:
+            return None
+        bits = self._bits(layer) is not None
+        choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
+        rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+        return rule if choice is None else choice.tile
+
+    def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor, rows: int | None = None) -> None:
+        """fc1 of a block, and the codes that fc2 reads; ``rows`` of a chunk, or all."""
+        rows = self._shape.rows if rows is None else rows
         codes: c.CodeConstants = block["fc2_codes"]
         values = {
             "out": out,
             "inverse": codes.inverse,
             "offset": codes.offset,
             "step": codes.step,
-            "rows": self._shape.rows,
+            "rows": rows,
             "ldo": self._chunks(block["fc2"]),
             "low": codes.low,
             "high": codes.high,
@@ -368,7 +383,7 @@ class Plan(ABC):
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
         }
         column_bytes = 0 if activation.permuted is None else activation.permuted.column_bytes
-        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes)
+        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
         if activation.permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
@@ -378,12 +393,12 @@ class Plan(ABC):
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         self._gemm(layer, defines, a, values, tile)
 
-    def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int) -> tuple[Tile, bool]:
-        """How a layer of a block is computed from ``a``, and whether with one-bit products.
+    def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int, rows: int) -> tuple[Tile, bool]:
+        """How ``rows`` rows of a layer of a block are computed from ``a``, and whether with one-bit products.
 
         ``part``: see `choose_few`; ``column_bytes``: see `with_columns`.
         """
-        rows, tile = self._shape.rows, self._bits(layer)
+        tile = self._bits(layer, rows)
         if tile is not None:
             return with_columns(tile, layer.k, column_bytes), True
         if (few := self._few(layer, a, rows, part)) is not None:
@@ -429,7 +444,7 @@ class Plan(ABC):
         }
         layer: c.LinearConstants = block["qkv"]
         column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
-        tile, bits = self._tile(layer, a, shape.head_dim, column_bytes)
+        tile, bits = self._tile(layer, a, shape.head_dim, column_bytes, shape.rows)
         if heads.permuted is not None:
             (margin, slope), (margin_k, slope_k) = heads.permuted_margins
             values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
@@ -437,7 +452,7 @@ class Plan(ABC):
             width = shape.head_dim
             if few_tiles.SPREAD and isinstance(tile, FewTile):
                 width = 8  # columns in their own order
-                tile = tile.with_spread(16 * tile.bn + 256)
+                tile = tile.with_spread(20 * tile.bn)
             values |= heads.permuted.arrays(layer, width, bits)
         defines = {
             "EPILOGUE": _HEADS,

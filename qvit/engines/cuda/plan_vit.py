@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from qvit.architecture import VitArchitecture
+from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.plan import Plan
+from qvit.engines.cuda.row_chunks import Rows, chunk_rows, row_chunks
 from qvit.engines.cuda.shape import Shape
 
 
@@ -20,7 +25,16 @@ class VitPlan(Plan):
         self._shape = Shape(batch, a.num_tokens, a.embed_dim, a.num_heads, a.mlp_hidden)
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
         first, x = self._floats(rows, width), self._floats(rows, width)
-        codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(rows, a.mlp_hidden)
+        one_bit = self._bits(constants.blocks[0]["proj"]) is not None
+        self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, self._gpu.hopper, self._gpu.multiprocessors))
+        # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
+        may_be_late = self._may_be_late
+        self._may_be_late = may_be_late and len(self._row_chunks) == 1
+        # Codes of fc2's input are written and read chunk by chunk, where they are not to be seen.
+        self._hidden_again = not with_map
+        most = max(part.count for part in self._row_chunks) if self._hidden_again else rows
+        codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(most, a.mlp_hidden)
+        normed = self._codes(rows, width) if with_map else codes  # seen when the next block's norm has followed
         q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))
         maps = self._bytes(batch, a.num_heads, n, n) if with_map else None
 
@@ -50,15 +64,95 @@ class VitPlan(Plan):
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
             self._tap_input(f"{name}.attn.proj.input", attended, block["proj"], batch, n)
-            self._linear_norm(block["proj"], attended, x, source, block["ls1"], (block["norm2"], block["fc1"]), codes)
-            self._tap_input(f"{name}.mlp.fc1.input", codes, block["fc1"], batch, n)
-            self._activation(block, codes, hidden)
-            self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"], batch, n)
             after = constants.blocks[i + 1] if i + 1 < len(constants.blocks) else None
             following = None if after is None else (after["norm1"], after["qkv"])
-            self._linear_norm(block["fc2"], hidden, x, x, block["ls2"], following, codes)
+            self._behind_attention(block, following, attended, source, x, normed, hidden, codes)
+            self._tap_input(f"{name}.mlp.fc1.input", normed, block["fc1"], batch, n)
+            self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"], batch, n)
             source = x
+        self._may_be_late = may_be_late
         self._classify(source, a)
+
+    def _behind_attention(
+        self,
+        block: dict[str, Any],
+        following: tuple[c.NormConstants, c.LinearConstants] | None,
+        attended: torch.Tensor,
+        source: torch.Tensor,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+        hidden: torch.Tensor,
+        codes: torch.Tensor,
+    ) -> None:
+        """From proj to the next block's norm, if there is one: launches over all rows, or that take turns over chunks of them.
+
+        Args:
+            block: its constants, see `ModelConstants`.
+            following: the next block's first norm, and what reads its codes.
+            attended: codes of proj's input.
+            source: what proj is added to, float32 [rows, C].
+            x: where the sum goes, and fc2 is added.
+            normed: codes of fc1's input.
+            hidden: codes of fc2's input; of one chunk, where they are written again and again.
+            codes: for what follows.
+        """
+
+        def within(rows: Rows) -> Rows:
+            return Rows(0, rows.count) if self._hidden_again else rows
+
+        def fc1(rows: Rows) -> None:
+            a, out = self._codes_of(normed, block["fc1"], rows), self._codes_of(hidden, block["fc2"], within(rows))
+            self._activation(block, a, out, rows.count)
+
+        behind_proj = block["norm2"], block["fc1"]
+        launches = [
+            *self._added("proj", block, "ls1", attended, source, x, behind_proj, normed, lambda rows: rows),
+            fc1,
+            *self._added("fc2", block, "ls2", hidden, x, x, following, codes, within),
+        ]
+        for rows in self._row_chunks:
+            for launch in launches:
+                launch(rows)
+
+    def _added(
+        self,
+        name: str,
+        block: dict[str, Any],
+        scale: str,
+        a: torch.Tensor,
+        source: torch.Tensor,
+        x: torch.Tensor,
+        following: tuple[c.NormConstants, c.LinearConstants] | None,
+        codes: torch.Tensor,
+        of_a: Callable[[Rows], Rows],
+    ) -> list[Callable[[Rows], None]]:
+        """``x = source + scale * layer(a)`` and the norm that follows, of some rows; ``of_a`` is where they are in ``a``."""
+        layer: c.LinearConstants = block[name]
+        behind = self._norm_behind(layer, self._shape.rows) is not None
+
+        def product(rows: Rows) -> None:
+            out = codes if following is None else self._codes_of(codes, following[1], rows)
+            self._linear_norm(
+                layer,
+                self._codes_of(a, layer, of_a(rows)),
+                rows.floats(x),
+                rows.floats(source),
+                block[scale],
+                following if behind else None,
+                out,
+                rows=rows.count,
+            )
+
+        def norm(rows: Rows) -> None:
+            assert following is not None
+            out = self._codes_of(codes, following[1], rows)
+            self._norm(following[0], rows.floats(x), out, rows.count, x.shape[1], following[1])
+
+        return [product] if behind or following is None else [product, norm]
+
+    def _codes_of(self, memory: torch.Tensor, layer: c.LinearConstants, rows: Rows) -> torch.Tensor:
+        """Codes that a layer of a block reads, from the first of some rows on."""
+        return rows.codes(memory, self._chunks(layer))
 
     def _classify(self, x: torch.Tensor, a: VitArchitecture) -> None:
         width = a.embed_dim

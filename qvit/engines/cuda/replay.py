@@ -14,7 +14,7 @@ _AHEAD = 4  # launches outside of the graph, with which the GPU begins while the
 
 
 class Replay:
-    """Runs a plan again and again, with as little work on the CPU as there can be.
+    """Runs a plan again and again, with as little work on the CPU as there can be; made and run within the device's `current`.
 
     The images lie elsewhere every time, and so do the logits, which are the caller's to keep: the first launch and the last one
     have their addresses changed and stay outside of the graph. So do some behind the first: to queue a graph takes the CPU
@@ -70,10 +70,10 @@ class Replay:
             for queue in queues:
                 queue(stream)
 
-        with torch.cuda.device(device):
+        run()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        # On a stream of this GPU: PyTorch's own for recording is of the GPU that recorded first.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
             run()
-            torch.cuda.synchronize(device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
         return graph

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ class Emulated:
         self._libraries: dict[Path, Any] = {}
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
-        self._library(launch).emulate(ctypes.byref(launch.packed), *launch.grid, launch.threads, launch.shared)
+        library = self._library(launch)
+        library.emulate(ctypes.byref(launch.packed), *launch.grid, launch.threads, launch.shared)
+        assert library.emulated_touched_twice() == 0
+
+    def current(self) -> AbstractContextManager[object]:
+        return nullcontext()
 
     def prepared(self, launch: Launch, behind: bool = False) -> Queue:
         return lambda stream: self.launch(launch)

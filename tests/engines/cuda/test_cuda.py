@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, step_tables, tiles
+from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, plan_vit, step_tables, tiles
 from qvit.engines.cuda.layout import pad
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
@@ -171,6 +171,7 @@ def test_the_longest_tables_pass_through_shared_memory(
     """Blocks with more tiles of columns than there are buffers for their tables."""
     monkeypatch.setattr(step_tables, "CELLS", (128,))
     monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(3, 128, 4),))
+    monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 0)
     gpu, count = open_gpu(hopper=True), 78
     options = {"depth": 1, "mlp_ratio": 6.0, "img_size": 16}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))

@@ -31,7 +31,7 @@ def test_few_rows(width: int, rows: int, multiprocessors: int) -> None:
         assert (tile.bm % 16, tile.bn % tile.warps_n, columns % 8, tile.bn % tile.part, tile.part % part) == (0, 0, 0, 0, 0)
         assert tile.units * (tile.bm // 8 + columns // 8) <= 24
         assert tile.threads() <= 512
-        spread = [tile.with_spread(16 * tile.bn + 256), tile.with_spread(tile.beside_floats(3, 1))]
+        spread = [tile.with_spread(20 * tile.bn), tile.with_spread(tile.beside_floats(3, 1))]
         spread += [tile.with_spread(264 * tile.bn)] if part == 16 else []
         assert all(one.shared(k) <= MOST_SHARED for one in spread)
         defines = tile.defines(k)

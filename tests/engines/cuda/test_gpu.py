@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,42 @@ def test_two_engines_and_streams_at_once(models: Callable[[int], IntegerModel]) 
     torch.cuda.synchronize()
     for one, wanted in zip(logits, expected, strict=True):
         assert all(torch.equal(each, wanted) for each in one)
+
+
+def test_a_thread_that_has_not_used_the_gpu_yet(models: Callable[[int], IntegerModel]) -> None:
+    """It has no CUDA context: made, recorded and replayed there."""
+    engine, pixels = CudaEngine(models(4)), pixels_for(models(4).preprocessing.input_size, 4)
+    expected = engine.forward(pixels)
+    torch.cuda.synchronize()
+    for one in (engine, CudaEngine(models(4))):
+        with ThreadPoolExecutor(1) as thread:
+            assert torch.equal(thread.submit(one.forward, pixels).result(), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_gpu_that_is_not_the_current_one(models: Callable[[int], IntegerModel]) -> None:
+    """Beside an engine on the current one, which has recorded before and does again in between."""
+    model, second = models(4), torch.device("cuda:1")
+    pixels = pixels_for(model.preprocessing.input_size, 8)
+    images = torch.from_numpy(model.preprocessing.normalise(pixels.cpu().numpy()))
+    engines = CudaEngine(model, "cuda:0"), CudaEngine(model, second)
+    codes: list[dict[str, torch.Tensor]] = [{}, {}]
+    expected, there = (engine.forward(pixels, found) for engine, found in zip(engines, codes, strict=True))
+    assert torch.equal(there.cpu(), expected.cpu())
+    assert all(torch.equal(code.cpu(), codes[0][name].cpu()) for name, code in codes[1].items())
+    for same in (pixels.to(second), images, pixels):
+        for engine in engines:
+            logits = [engine.forward(same[:count]) for count in (8, 1, 8)]
+            assert all(one.device == engine.device for one in logits)
+            assert all(torch.equal(one.cpu(), expected[: len(one)].cpu()) for one in logits)
+    stream = torch.cuda.Stream(second)
+    with torch.cuda.stream(stream):
+        logits = [engines[1].forward(pixels.to(second))]
+    stream.synchronize()
+    assert torch.equal(logits[0].cpu(), expected.cpu())
+    rows = kernel_rows(engines[1], 1, Ceilings(1000.0, 100.0, 100.0))
+    assert all(row["ms"] > 0 for row in rows)
+    assert torch.cuda.current_device() == 0
 
 
 def test_logits_are_of_the_images_kind_and_device(models: Callable[[int], IntegerModel], tmp_path: Path) -> None:

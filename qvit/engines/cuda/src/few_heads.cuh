@@ -6,7 +6,7 @@
 #include "few_sums.cuh"
 
 constexpr int kHeadLanes = HEAD_DIM / 4;
-constexpr int kBesideBytes = 16 * kBN + 256;  // numbers of columns, and to no use
+constexpr int kBesideBytes = 16 * kBN + 16 * kFours;  // numbers of columns, and places of touches
 
 struct HeadRange {
     float low, high, margin, slope;
@@ -63,11 +63,11 @@ struct Finish {
                 copy_async(numbers_at(task, e), p.steps + column + e, true);
             }
             if constexpr (RECTIFY) {  // `exact_head` will find these near
-                unsigned char* const junk = columns + 16 * (kBN + task.thread % 16);
-                touch(junk, p.weight + column);
-                touch(junk, p.affine + column);
-                touch(junk, p.offset + column);
-                touch(junk, p.step + column);
+                unsigned char* const place = columns + 16 * kBN + 4 * task.thread;
+                touch(place, p.weight + column);
+                touch(place + 4 * kFours, p.affine + column);
+                touch(place + 8 * kFours, p.offset + column);
+                touch(place + 12 * kFours, p.step + column);
             }
         }
         copies_end_group();

@@ -11,7 +11,8 @@ constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
 // Rows r and r + 8 lie together, their words taking turns: 16 bytes are a lane's operand of a product. 16 more set the next two
 // rows apart, so that both are in different banks.
 constexpr int kCodeLine = 2 * ((CHANNELS + kUnit - 1) / kUnit * kUnit) + 16;
-constexpr int kCodeBytes = kBM / 2 * kCodeLine;
+constexpr int kTouches = (4 * CHANNELS + kTouched - 1) / kTouched;  // of an array of constants, of which there are six
+constexpr int kCodeBytes = kBM / 2 * kCodeLine + 4 * 6 * kTouches;  // places of touches are behind the codes
 constexpr int kMine = (kBM + kWarps - 1) / kWarps;            // rows of a warp
 constexpr bool kHolds = 4 * kUnits * kEightsB + 3 * kLanes <= 64;  // registers hold gain and shift beside b and a row
 constexpr int kPlaces = WIDE ? 15 : 16;                       // a code and these fit 23 bits
@@ -71,17 +72,16 @@ struct Normer {
         if constexpr (kHolds) {
             load_row([&](int c) { return p.norm.gain + c; }, lane, gain);
         }
-        if constexpr (CHANNELS % 4 == 0) {
 #pragma unroll 1
-            for (int i = threadIdx.x; i < CHANNELS / 4; i += kThreads) {
-                unsigned char* const junk = codes + (i % (kBM / 2) + 1) * kCodeLine - 16;  // the last bytes of lines are of no use
-                touch(junk, p.norm.gain + 4 * i);
-                touch(junk, p.norm.shift + 4 * i);
-                touch(junk, p.norm.weight + 4 * i);
-                touch(junk, p.norm.bias + 4 * i);
-                touch(junk, p.norm.offset + 4 * i);
-                touch(junk, p.norm.step + 4 * i);
-            }
+        for (int i = threadIdx.x; i < kTouches; i += kThreads) {
+            unsigned char* const place = codes + kBM / 2 * kCodeLine + 4 * i;
+            const int c = kTouched / 4 * i;
+            touch(place, p.norm.gain + c);
+            touch(place + 4 * kTouches, p.norm.shift + c);
+            touch(place + 8 * kTouches, p.norm.weight + c);
+            touch(place + 12 * kTouches, p.norm.bias + c);
+            touch(place + 16 * kTouches, p.norm.offset + c);
+            touch(place + 20 * kTouches, p.norm.step + c);
         }
 #pragma unroll
         for (int i = 0; i < kMine; i++) {

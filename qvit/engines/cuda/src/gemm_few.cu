@@ -156,13 +156,15 @@ __device__ __forceinline__ void accumulate(const Rows& rows, const Columns& colu
 
 #if !SPREAD
 
-// What the epilogue is going to read comes into the first-level cache while operands are under way; `place`: 16 bytes to no use, of 16 such.
+// What the epilogue is going to read of columns comes into the first-level cache while operands are under way.
 struct Toucher {
-    unsigned char* place;
+    unsigned char* places;  // where lines of codes will be
+    int column0;
 
     // Each of kCount things by a thread.
     template <int kCount, class Do>
     __device__ __forceinline__ static void share_out(const Do& each) {
+        static_assert(4 * kCount <= kBesideBytes, "every touch has a place");
 #pragma unroll
         for (int first = 0; first < kCount; first += kThreads) {
             const int i = first + threadIdx.x;
@@ -172,52 +174,30 @@ struct Toucher {
         }
     }
 
-    template <class T>
-    __device__ __forceinline__ void columns(const T* from, int column0) const {
-        constexpr int kEach = 16 / sizeof(T);
-        share_out<kBN / kEach>([&](int i) { touch(place, from + column0 + kEach * i); });
+    template <int kArrays>
+    __device__ __forceinline__ void columns(const float* const (&arrays)[kArrays]) const {
+        constexpr int kEach = kTouched / 4, kCount = kBN / kEach;
+        static_assert(4 * kArrays * kCount <= kBesideBytes, "every touch has a place");
+#pragma unroll
+        for (int array = 0; array < kArrays; array++) {
+            share_out<kCount>([&](int i) { touch(places + 4 * (array * kCount + i), arrays[array] + column0 + kEach * i); });
+        }
     }
 
-    __device__ __forceinline__ void constants(const GemmArgs& p, int column0) const {
-#if EPILOGUE == 1 && CELLS
-        share_out<kBN / kWN * (kNumberBytes / 16)>([&](int i) {  // the tables are more than that cache is worth
-            const int part = column0 / kWN + i / (kNumberBytes / 16);
-            touch(place, p.table + part * kColumnBytes + i % (kNumberBytes / 16) * 16);
+    __device__ __forceinline__ void constants(const GemmArgs& p) const {
+#if EPILOGUE == 0
+        columns({p.scale, p.bias});
+#elif EPILOGUE == 2
+        columns({p.scale, p.bias, p.inverse, p.shift, p.offset, p.step});
+#elif CELLS
+        constexpr int kEach = kNumberBytes / kTouched;
+        share_out<kBN / kWN * kEach>([&](int i) {  // the tables are more than that cache is worth
+            touch(places + 4 * i, p.table + (column0 / kWN + i / kEach) * kColumnBytes + i % kEach * kTouched);
         });
 #else
-        columns(p.scale, column0);
-        columns(p.bias, column0);
-#endif
-#if EPILOGUE == 1 && !CELLS
-        columns(p.inverse, column0);
-        columns(p.offset, column0);
-#elif EPILOGUE == 2
-        columns(p.inverse, column0);
-        columns(p.shift, column0);
-        columns(p.offset, column0);
-        columns(p.step, column0);
+        columns({p.scale, p.bias, p.inverse, p.offset});
 #endif
     }
-
-#if EPILOGUE == 0 && (RESIDUAL || POSITION)
-    __device__ __forceinline__ void rows(const GemmArgs& p, int row0, int column0) const {
-        if (p.ldo % 4 || p.n % 4) {
-            return;  // rows begin anywhere
-        }
-        share_out<kBM * (kBN / 4)>([&](int i) {
-            const int r = row0 + i / (kBN / 4), c = column0 + i % (kBN / 4) * 4;
-            if (r < p.m && c < p.n) {
-                const int to = POSITION ? r / p.rows_in * p.rows_out + p.row_first + r % p.rows_in : float_row(p, r);
-                if constexpr (RESIDUAL) {
-                    touch(place, p.residual + static_cast<size_t>(to) * p.ldo + c);
-                }
-                if constexpr (POSITION) {
-                    touch(place, p.position + static_cast<size_t>(to % p.rows_out) * p.n + c);
-                }
-            }
-        });
-    }
-#endif
 };
 
 #endif
@@ -271,11 +251,8 @@ __global__ void __launch_bounds__(kBound) kernel(const QVIT_CONSTANT FewArgs p) 
 #endif
     __syncwarp();  // the compiler is to load here, not where products begin
 #if !SPREAD
-    const Toucher toucher = {lines + 16 * (lane % 16)};
-    toucher.constants(p, column0);
-#if EPILOGUE == 0 && (RESIDUAL || POSITION)
-    toucher.rows(p, row0, column0);
-#endif
+    const Toucher toucher = {lines, column0};
+    toucher.constants(p);
     copies_end_group();
 #endif
 #if NORM
