@@ -22,13 +22,13 @@ class ModelSection(Section):
     """A float timm model.
 
     Attributes:
-        name: timm's name.
+        name: timm's name; may be left out where ``checkpoint`` is one of this package, which says what model it holds.
         args: keyword arguments of `timm.create_model` (``patch_size``, ``img_size``, ``num_classes``, ``drop_path_rate``, ..).
         pretrained: take timm's pretrained weights.
         checkpoint: a state dict (``.safetensors``, ``.pth``) or a float checkpoint of this package, loaded last.
     """
 
-    name: str
+    name: str | None = None
     args: dict[str, Any] = {}
     pretrained: bool = False
     checkpoint: Path | None = None

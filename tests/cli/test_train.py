@@ -11,7 +11,12 @@ import pytest
 
 import qvit
 import qvit.training.engine
+from qvit.convert import preprocessing_of
+from qvit.training.checkpoint import LAST, Metadata, read_checkpoint, save_checkpoint
 from qvit.training.interrupt import TrainingInterrupted
+from qvit.training.sections import ModelSection
+
+from .conftest import ARGUMENTS, MODEL
 
 Cli = Callable[..., Any]
 _RECIPE = """\
@@ -103,12 +108,54 @@ def test_weights_and_teachers(cli: Cli, recipe: Path, checkpoints: Path, fitted:
     cli(*arguments, "--teacher", state)
     cli(*arguments, "--teacher", described)
     first, second, third = fitted
-    assert (first["recipe"].model.checkpoint, first["recipe"].teacher, first["teacher"]) == (state, None, None)
+    assert (first["recipe"].model.checkpoint, first["recipe"].teacher) == (state, None)
     # A state dict is taken for the model of the recipe; a checkpoint says itself what it is.
     assert second["recipe"].teacher.checkpoint == state
     assert second["recipe"].teacher.name == "vit_tiny_patch16_224"
-    assert third["teacher"].num_classes == 10
-    cli(*arguments, "--teacher", checkpoints / "quantized.safetensors").refused("is quantized: use a float model")
+    assert third["recipe"].teacher == ModelSection(checkpoint=described)
+
+
+def test_a_run_says_who_taught_it(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    """In its checkpoint, so that a resumed run cannot go on with another teacher unnoticed."""
+    run, described, state = tmp_path / "run", checkpoints / "float.safetensors", checkpoints / "state.safetensors"
+    arguments = ("train", recipe, "--checkpoint", state, "-o", run)
+    assert cli(*arguments, "--teacher", described).status == 0
+    teacher = read_checkpoint(run / LAST).metadata.recipe["teacher"]
+    assert teacher == {"name": None, "args": {}, "pretrained": False, "checkpoint": str(described)}
+    cli(*arguments, "--resume").refused(f"was started with the teacher {described}, now none is named")
+    assert cli(*arguments, "--teacher", described, "--resume").status == 0
+    # A frozen file names it as well, without the folder.
+    assert cli("freeze", run, "-o", tmp_path / "m.qvit").status == 0
+    assert qvit.IntegerModel.load(tmp_path / "m.qvit").provenance["recipe"]["teacher"]["checkpoint"] == "float.safetensors"
+
+
+def test_a_teacher_that_is_quantized(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    weights = ("--checkpoint", checkpoints / "state.safetensors", "--teacher", checkpoints / "quantized.safetensors")
+    cli("train", recipe, *weights, "-o", tmp_path / "run").refused("holds a quantized model: use a float one")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_classes": 5}, ("The teacher has 5 classes, the student 10: use another teacher",)),
+        ({"img_size": 16}, ("The teacher takes images (1, 16, 16)", "the student (1, 8, 8)")),
+        ({"in_chans": 3}, ("The teacher takes images (3, 8, 8)", "the student (1, 8, 8)")),
+        ({"depth": 2}, ("The teacher has 2 blocks, the student 1", "set distill.dgd to 0")),
+        ({"num_heads": 2}, ("The teacher has 2 heads, the student 3", "set distill.dgd to 0")),
+    ],
+)
+def test_a_teacher_that_does_not_fit(
+    cli: Cli, recipe: Path, small_vit: Callable[..., Any], tmp_path: Path, changes: dict[str, int], parts: tuple[str, ...]
+) -> None:
+    """Whether a checkpoint describes it or the recipe does."""
+    teacher = small_vit(MODEL, **ARGUMENTS | changes)
+    path = tmp_path / "teacher.safetensors"
+    save_checkpoint(path, teacher, Metadata.of(teacher, preprocessing_of(teacher), list("abcde"), {"method": "float"}))
+    cli("train", recipe, "--teacher", path, "-o", tmp_path / "run").refused(*parts)
+    section = json.dumps({"name": MODEL, "args": ARGUMENTS | changes})
+    cli("train", recipe, "--set", f"teacher={section}", "-o", tmp_path / "run").refused(*parts)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,27 @@ def test_a_checkpoint_brings_its_preprocessing(small_vit: Callable[..., nn.Modul
     assert preprocessing == Preprocessing((3, 48, 48), 0.7, "squash", "bilinear", own.mean, own.std)
 
 
+def test_a_checkpoint_says_which_model_it_holds(
+    small_vit: Callable[..., nn.Module], make_student: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model, student = small_vit(), make_student()
+    own = Preprocessing((3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("float", "quantized", "state", "absent")}
+    save_checkpoint(paths["float"], model, Metadata.of(model, own, ["x"] * 7, {}))
+    save_checkpoint(paths["quantized"], student, Metadata.of(student, student.qvit.preprocessing, ["x"] * 7, {}))
+    safetensors.torch.save_file(model.state_dict(), paths["state"])
+    again, preprocessing = build_model(ModelSection(checkpoint=paths["float"]), DataSection(crop_pct=1.0))
+    assert same(again, model.state_dict())
+    assert (preprocessing.mean, preprocessing.crop_pct) == (own.mean, 1.0)
+    for name, error, words in (
+        ("quantized", WeightsError, "holds a quantized model: use a float one"),
+        ("state", RecipeError, "does not say which model it belongs to: set its name"),
+        ("absent", WeightsError, "There is no checkpoint"),
+    ):
+        with pytest.raises(error, match=words):
+            build_model(ModelSection(checkpoint=paths[name]), DataSection())
+
+
 def test_a_quantized_checkpoint_is_no_float_model(make_student: Callable[..., nn.Module], tmp_path: Path) -> None:
     student = make_student()
     path = tmp_path / "s.safetensors"
@@ -113,7 +134,7 @@ def test_files_that_hold_no_weights(small_vit: Callable[..., nn.Module], tmp_pat
 
 @pytest.mark.parametrize("bad", [ModelSection(name="deit_smal"), ModelSection(name=NAME, args={"depht": 3})])
 def test_a_model_that_timm_does_not_make(bad: ModelSection) -> None:
-    with pytest.raises(RecipeError, match=bad.name) as caught:
+    with pytest.raises(RecipeError, match=str(bad.name)) as caught:
         build_model(bad, DataSection())
     assert "\n" not in str(caught.value)
 
