@@ -65,10 +65,11 @@ def command(
     result = fit(described, output, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return
+    epochs = "1 epoch" if result.epochs == 1 else f"{result.epochs} epochs"
     show_facts(
         {
             "run": result.output,
-            "top-1": f"{result.top1:.2f} % of {result.images} images after {result.epochs} epochs",
+            "top-1": f"{result.top1:.2f} % of {result.images} images after {epochs}",
             "best": f"{result.best_top1:.2f} % after epoch {result.best_epoch}",
             "trained": f"{result.train_seconds:.1f} s, {result.train_images_per_s:.0f} images/s",
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,15 +122,28 @@ def open_loop(
         atexit.unregister(_leave_the_group)
         atexit.register(_leave_the_group)
     output = Path(output)
+    _check_place(output)
     resumed = _checkpoint_of(output, resume)
     if resumed is not None:
         check_same_run(resumed, recipe, accelerator.num_processes)
     setup = set_up(recipe, accelerator, model, teacher, resumed, progress)
+    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    return TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
+    return loop
+
+
+def _check_place(output: Path) -> None:
+    """Raises `InputError` where the output folder could not be made or written, before minutes go into what it is for."""
+    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
+    if there is None:
+        return
+    if not there.is_dir():
+        raise InputError(f"The output folder {output} cannot be made ({there} is no folder): name another one.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"The output folder {output} cannot be written (no permission in {there}): name another one.")
 
 
 def _leave_the_group() -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from qvit.convert import preprocessing_of
 from qvit.errors import RecipeError, WeightsError
+from qvit.layers.blocks import transformer_blocks
 from qvit.preprocessing import Preprocessing
 from qvit.training.checkpoint import is_checkpoint, load_model, read_checkpoint
 from qvit.training.sections import DataSection, ModelSection
@@ -38,7 +39,7 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
         return model, adjusted(own, data)
     try:
         model = timm.create_model(section.name, pretrained=section.pretrained, **section.args)
-    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError, ArithmeticError, LookupError) as error:
         message = " ".join(str(error).split()).rstrip(".")
         if section.pretrained and isinstance(error, OSError):
             raise WeightsError(
@@ -46,12 +47,27 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
                 "file of weights as the checkpoint."
             ) from None
         raise RecipeError(f"timm cannot make the model {section.name!r} with {section.args}: {message}.") from None
+    default = preprocessing_of(model)
+    _check_shape(model, f"{section.name!r} with {section.args}")
     preprocessing = None
     if section.checkpoint is not None:
         if is_checkpoint(section.checkpoint):
             preprocessing = read_checkpoint(section.checkpoint).metadata.preprocessing
         load_weights(model, section.checkpoint)
-    return model, adjusted(preprocessing or preprocessing_of(model), data)
+    return model, adjusted(preprocessing or default, data)
+
+
+def _check_shape(model: Any, what: str) -> None:
+    """Raises `RecipeError` for a model that timm makes and that cannot run."""
+    blocks: list[Any] = transformer_blocks(model)
+    sizes = {
+        "blocks": len(blocks),
+        "heads": min((block.attn.num_heads for block in blocks), default=1),
+        "whole patch in its images": model.patch_embed.num_patches,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise RecipeError(f"The model {what} has no {name}: change the arguments.")
 
 
 def _described(path: Path | None) -> tuple[nn.Module, Preprocessing]:

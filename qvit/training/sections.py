@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+# No number of a recipe has a use beyond this, and float32 must hold what they are multiplied to.
+_MOST = 1e6
+Weight = Annotated[float, Field(ge=0, le=_MOST)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -175,7 +177,7 @@ class DistillSection(Section):
     label: Weight = 0.5
     hard: Weight = 0.5
     soft: Weight = 0.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=_MOST)] = 1.0
     dgd: Weight = 1.0
     feature: Weight = 0.0
     feature_blocks: Literal["last", "thirds", "all"] = "last"
@@ -197,7 +199,7 @@ class OptimSection(Section):
     """
 
     name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0, le=_MOST)] = 5e-4
     weight_decay: Weight = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     clip_grad: Annotated[float, Field(gt=0)] | None = None

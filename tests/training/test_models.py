@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -130,6 +131,23 @@ def test_files_that_hold_no_weights(small_vit: Callable[..., nn.Module], tmp_pat
     torch.save({"epoch": 3}, tmp_path / "n.pth")
     with pytest.raises(WeightsError, match="no state dict"):
         load_weights(small_vit(), tmp_path / "n.pth")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"depth": 0}, "has no blocks"),
+        ({"num_heads": -1}, "has no heads"),
+        ({"num_heads": 0}, "cannot make the model"),
+        ({"img_size": 8}, "has no whole patch in its images"),
+        ({"img_size": []}, "cannot make the model"),
+        ({"patch_size": 0}, "cannot make the model"),
+    ],
+)
+def test_a_model_that_could_not_run(args: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        build_model(ModelSection(name=NAME, args=ARGS | args), DataSection())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [ModelSection(name="deit_smal"), ModelSection(name=NAME, args={"depht": 3})])
