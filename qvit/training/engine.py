@@ -16,6 +16,7 @@ from qvit.errors import InputError, RecipeError, TrainingError
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.logs import RunLog
 from qvit.training.loop import TrainingLoop
+from qvit.training.memory import is_full
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.resume import check_same_run
@@ -82,13 +83,16 @@ def fit(
 
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
-    """Outside of steps, which say which batch would fit, a full GPU is at least named."""
+    """Outside of steps, which say which batch would fit, full memory is at least named."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        detail = str(error).partition(". ")[0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        whose = "GPU's" if isinstance(error, torch.OutOfMemoryError) else "machine's"
+        detail = " ".join(str(error).partition(". ")[0].split()) or "no more could be allocated"
         raise TrainingError(
-            f"The GPU's memory is full ({detail}): lower batch_size or, if it is set, leave out data.cache."
+            f"The {whose} memory is full ({detail}): lower batch_size or, if it is set, leave out data.cache."
         ) from None
 
 
