@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvit.cli import options
+from qvit.cli.budget import show_chosen
 from qvit.cli.checkpoints import checkpoint_in
 from qvit.cli.images import location_of, name_of
 from qvit.cli.results import write_results
@@ -65,6 +66,11 @@ def command(
     result = fit(described, output, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return
+    row = _row(described, result)
+    student = getattr(result.model, "qvit", None)
+    if student is not None and described.quant.has_budget:
+        budget = {"budget_mb": described.quant.budget_mb, "budget_bops": described.quant.budget_bops}
+        row |= {key: value for key, value in budget.items() if value is not None} | show_chosen(student)
     epochs = "1 epoch" if result.epochs == 1 else f"{result.epochs} epochs"
     show_facts(
         {
@@ -74,7 +80,7 @@ def command(
             "trained": f"{result.train_seconds:.1f} s, {result.train_images_per_s:.0f} images/s",
         }
     )
-    write_results(json, [_row(described, result)])
+    write_results(json, [row])
 
 
 def _with_data(recipe: Recipe, data: list[str] | None, train: list[str] | None, val: list[str] | None) -> Recipe:

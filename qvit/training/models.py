@@ -47,14 +47,14 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
                 "file of weights as the checkpoint."
             ) from None
         raise RecipeError(f"timm cannot make the model {section.name!r} with {section.args}: {message}.") from None
-    default = preprocessing_of(model)
-    _check_shape(model, f"{section.name!r} with {section.args}")
     preprocessing = None
     if section.checkpoint is not None:
         if is_checkpoint(section.checkpoint):
             preprocessing = read_checkpoint(section.checkpoint).metadata.preprocessing
         load_weights(model, section.checkpoint)
-    return model, adjusted(preprocessing or default, data)
+    preprocessing = preprocessing or preprocessing_of(model)
+    _check_shape(model, f"{section.name!r} with {section.args}")
+    return model, adjusted(preprocessing, data)
 
 
 def _check_shape(model: Any, what: str) -> None:

@@ -74,12 +74,27 @@ def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
 def test_a_budget_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
     weights = ("--checkpoint", checkpoints / "float.safetensors")
     measured = tmp_path / "sensitivities.json"
-    budget = ("--set", "quant.budget_mb=0.0145", "--set", f"quant.sensitivities={measured}")
-    done = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run")
+    budget = ("--set", "quant.budget_mb=0.0113", "--set", f"quant.sensitivities={measured}")
+    report = tmp_path / "report.json"
+    done = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run", "--json", report)
     assert (done.status, measured.exists()) == (0, True), done.err
+    # What was chosen is said, a block a line, and in the result file.
+    (row,) = json.loads(report.read_text())["rows"]
+    layers = ("attn.qkv", "attn.attention", "attn.proj", "mlp.fc1", "mlp.fc2")
+    chosen = [row[f"bits of blocks.0.{layer}"] for layer in layers]
+    assert len(set(chosen)) > 1
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["blocks.0", *map(str, chosen)] in lines
+    assert ["block", *(layer.rpartition(".")[2] for layer in layers)] in lines
+    assert row["budget_mb"] == 0.0113
+    assert "budget_bops" not in row
+    assert f"{row['bit_operations']:,} bit operations an image" in done.out
+    # A resumed run says it as well, though nothing is chosen any more.
+    again = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run", "--resume")
+    assert ["blocks.0", *map(str, chosen)] in [line.split() for line in again.out.splitlines()]
     done = cli("freeze", tmp_path / "run", "-o", tmp_path / "m.qvit")
-    assert "0.0145 MB, kept" in done.out
-    assert (tmp_path / "m.qvit").stat().st_size <= 14_500
+    assert "0.0113 MB, kept" in done.out
+    assert (tmp_path / "m.qvit").stat().st_size <= 11_300
     cli("train", recipe, *weights, *budget, "--set", "quant.budget_mb=0.001", "-o", tmp_path / "b").refused("cannot be met")
 
 
