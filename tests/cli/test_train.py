@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qvit
 import qvit.training.engine
@@ -190,6 +191,15 @@ def test_a_teacher_that_does_not_fit(
 def test_bad_input(cli: Cli, recipe: Path, tmp_path: Path, arguments: tuple[str, ...], part: str) -> None:
     done = cli("train", *(str(recipe) if a == "RECIPE" else a for a in arguments), "-o", tmp_path / "run")
     done.refused(part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["imagenette", "paper_imagenet"])
+def test_no_gpu_for_a_recipe_that_needs_one(cli: Cli, tmp_path: Path, name: str) -> None:
+    """Said first, before anything is read or downloaded."""
+    done = cli("train", name, "--data", "nowhere", "-o", tmp_path / "run")
+    done.refused("needs a GPU and PyTorch finds none", "needs_gpu=false")
     assert not (tmp_path / "run").exists()
 
 
