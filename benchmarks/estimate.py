@@ -2,6 +2,8 @@
 
 Assumptions, all of which the table in docs/results.md repeats:
 
+- the model is the one that was timed, on random images and random weights, which take as long as others; the paper's is
+  `PAPER_MODEL`;
 - the step and its exchange of gradients within a host are those that `train_scaling.py` measured for the same batch per GPU on
   all GPUs of one host, with images on the device: reading and augmenting them keeps up (`data.workers`, or a cache);
 - between hosts gradients are exchanged once a step, after the backward pass, as within a host: hosts pass the sum around in a
@@ -19,6 +21,7 @@ from typing import Any
 IMAGES = 1_281_167  # training images of ImageNet-1k
 EPOCHS = 300
 PAPER_BATCH = 512  # images a step
+PAPER_MODEL = "deit_small_distilled_patch16_224"
 HOST_GB_PER_S = 50.0  # 10^9 bytes a second, each way; an eighth of what a host with eight 400 Gb/s adapters has by name
 
 

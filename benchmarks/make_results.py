@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from estimate import EPOCHS, HOST_GB_PER_S, PAPER_BATCH, estimates
+from estimate import EPOCHS, HOST_GB_PER_S, IMAGES, PAPER_BATCH, PAPER_MODEL, estimates
 from harness import PAPER_METHODS, TITLES, settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,10 +260,18 @@ def scaling(name: str, report: Report) -> list[str]:
         )
     if trained:
         lines = [
-            (row["processes"], row["batch"], row["epochs"], f"{row['integer_top1']:.2f}", f"{row['train_seconds']:.0f}")
+            (
+                row["processes"],
+                row["batch"],
+                row["epochs"],
+                f"{row['integer_top1']:.2f}",
+                _number(row.get("difference"), "+.2f"),
+                f"{row['train_seconds']:.0f}",
+                _number(row.get("peak_gb"), ".1f"),
+            )
             for row in trained
         ]
-        columns = ("GPUs", "images each", "epochs", "integers", "training s")
+        columns = ("GPUs", "images each", "epochs", "integers", "to one GPU", "training s", "peak GB")
         parts.append(f"Trained to the end, the same number of images a step in all.\n\n{_table(columns, lines)}")
     if guessed := estimates(timed):
         lines = [
@@ -272,7 +280,7 @@ def scaling(name: str, report: Report) -> list[str]:
                 e.batch,
                 f"{e.batch_total:,}" + (" (the paper's)" if e.batch_total == PAPER_BATCH else ""),
                 f"{e.step_ms:.1f}",
-                f"{e.exchange_ms:.1f}",
+                "measured" if e.measured else f"{e.exchange_ms:.1f}",
                 f"{e.images_per_s:,.0f}",
                 f"{e.hours:.1f}",
             )
@@ -283,15 +291,17 @@ def scaling(name: str, report: Report) -> list[str]:
             "images each",
             "images a step",
             "ms a step",
-            "of them between hosts",
+            "of them between hosts, estimated",
             "images/s",
             f"hours for {EPOCHS} epochs",
         )
         parts.append(
-            f"On paper: the paper's {EPOCHS} epochs of ImageNet-1k at these step times. Assumed: reading images keeps up; "
-            f"hosts exchange gradients in a ring after the backward pass at {HOST_GB_PER_S:g} GB/s each way and hide nothing "
-            f"of it; no stragglers and no failures; evaluation and checkpoints not counted. Another number of images a step "
-            f"than the paper's {PAPER_BATCH} needs another learning rate.\n\n{_table(columns, lines)}"
+            f"On paper: the paper's {EPOCHS} epochs of {IMAGES:,} images of ImageNet-1k at these step times. Assumed: the "
+            f"model is {timed[0]['model']} at {timed[0]['weight_bits']} bits (the paper's is {PAPER_MODEL}); reading images "
+            f"keeps up; hosts of {max(row['processes'] for row in timed)} GPUs exchange gradients in a ring after the backward "
+            f"pass at {HOST_GB_PER_S:g} GB/s each way and hide nothing of it; no stragglers and no failures; evaluation and "
+            f"checkpoints not counted. Another number of images a step than the paper's {PAPER_BATCH} needs another learning "
+            f"rate.\n\n{_table(columns, lines)}"
         )
     return parts
 

@@ -1,8 +1,12 @@
 """Low-bit training on 1 to 8 GPUs of one host: images a second, efficiency, communication, memory, and the same accuracy.
 
-    python benchmarks/train_scaling.py --processes 1 2 4 8 --json benchmarks/results/train_scaling-h100x8.json
-    python benchmarks/train_scaling.py --processes 1 8 --train 256 --set schedule.epochs=10 quant.bits=2 --json ...
-    python benchmarks/train_scaling.py --processes 1 8 --model deit_small_distilled_patch16_224 --batch 64 8 --json ...
+    python benchmarks/train_scaling.py --processes 1 2 4 8 --batch 256 --train 256 --set schedule.epochs=10 \\
+        --json benchmarks/results/train_scaling-h100x8.json
+    python benchmarks/train_scaling.py --processes 1 8 --model deit_small_distilled_patch16_224 --batch 64 8 \\
+        --json benchmarks/results/train_scaling-deit-small-h100x8.json
+
+The first is Imagenette's network, timed and trained; the second that of the paper, in the two batches that make up its 512
+images on 8 and on 64 GPUs. `make_results.py` makes tables of them, and the estimate of the paper's epochs (`estimate.py`).
 
 For each number of processes the loop of `qvit train` is launched, under torchrun where there are several, a GPU each, with the
 batch per GPU fixed (256 by default), full Q-ViT with soft teacher logits at 2 bits. Its steps are timed in turns with and
@@ -13,10 +17,12 @@ without the exchange of gradients:
   all-reduce of as many bytes takes alone, `gradient_mb` (10^6 bytes) how many they are;
 - `peak_gb`: 10^9 bytes on the GPU that needs most.
 
-With `--train TOTAL` the recipe is trained to its end instead, TOTAL images a step over all GPUs, and the frozen integers are
-evaluated: with the same total, any number of GPUs does the same optimizer steps on the same images.
+With `--train TOTAL` the recipe is trained to its end as well (without `--batch`, that alone), TOTAL images a step over all
+GPUs, and the frozen integers are evaluated: with the same total, any number of GPUs does the same optimizer steps on the same
+images, so `integer_top1` should be one GPU's; `difference` is what lies between them, in points.
 
-Images are random, on the device, unless `--train`, which reads Imagenette from `--data-dir`. NVLink multicast stays off.
+Steps are timed on random images on the device, and of a model with random weights, which take as long as others; `--train`
+reads Imagenette and the float model from `--data-dir`. NVLink multicast stays off.
 """
 
 from __future__ import annotations
@@ -57,27 +63,27 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for batch in [options.train] if options.train else options.batch:
-            base = _changes(options)
-            if not options.train:
+        for batch, train in [*((batch, False) for batch in options.batch), *([(options.train, True)] if options.train else [])]:
+            base = _changes(options, train)
+            if not train:
                 recipe = Recipe.load(options.recipe, base)
                 source = write_random_images(folder / f"images{batch}", recipe, max(batch * max(options.processes), 64))
-                base += [f"data.train={source}", f"data.val={source}", "model.checkpoint=null"]
+                base += [f"data.train={source}", f"data.val={source}"]
             for processes in options.processes:
-                row = _launch(folder, base, batch, processes, options)
-                single = next((r for r in rows if r["processes"] == 1 and r["batch_total"] == row["batch"]), None)
-                rows.append(_with_efficiency(row, single))
+                row = _launch(folder, base, batch, processes, train, options)
+                rows.append(_beside_one(row, rows))
                 if options.json:
                     write_report(options.json, rows, ["python", "benchmarks/train_scaling.py", *options.command])
     _show(rows, options)
     return rows
 
 
-def _changes(options: argparse.Namespace) -> list[str]:
-    """The overrides that all measurements share; with ``--train`` those of the data folder's files as well."""
-    changes = [*VARIANTS["soft"], "quant.bits=2", *options.set, *model_overrides(options.model, options.model_args)]
-    if not options.train:
-        return [*changes, "data.workers=0", "data.cache=device", "log_every=1000000"]
+def _changes(options: argparse.Namespace, train: bool) -> list[str]:
+    """The overrides that all measurements share; of a training those of the data folder's files as well."""
+    changes = [*VARIANTS["soft"], "quant.bits=2", "needs_gpu=false", *options.set]
+    changes += model_overrides(options.model, options.model_args)
+    if not train:
+        return [*changes, "model.checkpoint=null", "data.workers=0", "data.cache=device", "log_every=1000000"]
     if options.data == "digits":
         return [*changes, "data.train=digits"]
     bench = Bench(options.data_dir, options.runs, options.workers)
@@ -90,15 +96,17 @@ def _changes(options: argparse.Namespace) -> list[str]:
     return [*changes, f"data.workers={options.workers}", *(f"{k}={json.dumps(v)}" for k, v in files.items())]
 
 
-def _launch(folder: Path, changes: list[str], batch: int, processes: int, options: argparse.Namespace) -> dict[str, Any]:
+def _launch(
+    folder: Path, changes: list[str], batch: int, processes: int, train: bool, options: argparse.Namespace
+) -> dict[str, Any]:
     """Measures in processes of their own; the row of the first."""
-    each = batch // processes if options.train else batch
-    output = folder / f"{batch}-{processes}"
+    each = batch // processes if train else batch
+    output = folder / f"{'trained' if train else 'timed'}-{batch}-{processes}"
     task = {
         "recipe": options.recipe,
         "changes": [*changes, f"batch_size={each}"],
         "output": str(output),
-        "train": bool(options.train),
+        "train": train,
         **{name: getattr(options, name) for name in ("rounds", "steps", "warmup")},
     }
     path = folder / "task.json"
@@ -118,16 +126,21 @@ def _launch(folder: Path, changes: list[str], batch: int, processes: int, option
         "processes": processes,
         "batch": each,
         "batch_total": each * processes,
-        "data": options.data if options.train else "random images",
+        "data": options.data if train else "random images",
     }
     return {**what, **row, "recipe": options.recipe, "overrides": " ".join(public([*VARIANTS["soft"], *options.set]))}
 
 
-def _with_efficiency(row: dict[str, Any], single: dict[str, Any] | None) -> dict[str, Any]:
-    if row["processes"] == 1:
-        return row | {"efficiency": 100.0}
-    if single is None or "ms_median" not in row:
+def _beside_one(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with what it is beside one GPU's of the same kind, where ``rows`` or it is that one."""
+    trained = "integer_top1" in row
+    same = "batch_total" if trained else "batch"
+    alike = (r for r in [*rows, row] if r["processes"] == 1 and ("integer_top1" in r) == trained and r[same] == row[same])
+    single = next(alike, None)
+    if single is None:
         return row
+    if trained:
+        return row | {"difference": row["integer_top1"] - single["integer_top1"]}
     return row | {"efficiency": 100 * row["train_images_per_s"] / (row["processes"] * single["train_images_per_s"])}
 
 
@@ -163,7 +176,7 @@ def _train(recipe: Recipe, output: Path) -> dict[str, Any]:
         "train_seconds": result.train_seconds,
         "train_images_per_s": result.train_images_per_s,
         "loader_idle": result.loader_idle,
-        "peak_gb": result.peak_gb,
+        "peak_gb": _largest(result.peak_gb, next(result.model.parameters()).device),
     }
     if int(os.environ.get("RANK", "0")) == 0:
         student: Any = result.model
@@ -257,19 +270,22 @@ def _show(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         ("efficiency", ".1f"),
         ("communication", ".1f"),
         ("allreduce_ms", ".2f"),
+        ("peak_gb", ".1f"),
+        ("integer_top1", ".2f"),
+        ("difference", "+.2f"),
     )
-    lines = [
-        (row["processes"], *(cell(row, key, form) for key, form in (*keys, ("peak_gb", ".1f"), ("integer_top1", ".2f"))))
-        for row in rows
-    ]
-    columns = ("GPUs", "batch each", "images/s", "efficiency %", "communication %", "all-reduce ms", "peak GB", "integer top-1")
+    lines = [(row["processes"], *(cell(row, key, form) for key, form in keys)) for row in rows]
+    columns = ("GPUs", "batch each", "images/s", "efficiency %", "communication %", "all-reduce ms", "peak GB")
+    columns = (*columns, "integer top-1", "to one GPU")
     show_table("Training over the GPUs of one host", columns, lines)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2, 4, 8], help="numbers of GPUs")
-    parser.add_argument("--batch", nargs="+", type=int, default=[256], help="images a step and GPU, one measurement each")
+    parser.add_argument(
+        "--batch", nargs="+", type=int, help="images a step and GPU, one measurement each; 256 by default, without --train"
+    )
     parser.add_argument("--train", type=int, metavar="TOTAL", help="train to the end with so many images a step over all GPUs")
     parser.add_argument("--recipe", help="name or path; by default the recipe of --data")
     parser.add_argument("--set", nargs="+", default=[], help="key=value that changes the recipe")
@@ -289,9 +305,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.command = public(sys.argv[1:] if arguments is None else arguments)
     options.recipe = options.recipe or DATA_SETS[options.data].recipe
+    options.batch = options.batch or ([] if options.train else [256])
     for name in ("processes", "batch"):
-        if min(getattr(options, name)) < 1:
+        if min(getattr(options, name), default=1) < 1:
             parser.error(f"--{name} must be at least 1")
+    if options.train is not None and options.train < 1:
+        parser.error("--train must be at least 1")
+    if options.train and options.model:
+        parser.error("--train trains the network of the recipe: time that of --model in another call")
     if options.train and any(options.train % count for count in options.processes):
         parser.error(f"--train {options.train} cannot be shared evenly by {options.processes} processes")
     if options.device == "cuda" and max(options.processes) > torch.cuda.device_count():

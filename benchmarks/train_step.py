@@ -106,7 +106,12 @@ def _memory() -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = _options(arguments)
     base = ["data.workers=0", f"batch_size={options.batch}", f"quant.bits={options.bits}", f"precision={options.precision}"]
-    base += [*model_overrides(options.model, options.model_args), "model.checkpoint=null", "log_every=1000000"]
+    base += [
+        *model_overrides(options.model, options.model_args),
+        "model.checkpoint=null",
+        "log_every=1000000",
+        "needs_gpu=false",
+    ]
     rows: dict[str, dict[str, Any]] = {}
     profiles: list[str] = []
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,42 @@ def test_permissions_are_those_of_any_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+def test_the_umask_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the whole process, and checkpoints are written by a thread while others make files of their own."""
+
+    def touched(_mask: int) -> int:
+        raise AssertionError("another thread's new file would have other permissions at this moment")
+
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", touched)
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(lambda n: write_atomically(tmp_path / f"{n}", b"x"), range(40)))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    assert len(_entries(tmp_path)) == 40
+
+
+def test_threads_that_write_one_file_leave_one_of_their_contents(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: write_atomically(tmp_path / "file", bytes([n]) * 50_000), range(40)))
+    content = (tmp_path / "file").read_bytes()
+    assert len(content) == 50_000
+    assert len(set(content)) == 1
+    assert _entries(tmp_path) == ["file"]
+
+
+def test_a_name_that_is_taken_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".file.taken").write_bytes(b"another's")
+    names = iter(["taken", "free"])
+    monkeypatch.setattr(secrets, "token_hex", lambda _bytes: next(names))
+    write_atomically(tmp_path / "file", b"new")
+    assert ((tmp_path / "file").read_bytes(), (tmp_path / ".file.taken").read_bytes()) == (b"new", b"another's")
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
 @pytest.mark.parametrize(("code", "message"), [(errno.ENOSPC, "disk is full"), (errno.EIO, "Input/output error")])
 def test_failure_at_any_step_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int, message: str

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qvit.analyze.products import LINEAR, MatrixProduct
-from qvit.spec import ModelSpec, Override
+from qvit.spec import ModelSpec, Override, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ def units_of(products: Iterable[MatrixProduct]) -> list[Unit]:
         before = units.get(name, Unit(name, patterns, (), ()))
         units[name] = replace(before, points=before.points + product.points, products=(*before.products, product.name))
     return list(units.values())
+
+
+def widths_of(units: Iterable[Unit], specs: Mapping[str, QuantSpec]) -> dict[str, int | str]:
+    """Name of a unit -> its bits in a model; of a unit whose points an override made unequal, all of them (``4 and 8``).
+
+    Args:
+        units: of the model.
+        specs: name of a quantization point -> its spec.
+    """
+    bits = {unit.name: sorted({specs[point].bits for point in unit.points}) for unit in units}
+    return {name: widths[0] if len(widths) == 1 else " and ".join(map(str, widths)) for name, widths in bits.items()}
 
 
 def with_widths(spec: ModelSpec, units: Sequence[Unit], widths: Mapping[str, int]) -> ModelSpec:

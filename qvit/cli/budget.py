@@ -10,6 +10,7 @@ from qvit.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
     from qvit.analyze.budget import Budget, Plan
+    from qvit.convert import StudentInfo
     from qvit.integer.model import IntegerModel
 
 
@@ -62,13 +63,34 @@ def budget_facts(recipe: Mapping[str, Any], size: int) -> dict[str, str]:
 
 def show_plan(plan: Plan) -> None:
     """Prints the chosen widths, a block a line."""
-    blocks: dict[str, dict[str, int]] = {}
-    for unit, bits in plan.widths.items():
+    _show_widths(
+        f"Bits chosen: damages add up to {plan.damage:.4g} nats, {count(plan.bit_operations)} bit operations an image",
+        plan.widths,
+    )
+
+
+def show_chosen(student: StudentInfo) -> dict[str, Any]:
+    """Prints the widths of a student that was trained within a budget, a block a line; returns what its result row says."""
+    from qvit.analyze.cost import model_cost
+    from qvit.analyze.products import products_of, specs_of
+    from qvit.analyze.units import units_of, widths_of
+
+    products = products_of(student.architecture)
+    specs = specs_of(products, student.spec)
+    chosen = widths_of(units_of(products), specs)
+    operations = model_cost(student.architecture, specs).bit_operations
+    _show_widths(f"Bits chosen: {count(operations)} bit operations an image", chosen)
+    return {"bit_operations": operations, **{f"bits of {unit}": bits for unit, bits in chosen.items()}}
+
+
+def _show_widths(title: str, chosen: Mapping[str, int | str]) -> None:
+    blocks: dict[str, dict[str, int | str]] = {}
+    for unit, bits in chosen.items():
         block, _, last = _parts(unit)
         blocks.setdefault(block, {})[last] = bits
     names = list(dict.fromkeys(name for widths in blocks.values() for name in widths))
     show_table(
-        f"Bits chosen: damages add up to {plan.damage:.4g} nats, {count(plan.bit_operations)} bit operations an image",
+        title,
         ["block", *names],
         [(block, *(widths.get(name, "") for name in names)) for block, widths in blocks.items()],
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qvit.cli import options
+from qvit.cli.budget import show_chosen
 from qvit.cli.checkpoints import checkpoint_in
 from qvit.cli.images import location_of, name_of
 from qvit.cli.results import write_results
@@ -16,8 +17,6 @@ from qvit.cli.show import show_facts
 from qvit.errors import RecipeError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qvit.training.loop import TrainingResult
     from qvit.training.recipe import Recipe
 
@@ -32,10 +31,10 @@ def command(
     train_data: Annotated[list[str] | None, typer.Option("--train-data", help="Training images; may be given again.")] = None,
     val_data: Annotated[list[str] | None, typer.Option("--val-data", help="Validation images; may be given again.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Float weights to start from instead of the recipe's.")
+        Path | None, typer.Option("--checkpoint", help="Float run or weights to start from instead of the recipe's.")
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", help="Float weights of the teacher instead of the recipe's.")
+        Path | None, typer.Option("--teacher", help="Float run or weights of the teacher instead of the recipe's.")
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -63,19 +62,25 @@ def command(
 
     described = _with_data(Recipe.load(recipe, set_ or []), data, train_data, val_data)
     described = _with_weights(described, "model", checkpoint)
-    described, teacher_model = _with_teacher(described, teacher)
-    result = fit(described, output, teacher=teacher_model, resume=resume)
+    described = _with_teacher(described, teacher)
+    result = fit(described, output, resume=resume)
     if os.environ.get("RANK", "0") != "0":
         return
+    row = _row(described, result)
+    student = getattr(result.model, "qvit", None)
+    if student is not None and described.quant.has_budget:
+        budget = {"budget_mb": described.quant.budget_mb, "budget_bops": described.quant.budget_bops}
+        row |= {key: value for key, value in budget.items() if value is not None} | show_chosen(student)
+    epochs = "1 epoch" if result.epochs == 1 else f"{result.epochs} epochs"
     show_facts(
         {
             "run": result.output,
-            "top-1": f"{result.top1:.2f} % of {result.images} images after {result.epochs} epochs",
+            "top-1": f"{result.top1:.2f} % of {result.images} images after {epochs}",
             "best": f"{result.best_top1:.2f} % after epoch {result.best_epoch}",
             "trained": f"{result.train_seconds:.1f} s, {result.train_images_per_s:.0f} images/s",
         }
     )
-    write_results(json, [_row(described, result)])
+    write_results(json, [row])
 
 
 def _with_data(recipe: Recipe, data: list[str] | None, train: list[str] | None, val: list[str] | None) -> Recipe:
@@ -101,27 +106,29 @@ def _with_weights(recipe: Recipe, section: str, path: Path | None) -> Recipe:
     return recipe.model_copy(update={section: own.model_copy(update={"checkpoint": checkpoint_in(path), "pretrained": False})})
 
 
-def _with_teacher(recipe: Recipe, path: Path | None) -> tuple[Recipe, nn.Module | None]:
-    """The teacher of ``--teacher``: the model that a checkpoint describes, or weights of the recipe's teacher, else model."""
+def _with_teacher(recipe: Recipe, path: Path | None) -> Recipe:
+    """The recipe with the teacher of ``--teacher``: the model that a checkpoint describes, or weights of the recipe's teacher,
+    else model. So the run's checkpoints say who taught it, and `--resume` notices where that is another."""
     if path is None:
-        return recipe, None
-    from qvit.training.checkpoint import is_checkpoint, load_model
+        return recipe
+    from qvit.training.checkpoint import is_checkpoint
+    from qvit.training.sections import ModelSection
 
     path = checkpoint_in(path)
     if is_checkpoint(path):
-        model, metadata = load_model(path)
-        if metadata.student is not None:
-            raise RecipeError(f"The teacher {path} is quantized: use a float model.")
-        return recipe, model
+        return recipe.model_copy(update={"teacher": ModelSection(checkpoint=path)})
     recipe = recipe.model_copy(update={"teacher": recipe.teacher or recipe.model})
-    return _with_weights(recipe, "teacher", path), None
+    return _with_weights(recipe, "teacher", path)
 
 
 def _row(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
+    from qvit.convert import family_of
+
     student = getattr(result.model, "qvit", None)
+    architecture = student.architecture if student else family_of(result.model).describe(result.model)
     locations = recipe.data.val or recipe.data.train or ""
     row: dict[str, Any] = {
-        "model": student.architecture.name if student else recipe.model.name if recipe.model else None,
+        "model": architecture.name,
         "data": name_of([locations] if isinstance(locations, str) else locations),
         "method": recipe.method,
         "weight_bits": student.spec.weight_bits if student else 32,

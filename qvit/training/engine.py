@@ -21,6 +21,7 @@ from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.logs import RunLog
 from qvit.training.loop import TrainingLoop
+from qvit.training.memory import is_full
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.resume import check_same_run
@@ -114,13 +115,16 @@ def _fit_cascade(
 
 @contextmanager
 def _out_of_memory() -> Iterator[None]:
-    """Outside of steps, which say which batch would fit, a full GPU is at least named."""
+    """Outside of steps, which say which batch would fit, full memory is at least named."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        detail = str(error).partition(". ")[0]
+    except (RuntimeError, MemoryError) as error:
+        if not is_full(error):
+            raise
+        whose = "GPU's" if isinstance(error, torch.OutOfMemoryError) else "machine's"
+        detail = " ".join(str(error).partition(". ")[0].split()) or "no more could be allocated"
         raise TrainingError(
-            f"The GPU's memory is full ({detail}): lower batch_size or, if it is set, leave out data.cache."
+            f"The {whose} memory is full ({detail}): lower batch_size or, if it is set, leave out data.cache."
         ) from None
 
 
@@ -154,15 +158,28 @@ def open_loop(
         atexit.unregister(_leave_the_group)
         atexit.register(_leave_the_group)
     output = Path(output)
+    _check_place(output)
     resumed = _checkpoint_of(output, resume)
     if resumed is not None:
         check_same_run(resumed, recipe, accelerator.num_processes)
     setup = set_up(recipe, accelerator, model, teacher, resumed, progress)
+    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    return TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
+    return loop
+
+
+def _check_place(output: Path) -> None:
+    """Raises `InputError` where the output folder could not be made or written, before minutes go into what it is for."""
+    there = next((place for place in (output, *output.parents) if os.path.lexists(place)), None)
+    if there is None:
+        return
+    if not there.is_dir():
+        raise InputError(f"The output folder {output} cannot be made ({there} is no folder): name another one.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"The output folder {output} cannot be written (no permission in {there}): name another one.")
 
 
 def _leave_the_group() -> None:

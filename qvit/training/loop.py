@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from qvit.training.graphed import GraphedBackward
 from qvit.training.interrupt import InterruptGuard, TrainingInterrupted
 from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
-from qvit.training.memory import DeviceMemory, fitting_batch
+from qvit.training.memory import DeviceMemory, fitting_batch, fitting_half, is_full
 from qvit.training.meters import LossWindow, Stopwatch
 from qvit.training.optim import anneal_start, build_optimizer, learning_rate, set_learning_rate
 from qvit.training.oscillation import OscillationPenalty, penalty_weight
@@ -193,27 +193,41 @@ class TrainingLoop:
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         """One optimizer step on images [B, C, H, W] and labels [B] on the device; within `stepping`."""
-        with suppress(torch.OutOfMemoryError), fused(self.fuse), self.compiled.running():
-            self._train_step(images, labels)
+        try:
+            with fused(self.fuse), self.compiled.running():
+                self._train_step(images, labels)
             return
+        except (RuntimeError, MemoryError) as error:
+            if not is_full(error):
+                raise
+            on_gpu = isinstance(error, torch.OutOfMemoryError)
         # Only here is the traceback gone, which held what the step had computed.
-        raise TrainingError(self._out_of_memory(images, labels))
+        raise TrainingError(self._out_of_memory(images, labels, on_gpu))
 
-    def _out_of_memory(self, images: torch.Tensor, labels: torch.Tensor) -> str:
+    def _out_of_memory(self, images: torch.Tensor, labels: torch.Tensor, on_gpu: bool) -> str:
         for tap in ("student_taps", "teacher_taps", "student_features", "teacher_features"):
             if hasattr(self, tap):
                 getattr(self, tap).clear()
         self.backward.clear()
 
         def probe(count: int) -> None:
+            some = images[:count], labels[:count]
+            if count % 2 == 0 or not self.recipe.mixes:  # else there is an image without another to be mixed with
+                some = self._mixed(*some)
             with fused(self.fuse):
-                total, _ = self._losses(*self._mixed(images[:count], labels[:count]), None)
+                total, _ = self._losses(*some, None)
                 torch.autograd.grad(total, [p for p in self.parameters if p.requires_grad], allow_unused=True)
 
-        states = 1 if self.optimizer.state_dict()["state"] else 3
-        fits = fitting_batch(len(images), probe, self.model, states, DeviceMemory())
-        advice = f"batch_size={fits} should fit" if fits else "not even one image fits beside the model"
-        return f"The GPU's memory is full at step {self.step} with batch_size={len(images)}: {advice}; {self._kept()}."
+        if on_gpu:
+            states = 1 if self.optimizer.state_dict()["state"] else 3
+            fits = fitting_batch(len(images), probe, self.model, states, DeviceMemory())
+        else:
+            fits = fitting_half(len(images), probe)
+        least, few = (2, "two images fit") if self.recipe.mixes else (1, "one image fits")
+        enough = fits is not None and fits >= least
+        advice = f"batch_size={fits} should fit" if enough else f"not even {few} beside the model"
+        whose = "GPU's" if on_gpu else "machine's"
+        return f"The {whose} memory is full at step {self.step} with batch_size={len(images)}: {advice}; {self._kept()}."
 
     def _train_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         recipe = self.recipe

@@ -1,6 +1,7 @@
-"""Which batch would have fitted, where a step ran out of GPU memory.
+"""Which batch would have fitted, where a step ran out of memory.
 
-How far a failed step got says little about what it needed, so a small batch is run once more and its peak is scaled up.
+How far a failed step got says little about what it needed, so a small batch is run once more and its peak is scaled up. On a
+CPU, where nothing tells the peak, halves of the batch are run until one fits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,12 @@ import torch
 
 _USABLE = 0.93  # of the memory; the rest is lost to fragments and to the libraries' workspaces
 _PROBED = 8  # the batch that is tried is this part of the one that failed
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the error says that memory is full: the GPU's (`torch.OutOfMemoryError`), or the machine's."""
+    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return host or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 class DeviceMemory:
@@ -54,6 +61,25 @@ def fitting_batch(
     an_image = max(memory.peak() - before, 1) / tried
     fixed = before + states * sum(p.numel() * p.element_size() for p in model.parameters())
     return rounded(min(int((memory.capacity() * _USABLE - fixed) / an_image), batch - 1))
+
+
+def fitting_half(batch: int, probe: Callable[[int], None]) -> int | None:
+    """The first of a half, a quarter, .. of a ``batch`` that fits on a CPU, rounded as `fitting_batch`; else ``None``.
+
+    Args:
+        batch: images of the step that failed.
+        probe: runs forward and backward on that many images and keeps nothing.
+    """
+    while (smaller := rounded(batch // 2)) is not None:
+        batch = smaller
+        try:
+            probe(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_full(error):
+                raise
+        else:
+            return batch
+    return None
 
 
 def rounded(images: int) -> int | None:

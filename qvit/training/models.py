@@ -16,8 +16,9 @@ from torch import nn
 
 from qvit.convert import preprocessing_of
 from qvit.errors import RecipeError, WeightsError
+from qvit.layers.blocks import transformer_blocks
 from qvit.preprocessing import Preprocessing
-from qvit.training.checkpoint import is_checkpoint, read_checkpoint
+from qvit.training.checkpoint import is_checkpoint, load_model, read_checkpoint
 from qvit.training.sections import DataSection, ModelSection
 
 _WRAPPERS = ("model", "state_dict", "model_state")  # keys under which published files hold their state dict
@@ -30,12 +31,15 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
     The preprocessing is the one in the checkpoint, if it is one of this package, else timm's; ``data`` may change it.
 
     Raises:
-        RecipeError: timm has no such model, or it does not take the arguments.
+        RecipeError: timm has no such model, or it does not take the arguments, or nothing says which model it is.
         WeightsError: the weights cannot be downloaded or read, or do not fit.
     """
+    if section.name is None:
+        model, own = _described(section.checkpoint)
+        return model, adjusted(own, data)
     try:
         model = timm.create_model(section.name, pretrained=section.pretrained, **section.args)
-    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError, ArithmeticError, LookupError) as error:
         message = " ".join(str(error).split()).rstrip(".")
         if section.pretrained and isinstance(error, OSError):
             raise WeightsError(
@@ -48,7 +52,32 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
         if is_checkpoint(section.checkpoint):
             preprocessing = read_checkpoint(section.checkpoint).metadata.preprocessing
         load_weights(model, section.checkpoint)
-    return model, adjusted(preprocessing or preprocessing_of(model), data)
+    preprocessing = preprocessing or preprocessing_of(model)
+    _check_shape(model, f"{section.name!r} with {section.args}")
+    return model, adjusted(preprocessing, data)
+
+
+def _check_shape(model: Any, what: str) -> None:
+    """Raises `RecipeError` for a model that timm makes and that cannot run."""
+    blocks: list[Any] = transformer_blocks(model)
+    sizes = {
+        "blocks": len(blocks),
+        "heads": min((block.attn.num_heads for block in blocks), default=1),
+        "whole patch in its images": model.patch_embed.num_patches,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise RecipeError(f"The model {what} has no {name}: change the arguments.")
+
+
+def _described(path: Path | None) -> tuple[nn.Module, Preprocessing]:
+    """The float model that a checkpoint of this package describes and holds."""
+    if path is None or (path.exists() and not is_checkpoint(path)):
+        raise RecipeError(f"{path or 'The recipe'} does not say which model it belongs to: set its name in the recipe as well.")
+    model, metadata = load_model(path)
+    if metadata.student is not None:
+        raise WeightsError(f"{path} holds a quantized model: use a float one.")
+    return model, metadata.preprocessing
 
 
 def top1_of(section: ModelSection) -> float | None:
@@ -94,7 +123,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if is_checkpoint(path):
         checkpoint = read_checkpoint(path)
         if checkpoint.metadata.student is not None:
-            raise WeightsError(f"{path} holds a quantized model: start from a float one.")
+            raise WeightsError(f"{path} holds a quantized model: use a float one.")
         return checkpoint.model_state()
     try:
         if path.suffix == ".safetensors":

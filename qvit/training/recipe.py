@@ -75,6 +75,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        for key in ("model", "teacher"):
+            _check_named(key, getattr(self, key))
         for name in ("scale", "ratio"):
             least, most = getattr(self.data.augment, name)
             if least > most:
@@ -199,6 +201,16 @@ class Recipe(Section):
         for override in overrides:
             _apply(values, override)
         return self.from_dict(values)
+
+
+def _check_named(key: str, section: ModelSection | None) -> None:
+    if section is None or section.name is not None:
+        return
+    if section.checkpoint is None:
+        raise ValueError(f"{key} does not say which model it is: set {key}.name, or {key}.checkpoint to a float one of qvit")
+    if section.args or section.pretrained:
+        what = "args" if section.args else "pretrained"
+        raise ValueError(f"{key}.{what} belongs to a model of timm's: set {key}.name, or remove {key}.{what}")
 
 
 def recipe_names() -> list[str]:

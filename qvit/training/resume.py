@@ -30,6 +30,7 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, processes: int) -> No
 
     A key that is newer than the checkpoint had its default then.
     """
+    _check_same_teacher(checkpoint, recipe)
     before, now = dict(_flat(_completed(checkpoint.metadata.recipe))), dict(_flat(recipe.to_dict()))
     for key in sorted(before.keys() | now.keys()):
         if key not in _FREE and before.get(key) != now.get(key):
@@ -41,6 +42,22 @@ def check_same_run(checkpoint: Checkpoint, recipe: Recipe, processes: int) -> No
         raise TrainingError(
             f"The run in {checkpoint.path.parent} was started with {checkpoint.metadata.processes} processes, now there are "
             f"{processes}: resume with as many."
+        )
+
+
+def _check_same_teacher(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Where one of them has a teacher of its own and the other has not; what `check_same_run` says of keys would not help."""
+    run, before = checkpoint.path.parent, checkpoint.metadata.recipe.get("teacher")
+    if before and recipe.teacher is None:
+        what = before.get("checkpoint") or before.get("name")
+        raise TrainingError(
+            f"The run in {run} was started with the teacher {what}, now none is named: name it again, or another output folder."
+        )
+    if recipe.teacher is not None and not before:
+        what = recipe.teacher.checkpoint or recipe.teacher.name
+        raise TrainingError(
+            f"The run in {run} was started without a teacher of its own, now it is {what}: resume without it, or name another "
+            "output folder."
         )
 
 

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+# No number of a recipe has a use beyond this, and float32 must hold what they are multiplied to.
+_MOST = 1e6
+Weight = Annotated[float, Field(ge=0, le=_MOST)]
 Bits = Annotated[int, Field(ge=2, le=8)]
 
 
@@ -22,13 +24,13 @@ class ModelSection(Section):
     """A float timm model.
 
     Attributes:
-        name: timm's name.
+        name: timm's name; may be left out where ``checkpoint`` is one of this package, which says what model it holds.
         args: keyword arguments of `timm.create_model` (``patch_size``, ``img_size``, ``num_classes``, ``drop_path_rate``, ..).
         pretrained: take timm's pretrained weights.
         checkpoint: a state dict (``.safetensors``, ``.pth``) or a float checkpoint of this package, loaded last.
     """
 
-    name: str
+    name: str | None = None
     args: dict[str, Any] = {}
     pretrained: bool = False
     checkpoint: Path | None = None
@@ -175,7 +177,7 @@ class DistillSection(Section):
     label: Weight = 0.5
     hard: Weight = 0.5
     soft: Weight = 0.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=_MOST)] = 1.0
     dgd: Weight = 1.0
     feature: Weight = 0.0
     feature_blocks: Literal["last", "thirds", "all"] = "last"
@@ -197,7 +199,7 @@ class OptimSection(Section):
     """
 
     name: str = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 5e-4
+    lr: Annotated[float, Field(gt=0, le=_MOST)] = 5e-4
     weight_decay: Weight = 0.0
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = None
     clip_grad: Annotated[float, Field(gt=0)] | None = None

@@ -152,18 +152,20 @@ def _start(recipe: Recipe, model: Any | None) -> tuple[Any, Preprocessing]:
 
 def _teacher(recipe: Recipe, teacher: Any | None, original: Any | None, model: Any, preprocessing: Preprocessing) -> Any:
     """The teacher that was passed, or the recipe's, or else the float model that the student was made from."""
+    own = None
     if teacher is None and recipe.teacher is not None:
         teacher, own = build_model(recipe.teacher, recipe.data)
-        if (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
-            raise RecipeError(
-                f"The teacher's images have mean {own.mean} and std {own.std}, the student's {preprocessing.mean} and "
-                f"{preprocessing.std}: set data.mean and data.std to what both were trained with."
-            )
     teacher = original if teacher is None else teacher
     if teacher is None:
         raise RecipeError("The loss needs a teacher: pass a float model, or set distill.hard, soft, dgd and feature to 0.")
     features = recipe.distill.feature_blocks if recipe.needs_features else None
     check_teacher(teacher, model, bool(recipe.dgd_weight), features, projected=not recipe.quantized)
+    # Only now: of a teacher for other images, the number of channels is what to name.
+    if own is not None and (own.mean, own.std) != (preprocessing.mean, preprocessing.std):
+        raise RecipeError(
+            f"The teacher's images have mean {own.mean} and std {own.std}, the student's {preprocessing.mean} and "
+            f"{preprocessing.std}: set data.mean and data.std to what both were trained with."
+        )
     return teacher
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qvit.analyze.products import products_of, specs_of
-from qvit.analyze.units import units_of, with_widths
+from qvit.analyze.units import units_of, widths_of, with_widths
 from qvit.convert import quantize
 from qvit.families import vit
 from qvit.layers.points import quantization_points
@@ -59,6 +59,17 @@ def test_widths_reach_the_model(small_vit: Any) -> None:
     assert (spec.weight_bits, spec.act_bits) == (4, 4)
     assert 4 not in spec.overrides.values()
     assert ModelSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_widths_of_a_spec() -> None:
+    products = products_of(vit.describe(timm_model("deit_tiny_patch16_224", depth=1)))
+    units = units_of(products)
+    widths = dict(zip((unit.name for unit in units), (2, 3, 4, 8, 3), strict=True))
+    assert widths_of(units, specs_of(products, with_widths(ModelSpec(), units, widths))) == widths
+    # Widths that only an override makes unequal are all named.
+    spec = with_widths(ModelSpec(overrides={"*.map": 8, "*.fc2.weight": 2}), units, widths)
+    changed = {"blocks.0.attn.attention": "3 and 8", "blocks.0.mlp.fc2": "2 and 3"}
+    assert widths_of(units, specs_of(products, spec)) == widths | changed
 
 
 def test_overrides_of_the_user_win() -> None:

@@ -98,7 +98,9 @@ def test_steps_transfer_and_scaling(tmp_path: Path) -> None:
     )
     scale = {"gradient_mb": 88.0, "communication": 2.0, "allreduce_ms": 1.5, **base, **timed, "batch": 64}
     rows = [{**scale, "processes": 1}, {**scale, "processes": 8, "efficiency": 93.0}]
-    rows.append({**base, "processes": 8, "integer_top1": 93.4, "epochs": 10, "train_seconds": 60.0})
+    trained = {**base, "epochs": 10, "train_seconds": 60.0, "peak_gb": 9.5}
+    rows.append({**trained, "processes": 1, "integer_top1": 93.0, "difference": 0.0})
+    rows.append({**trained, "processes": 8, "batch": 32, "integer_top1": 93.4, "difference": 0.4})
     write(tmp_path, "train_scaling-g100x8.json", rows)
     page = make_results.render(tmp_path)
     assert lines_with(page, "| Q-ViT (both) |")[0] == [
@@ -114,6 +116,8 @@ def test_steps_transfer_and_scaling(tmp_path: Path) -> None:
     assert lines_with(page, "90,000")[0][:3] == ["images alone, no training", "", "90,000"]
     assert lines_with(page, "m.qvit")[0] == ["`m.qvit`", "2/2", "89.00", "-1.00", "80.00"]
     assert lines_with(page, "| 8 | 64 | 2,500 |")[0] == ["8", "64", "2,500", "93.0", "2.0", "102.4", "1.50", "33.3"]
-    assert lines_with(page, "| 93.40 |")[0] == ["8", "256", "10", "93.40", "60"]
-    assert lines_with(page, "(the paper's)")[0][:4] == ["8", "64", "512 (the paper's)", "102.4"]
+    assert lines_with(page, "| 93.40 |")[0] == ["8", "32", "10", "93.40", "+0.40", "60", "9.5"]
+    assert lines_with(page, "(the paper's) |")[0][:5] == ["8", "64", "512 (the paper's)", "102.4", "measured"]
+    for assumed in ("1,281,167 images", "the model is vit at 2 bits", "reading images keeps up", "hosts of 8 GPUs", "50 GB/s"):
+        assert assumed in page
     assert lines_with(page, "| 64 | 64 | 4,096 |")[0][3:5] == ["105.5", "3.1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,12 @@ def test_why_there_is_no_teacher(frozen_file: Path, checkpoints: Path, tmp_path:
     )
     with pytest.raises(QvitError, match="does not say which model it belongs to"):
         open_teacher(checkpoints / "state.safetensors", open_quantized(frozen_file))
-    student = open_quantized(checkpoints / "quantized.safetensors")  # its recipe is none that trains
-    assert "does not say which float model is its teacher" in open_teacher(None, student)[1]
+    student = open_quantized(checkpoints / "quantized.safetensors")
+    assert "cannot be opened (There is no checkpoint /somewhere/vit.pth: check the path)" in open_teacher(None, student)[1]
+    assert student.metadata is not None
+    for recipe in ({"method": "calibration"}, {"method": "qvit"}):  # none that trains, and one that was given a live model
+        silent = replace(student, metadata=replace(student.metadata, recipe=recipe))
+        assert "does not say which float model is its teacher" in open_teacher(None, silent)[1]
 
 
 def test_the_images_of_a_recipe(report_runs: Path, checkpoints: Path, frozen_file: Path, tmp_path: Path) -> None:

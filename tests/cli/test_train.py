@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qvit
 import qvit.training.engine
+from qvit.convert import preprocessing_of
+from qvit.training.checkpoint import LAST, Metadata, read_checkpoint, save_checkpoint
 from qvit.training.interrupt import TrainingInterrupted
+from qvit.training.sections import ModelSection
+
+from .conftest import ARGUMENTS, MODEL
 
 Cli = Callable[..., Any]
 _RECIPE = """\
@@ -69,12 +75,27 @@ def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
 def test_a_budget_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
     weights = ("--checkpoint", checkpoints / "float.safetensors")
     measured = tmp_path / "sensitivities.json"
-    budget = ("--set", "quant.budget_mb=0.0145", "--set", f"quant.sensitivities={measured}")
-    done = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run")
+    budget = ("--set", "quant.budget_mb=0.0113", "--set", f"quant.sensitivities={measured}")
+    report = tmp_path / "report.json"
+    done = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run", "--json", report)
     assert (done.status, measured.exists()) == (0, True), done.err
+    # What was chosen is said, a block a line, and in the result file.
+    (row,) = json.loads(report.read_text())["rows"]
+    layers = ("attn.qkv", "attn.attention", "attn.proj", "mlp.fc1", "mlp.fc2")
+    chosen = [row[f"bits of blocks.0.{layer}"] for layer in layers]
+    assert len(set(chosen)) > 1
+    lines = [line.split() for line in done.out.splitlines()]
+    assert ["blocks.0", *map(str, chosen)] in lines
+    assert ["block", *(layer.rpartition(".")[2] for layer in layers)] in lines
+    assert row["budget_mb"] == 0.0113
+    assert "budget_bops" not in row
+    assert f"{row['bit_operations']:,} bit operations an image" in done.out
+    # A resumed run says it as well, though nothing is chosen any more.
+    again = cli("train", recipe, *weights, *budget, "-o", tmp_path / "run", "--resume")
+    assert ["blocks.0", *map(str, chosen)] in [line.split() for line in again.out.splitlines()]
     done = cli("freeze", tmp_path / "run", "-o", tmp_path / "m.qvit")
-    assert "0.0145 MB, kept" in done.out
-    assert (tmp_path / "m.qvit").stat().st_size <= 14_500
+    assert "0.0113 MB, kept" in done.out
+    assert (tmp_path / "m.qvit").stat().st_size <= 11_300
     cli("train", recipe, *weights, *budget, "--set", "quant.budget_mb=0.001", "-o", tmp_path / "b").refused("cannot be met")
 
 
@@ -103,12 +124,54 @@ def test_weights_and_teachers(cli: Cli, recipe: Path, checkpoints: Path, fitted:
     cli(*arguments, "--teacher", state)
     cli(*arguments, "--teacher", described)
     first, second, third = fitted
-    assert (first["recipe"].model.checkpoint, first["recipe"].teacher, first["teacher"]) == (state, None, None)
+    assert (first["recipe"].model.checkpoint, first["recipe"].teacher) == (state, None)
     # A state dict is taken for the model of the recipe; a checkpoint says itself what it is.
     assert second["recipe"].teacher.checkpoint == state
     assert second["recipe"].teacher.name == "vit_tiny_patch16_224"
-    assert third["teacher"].num_classes == 10
-    cli(*arguments, "--teacher", checkpoints / "quantized.safetensors").refused("is quantized: use a float model")
+    assert third["recipe"].teacher == ModelSection(checkpoint=described)
+
+
+def test_a_run_says_who_taught_it(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    """In its checkpoint, so that a resumed run cannot go on with another teacher unnoticed."""
+    run, described, state = tmp_path / "run", checkpoints / "float.safetensors", checkpoints / "state.safetensors"
+    arguments = ("train", recipe, "--checkpoint", state, "-o", run)
+    assert cli(*arguments, "--teacher", described).status == 0
+    teacher = read_checkpoint(run / LAST).metadata.recipe["teacher"]
+    assert teacher == {"name": None, "args": {}, "pretrained": False, "checkpoint": str(described)}
+    cli(*arguments, "--resume").refused(f"was started with the teacher {described}, now none is named")
+    assert cli(*arguments, "--teacher", described, "--resume").status == 0
+    # A frozen file names it as well, without the folder.
+    assert cli("freeze", run, "-o", tmp_path / "m.qvit").status == 0
+    assert qvit.IntegerModel.load(tmp_path / "m.qvit").provenance["recipe"]["teacher"]["checkpoint"] == "float.safetensors"
+
+
+def test_a_teacher_that_is_quantized(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    weights = ("--checkpoint", checkpoints / "state.safetensors", "--teacher", checkpoints / "quantized.safetensors")
+    cli("train", recipe, *weights, "-o", tmp_path / "run").refused("holds a quantized model: use a float one")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_classes": 5}, ("The teacher has 5 classes, the student 10: use another teacher",)),
+        ({"img_size": 16}, ("The teacher takes images (1, 16, 16)", "the student (1, 8, 8)")),
+        ({"in_chans": 3}, ("The teacher takes images (3, 8, 8)", "the student (1, 8, 8)")),
+        ({"depth": 2}, ("The teacher has 2 blocks, the student 1", "set distill.dgd to 0")),
+        ({"num_heads": 2}, ("The teacher has 2 heads, the student 3", "set distill.dgd to 0")),
+    ],
+)
+def test_a_teacher_that_does_not_fit(
+    cli: Cli, recipe: Path, small_vit: Callable[..., Any], tmp_path: Path, changes: dict[str, int], parts: tuple[str, ...]
+) -> None:
+    """Whether a checkpoint describes it or the recipe does."""
+    teacher = small_vit(MODEL, **ARGUMENTS | changes)
+    path = tmp_path / "teacher.safetensors"
+    save_checkpoint(path, teacher, Metadata.of(teacher, preprocessing_of(teacher), list("abcde"), {"method": "float"}))
+    cli("train", recipe, "--teacher", path, "-o", tmp_path / "run").refused(*parts)
+    section = json.dumps({"name": MODEL, "args": ARGUMENTS | changes})
+    cli("train", recipe, "--set", f"teacher={section}", "-o", tmp_path / "run").refused(*parts)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -128,6 +191,15 @@ def test_weights_and_teachers(cli: Cli, recipe: Path, checkpoints: Path, fitted:
 def test_bad_input(cli: Cli, recipe: Path, tmp_path: Path, arguments: tuple[str, ...], part: str) -> None:
     done = cli("train", *(str(recipe) if a == "RECIPE" else a for a in arguments), "-o", tmp_path / "run")
     done.refused(part)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["imagenette", "paper_imagenet"])
+def test_no_gpu_for_a_recipe_that_needs_one(cli: Cli, tmp_path: Path, name: str) -> None:
+    """Said first, before anything is read or downloaded."""
+    done = cli("train", name, "--data", "nowhere", "-o", tmp_path / "run")
+    done.refused("needs a GPU and PyTorch finds none", "needs_gpu=false")
     assert not (tmp_path / "run").exists()
 
 

@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import nn
 
+import qvit.training.engine
 import qvit.training.loop
 from qvit.analyze.agreement import agreement
 from qvit.convert import quantize
@@ -353,6 +354,8 @@ def test_a_run_is_not_overwritten_nor_continued_with_another_recipe(tiny_recipe:
         ({"model": None}, RecipeError, "names no model"),
         ({"data": {"train": "/no/such/folder"}}, InputError, "There is no /no/such/folder"),
         ({"optim": {"name": "adamv"}}, RecipeError, "adamv"),
+        ({"data": {"augment": {"auto_augment": "magic"}}}, RecipeError, "knows no policy 'magic'"),
+        ({"optim": {"args": {"eps": -1}}}, RecipeError, "Invalid epsilon value"),
         ({"quant": {"overrides": {"*.nothing": 8}}}, ValueError, "matches no layer"),
     ],
 )
@@ -363,7 +366,21 @@ def test_mistakes_end_before_training(
         changes = {"model": {"name": "vit_tiny_patch16_224", "args": RANDOM["model"]["args"] | changes["model"]["args"]}}
     with pytest.raises(error, match=words):
         fit(tiny_recipe(**changes), tmp_path / "run", progress=False)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named_before_any_work(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qvit.training.engine, "set_up", None)
+    (tmp_path / "file").write_bytes(b"mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"cannot be made \(.*file is no folder\): name another one"):
+            fit(tiny_recipe(), output, progress=False)
+    monkeypatch.setattr(os, "access", lambda place, _mode: place != tmp_path)
+    with pytest.raises(InputError, match=r"cannot be written \(no permission in .*\): name another one"):
+        fit(tiny_recipe(), tmp_path / "a" / "b", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_student_needs_a_teacher_and_a_quantizing_method(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

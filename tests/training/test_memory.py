@@ -14,7 +14,7 @@ import qvit.training.loop
 from qvit.errors import RecipeError, TrainingError
 from qvit.training.checkpoint import LAST, read_checkpoint
 from qvit.training.engine import fit
-from qvit.training.memory import DeviceMemory, fitting_batch, rounded
+from qvit.training.memory import DeviceMemory, fitting_batch, fitting_half, is_full, rounded
 from qvit.training.recipe import Recipe
 
 from .test_targets import CACHED
@@ -98,6 +98,76 @@ def test_a_full_gpu_is_one_sentence_and_the_last_checkpoint_stays(
     assert memory.tried == 1
     monkeypatch.undo()
     fit(recipe, tmp_path, resume=True, progress=False)
+
+
+HOST = "[enforce fail at alloc_cpu.cpp:1] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+
+
+@pytest.mark.parametrize(
+    ("batch", "largest", "wanted", "tried"),
+    [(100, 30, 24, [48, 24]), (9, 99, 4, [4]), (64, 2, 2, [32, 16, 8, 4, 2]), (4, 0, None, [2, 1]), (1, 9, None, [])],
+)
+def test_the_half_that_fits_on_a_cpu(batch: int, largest: int, wanted: int | None, tried: list[int]) -> None:
+    counts: list[int] = []
+
+    def probe(count: int) -> None:
+        counts.append(count)
+        if count > largest:
+            raise RuntimeError(HOST)
+
+    assert fitting_half(batch, probe) == wanted
+    assert counts == tried
+
+
+def test_other_errors_are_not_taken_for_full_memory() -> None:
+    assert all(is_full(error) for error in (RuntimeError(HOST), MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")))
+    assert not any(is_full(error) for error in (RuntimeError("shapes differ"), ValueError("can't allocate memory")))
+
+    def broken(_count: int) -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fitting_half(8, broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [({}, "batch_size=1 should fit"), ({"data": {"mixup": 0.8}}, "not even two images fit beside the model")],
+    ids=["plain", "mixed in pairs"],
+)
+def test_a_full_machine_is_one_sentence_and_the_last_checkpoint_stays(
+    changes: dict[str, Any],
+    advice: str,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Down to a single image, which mixup could not take."""
+    original = qvit.training.loop.TrainingLoop._losses
+    steps: list[int] = []
+
+    def losses(self: Any, images: torch.Tensor, *others: Any) -> Any:
+        steps.append(len(images))
+        if len(steps) > 6 and len(images) > 1:
+            raise RuntimeError(HOST)
+        return original(self, images, *others)
+
+    monkeypatch.setattr(qvit.training.loop.TrainingLoop, "_losses", losses)
+    with pytest.raises(TrainingError, match=f"The machine's memory is full at step 6 with batch_size=8: {advice};"):
+        fit(tiny_recipe(log_every=1, **changes), tmp_path, progress=False)
+    assert steps[6:] == [8, 4, 2, 1]
+    assert read_checkpoint(tmp_path / LAST).metadata.step == 5
+
+
+def test_a_full_machine_outside_of_a_step_is_named(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(qvit.training.loop, "count_correct", full)
+    with pytest.raises(TrainingError, match=r"The machine's memory is full \(no more could be allocated\): lower batch_size"):
+        fit(tiny_recipe(), tmp_path, progress=False)
 
 
 def test_a_full_gpu_outside_of_a_step_is_named(

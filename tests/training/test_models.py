@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -59,6 +60,27 @@ def test_a_checkpoint_brings_its_preprocessing(small_vit: Callable[..., nn.Modul
     assert preprocessing == Preprocessing((3, 48, 48), 0.7, "squash", "bilinear", own.mean, own.std)
 
 
+def test_a_checkpoint_says_which_model_it_holds(
+    small_vit: Callable[..., nn.Module], make_student: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    model, student = small_vit(), make_student()
+    own = Preprocessing((3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.3, 0.2, 0.1))
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("float", "quantized", "state", "absent")}
+    save_checkpoint(paths["float"], model, Metadata.of(model, own, ["x"] * 7, {}))
+    save_checkpoint(paths["quantized"], student, Metadata.of(student, student.qvit.preprocessing, ["x"] * 7, {}))
+    safetensors.torch.save_file(model.state_dict(), paths["state"])
+    again, preprocessing = build_model(ModelSection(checkpoint=paths["float"]), DataSection(crop_pct=1.0))
+    assert same(again, model.state_dict())
+    assert (preprocessing.mean, preprocessing.crop_pct) == (own.mean, 1.0)
+    for name, error, words in (
+        ("quantized", WeightsError, "holds a quantized model: use a float one"),
+        ("state", RecipeError, "does not say which model it belongs to: set its name"),
+        ("absent", WeightsError, "There is no checkpoint"),
+    ):
+        with pytest.raises(error, match=words):
+            build_model(ModelSection(checkpoint=paths[name]), DataSection())
+
+
 def test_a_quantized_checkpoint_is_no_float_model(make_student: Callable[..., nn.Module], tmp_path: Path) -> None:
     student = make_student()
     path = tmp_path / "s.safetensors"
@@ -111,9 +133,26 @@ def test_files_that_hold_no_weights(small_vit: Callable[..., nn.Module], tmp_pat
         load_weights(small_vit(), tmp_path / "n.pth")
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"depth": 0}, "has no blocks"),
+        ({"num_heads": -1}, "has no heads"),
+        ({"num_heads": 0}, "cannot make the model"),
+        ({"img_size": 8}, "has no whole patch in its images"),
+        ({"img_size": []}, "cannot make the model"),
+        ({"patch_size": 0}, "cannot make the model"),
+    ],
+)
+def test_a_model_that_could_not_run(args: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        build_model(ModelSection(name=NAME, args=ARGS | args), DataSection())
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("bad", [ModelSection(name="deit_smal"), ModelSection(name=NAME, args={"depht": 3})])
 def test_a_model_that_timm_does_not_make(bad: ModelSection) -> None:
-    with pytest.raises(RecipeError, match=bad.name) as caught:
+    with pytest.raises(RecipeError, match=str(bad.name)) as caught:
         build_model(bad, DataSection())
     assert "\n" not in str(caught.value)
 

@@ -59,6 +59,11 @@ def test_it_says_how_it_is_launched_and_what_to_expect(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_only_digits_are_for_a_cpu(name: str) -> None:
+    assert Recipe.load(name).needs_gpu is not name.startswith("digits")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_it_takes_a_step(name: str, images: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(name)
     assert recipe.model is not None

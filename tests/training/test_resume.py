@@ -34,6 +34,21 @@ def test_paths_and_reports_may_differ_and_nothing_that_changes_a_weight() -> Non
     check_same_run(replace(checkpoint, metadata=replace(checkpoint.metadata, processes=2)), recipe, 2)
 
 
+def test_a_teacher_of_its_own_is_part_of_the_run() -> None:
+    plain = Recipe.from_dict({"method": "baseline"})
+    taught = plain.override("teacher.checkpoint=runs/large/best.safetensors")
+    check_same_run(checkpoint_of(taught.to_dict()), taught.override("teacher.checkpoint=elsewhere/best.safetensors"), 1)
+    with pytest.raises(TrainingError, match=r"with the teacher runs/large/best\.safetensors, now none is named: name it again"):
+        check_same_run(checkpoint_of(taught.to_dict()), plain, 1)
+    with pytest.raises(TrainingError, match=r"without a teacher of its own, now it is runs/large/best\.safetensors: resume"):
+        check_same_run(checkpoint_of(plain.to_dict()), taught, 1)
+    named = plain.override("teacher.name=deit_small_patch16_224", "teacher.pretrained=true")
+    with pytest.raises(TrainingError, match=r"with the teacher deit_small_patch16_224, now none"):
+        check_same_run(checkpoint_of(named.to_dict()), plain, 1)
+    with pytest.raises(TrainingError, match=r"was started with teacher\.name='deit_small_patch16_224', now it is None"):
+        check_same_run(checkpoint_of(named.to_dict()), taught.override("teacher.pretrained=false"), 1)
+
+
 def test_a_key_that_is_newer_than_the_checkpoint_had_its_default_then() -> None:
     recipe = Recipe.from_dict({})
     old = recipe.to_dict()
