@@ -50,7 +50,7 @@ class Site:
 
     Attributes:
         kind, n, k, bits: see there.
-        permuted: columns are put in the order of tiles, padding and all, as those behind GELU.
+        permuted: columns are in the order of tiles, as those in front of GELU, so that tiles divide what is padded to.
     """
 
     kind: str
@@ -92,11 +92,13 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
         tiles += _whole_rows(site)
     if site.kind == "rows":
         return tiles
-    for groups in (2, 3):
+    for groups in (2, 3, 4) if site.kind == "planes" else (2, 3):
         for bn in (64, 128, 192, *([384] if floats else [])):
             base = HopperTile(groups, bn, 4, bits=site.bits)
             if not floats:
-                tiles += [replace(base, stages=stages) for stages in ((1, 2, 3) if site.bits else (3, 4, 6, 8))]
+                cuts = [(stages, twice) for stages in (1, 2, 3, 4) for twice in (True, False)] if site.bits else []
+                cuts = cuts or [(stages, False) for stages in (3, 4, 6, 8)]
+                tiles += [replace(base, stages=stages, twice=twice) for stages, twice in cuts]
                 continue
             rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2)]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
@@ -137,10 +139,9 @@ def fits(tile: MmaTile | HopperTile | None, site: Site, m: int, multiprocessors:
     """Whether a product may be cut so."""
     if not isinstance(tile, HopperTile):
         return True
-    columns = pad(site.n, COLUMN_PAD)
-    if pad(site.n, tile.bn) > columns:  # no weights lie there
+    if pad(site.n, tile.bn) > pad(site.n, COLUMN_PAD):  # no weights lie there
         return False
-    if site.permuted and columns % tile.bn:
+    if site.permuted and COLUMN_PAD % tile.bn:
         return False
     registers = tile.bn // (1 if tile.overlaps else 2) + 40  # of a thread: its sums, and what it works with
     room = 65536 // (128 * (tile.groups + 1)) * (tile.groups + 1) // tile.groups

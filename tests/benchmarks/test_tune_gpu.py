@@ -17,7 +17,7 @@ import tune_gpu
 
 import qvit
 from qvit.engines.cuda import CudaEngine, tuned
-from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile
+from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile, choose, choose_bits
 from qvit.engines.cuda.tuned import Choice, Tuned, tuned_for
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -242,3 +242,15 @@ def test_a_kernel_is_compiled_in_a_process_of_its_own(tmp_path: Path, monkeypatc
         pool.submit(tune_gpu.compiled, ("pool", (), "sm_80")).result()
         pool.submit(tune_gpu.compiled, ("norm", (), "sm_80")).result()  # does not compile, and is not heard of
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["pool"]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_what_the_rules_choose_for_codes_is_tried(bits: int, machine: Machine, files: Path) -> None:
+    seen = 0
+    for site, choices in tried(machine, files, bits).items():
+        if site.kind in ("planes", "codes"):
+            product, on = (choices[0].m, site.n, site.k), machine.multiprocessors
+            rule = choose_bits(*product, on) if site.bits else choose(*product, on, hopper=True)
+            assert rule in {choice.tile for choice in choices}
+            seen += 1
+    assert seen == 2
