@@ -32,7 +32,7 @@ class Machine:
     """Plays a GPU: tiles have times, and logits, that a test gives them; a forward pass without any of them takes 10 ms."""
 
     device = torch.device("cpu")
-    multiprocessors, hopper, architecture, name = 4, True, "sm_90a", NAME
+    multiprocessors, most_shared, hopper, architecture, name = 4, MOST_SHARED, True, "sm_90a", NAME
 
     def __init__(self) -> None:
         self.tuned = Tuned()

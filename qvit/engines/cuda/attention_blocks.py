@@ -84,6 +84,11 @@ def choose_attention(shape: Shape, multiprocessors: int, hopper: bool, windowed:
     return _plain(shape, multiprocessors, long, windowed)
 
 
+def most_tokens(head_dim: int, most_shared: int) -> int:
+    """The longest sequence whose attention runs at all: a block has the keys and values of a head in ``most_shared`` bytes."""
+    return most_shared // (_KEYS * _key_and_value(head_dim)) * _KEYS
+
+
 def _tiles(shape: Shape) -> int:
     """Of a head's queries."""
     return -(-shape.tokens // _QUERIES)
@@ -91,7 +96,11 @@ def _tiles(shape: Shape) -> int:
 
 def _keys_and_values(shape: Shape) -> int:
     """Bytes of a head in shared memory: codes of keys and values, and sums of the keys' codes."""
-    return pad(shape.tokens, _KEYS) * (2 * shape.head_dim + 4)
+    return pad(shape.tokens, _KEYS) * _key_and_value(shape.head_dim)
+
+
+def _key_and_value(head_dim: int) -> int:
+    return 2 * head_dim + 4
 
 
 def _split(shape: Shape) -> AttentionBlocks:

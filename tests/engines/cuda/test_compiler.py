@@ -33,6 +33,7 @@ class Far:
     """A device for launches that are looked at and never run."""
 
     device = torch.device("cpu")
+    most_shared = tiles.MOST_SHARED
     tuned = Tuned()
 
     def __init__(self, multiprocessors: int, hopper: bool) -> None:
