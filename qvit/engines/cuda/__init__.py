@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qvit.engines.cuda.device import Device
 
 _PLANS_KEPT = 4
+_ALIGNED = 16  # bytes: kernels read up to so many pixels at a time
 
 
 class CudaEngine:
@@ -92,13 +93,16 @@ class CudaEngine:
             codes: if given, filled with the codes at every activation point by name (int16).
         """
         pixels = images.dtype == torch.uint8
-        if pixels and codes is None and images.device == self.device and images.is_contiguous() and len(images):
+        ready = pixels and images.device == self.device and images.is_contiguous() and images.data_ptr() % _ALIGNED == 0
+        if ready and codes is None and len(images):
             return self._logits(images)  # nothing to be done beforehand, and in one image's time every microsecond counts
         with torch.no_grad():
             if not len(images):
                 return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
             try:
                 images = (images if pixels else images.float()).to(self.device, non_blocking=True).contiguous()
+                if images.data_ptr() % _ALIGNED:
+                    images = images.clone()
             except torch.OutOfMemoryError:
                 raise self._too_many(len(images)) from None
             return self._logits(images, codes)
