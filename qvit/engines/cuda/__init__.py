@@ -7,7 +7,8 @@ GELU, rectify) are the correctly rounded ones (`qvit.quantizers.exact_float`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class CudaEngine:
         self.model = model
         self._gpu, self._one_bit, self._overlap = device, one_bit, overlap
         self.device = device.device
+        self._one_of_several = self.device.type == "cuda" and torch.cuda.device_count() > 1
         _check_length(model, device.most_shared)
         try:
             self._constants = ModelConstants.of(model, self.device)
@@ -109,18 +111,23 @@ class CudaEngine:
 
     def _logits(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         try:
-            if codes is not None:
-                plan = self._plan(len(images), with_map=True)
-                logits = self._shown(plan, images, codes)
-            else:
-                replay = self._replay(len(images))
-                plan, logits = replay.plan, replay.run(images)
+            with self._made_current():
+                if codes is not None:
+                    plan = self._plan(len(images), with_map=True)
+                    logits = self._shown(plan, images, codes)
+                else:
+                    replay = self._replay(len(images))
+                    plan, logits = replay.plan, replay.run(images)
         except torch.OutOfMemoryError:
             raise self._too_many(len(images)) from None
         if images.dtype != torch.uint8 and int(plan.strange):
             plan.strange.zero_()
             raise InputError("The images hold values that are not finite (NaN or infinity).")
         return logits
+
+    def _made_current(self) -> AbstractContextManager[Any]:
+        """With several GPUs, makes this one PyTorch's current one: the driver launches in the current one's context."""
+        return torch.cuda.device(self.device) if self._one_of_several else nullcontext()
 
     def _too_many(self, count: int) -> InputError:
         """What to raise where memory is short; makes room for another call."""
@@ -136,7 +143,8 @@ class CudaEngine:
 
     def launch(self, launch: Launch) -> None:
         """Queues one of `launches` on the current stream."""
-        self._gpu.launch(launch)
+        with self._made_current():
+            self._gpu.launch(launch)
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
         kind = SwinPlan if isinstance(self.model.architecture, SwinArchitecture) else VitPlan

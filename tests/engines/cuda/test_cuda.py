@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -383,6 +384,40 @@ def test_too_little_memory(make_student: Factory, small_vit: Factory, monkeypatc
     monkeypatch.setattr(constants.Constants, "array", full)
     with pytest.raises(InputError, match=r"memory does not hold the model: free some of it, or use engine='cpu'"):
         CudaEngine(model, gpu)
+
+
+def test_one_of_several_gpus_is_made_the_current_one(
+    make_student: Factory, small_vit: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Around all launches; where there is one alone, its time is not spent on that."""
+    made: list[torch.device] = []
+
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        made.append(device)
+        yield
+        made.append(torch.device("meta"))
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1})))
+    gpu = Small()
+    gpu.launches = -1000
+    engine = CudaEngine(model, gpu)
+    pixels = pixels_for(model, 2)
+    engine.forward(pixels)
+    assert made == []
+    engine._one_of_several = True  # which the emulated one is not
+    launch_ = gpu.launch
+
+    def launch(launch: Launch, behind: bool = False) -> None:
+        assert made[-1] == gpu.device
+        launch_(launch, behind)
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    engine.forward(pixels)
+    engine.forward(pixels, {})
+    engine.launch(engine.launches(1)[0])
+    assert made == [gpu.device, torch.device("meta")] * 3
 
 
 def test_more_tokens_than_attention_has_room_for(make_student: Factory, small_vit: Factory) -> None:

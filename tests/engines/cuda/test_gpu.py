@@ -150,6 +150,19 @@ def test_logits_are_of_the_images_kind_and_device(models: Callable[[int], Intege
         qvit.load(path, engine="cuda", device="cuda:77")
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_current_one(models: Callable[[int], IntegerModel]) -> None:
+    pixels = pixels_for(models(4).preprocessing.input_size, 8)
+    expected = CudaEngine(models(4), "cuda:0").forward(pixels)
+    engine = CudaEngine(models(4), "cuda:1")
+    assert torch.cuda.current_device() == 0
+    for images in (pixels, pixels.to("cuda:1"), pixels):
+        logits = engine.forward(images)
+        assert logits.device == torch.device("cuda:1")
+        assert torch.equal(logits.to("cuda:0"), expected)
+    assert torch.cuda.current_device() == 0
+
+
 def test_another_process_does_not_compile_again(models: Callable[[int], IntegerModel], tmp_path: Path) -> None:
     path, images = tmp_path / "model.qvit", tmp_path / "images.pt"
     models(4).save(path)
