@@ -172,3 +172,13 @@ def test_a_function_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.apart(sum, [1, 2]) == 3
     assert gpu.apart(max, []) is None
     assert capsys.readouterr().err.startswith("note: max are left out: ValueError: ")
+
+
+def test_tables_of_the_docs_are_those_of_the_committed_results() -> None:
+    """Line by line: `docs/performance-gpu.md` says nothing that was not measured."""
+    root = Path(__file__).parents[2]
+    results = [json.loads(path.read_text())["rows"] for path in (root / "benchmarks" / "results").glob("gpu-*.json")]
+    measured = {line for rows in results for line in gpu._tables(rows).splitlines()}
+    written = [line for line in (root / "docs" / "performance-gpu.md").read_text().splitlines() if line.startswith("| deit_")]
+    assert len(written) > 20
+    assert [line for line in written if line not in measured] == []
