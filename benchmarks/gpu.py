@@ -6,10 +6,11 @@
     python benchmarks/gpu.py --tables benchmarks/results/gpu-h100.json        # prints the tables again
 
 Measures what the GPU can do, then DeiT-S at batch 256 beside torch.compile and where its time goes, DeiT-S at batch 1, DeiT-T
-and DeiT-B beside torch.compile, at last DeiT-S at all widths beside the other peers; in this order, as far as `--minutes` go:
-what would not fit any more is left out, and said. Widths of one model and their peers take turns in one comparison, so what a
-peer compiles is compiled once. Nothing else may run meanwhile. Models have random weights. Images lie on the GPU, uint8 for the
-engine and normalised floats for its peers; a call ends when the GPU is done.
+and DeiT-B beside torch.compile, DeiT-S at all widths beside the other peers, at last where the time goes at 2 bits, multiplied
+as planes of bits and as bytes; in this order, as far as `--minutes` go: what would not fit any more is left out, and said.
+Widths of one model and their peers take turns in one comparison, so what a peer compiles is compiled once. Nothing else may
+run meanwhile. Models have random weights. Images lie on the GPU, uint8 for the engine and normalised floats for its peers; a
+call ends when the GPU is done.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Job:
         batch: images a call.
         bits: of weights and activations.
         peers: to compare with, the most important first.
-        kernels: whether the engine's kernels are timed, at the first width.
+        kernels: whether the engine's kernels are timed: at the first width behind the comparison, at others behind all.
         floats: whether float32 images are timed too, at the first width.
     """
 
@@ -119,6 +120,7 @@ def _measured(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
     ceilings = apart(_ceilings, options.device)
     if ceilings is not None:
         yield {"part": "ceilings", "device": _name(options.device), **ceilings.to_row()}
+    later: list[tuple[Job, int, Path, bool]] = []
     for job in jobs:
         bits = [width for width in options.bits or job.bits if (job.model, width) in files]
         if not bits:
@@ -135,10 +137,25 @@ def _measured(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
         before = time.perf_counter()
         yield from _compared(job, paths, affordable, options, scratch)
         clock.took(time.perf_counter() - before, own + len(affordable))
-        if job.kernels and ceilings is not None and clock.left() > 0:
-            facts = {"part": "kernels", "model": job.model, "weight_bits": bits[0], "act_bits": bits[0], "batch": job.batch}
-            for row in apart(_kernels, paths[0], job.batch, ceilings, options.device) or []:
-                yield {**facts, "engine": "cuda", **row}
+        if job.kernels and ceilings is not None:
+            yield from _timed(job, bits[0], paths[0], True, ceilings, options, clock)
+            later += [(job, width, path, True) for width, path in zip(bits[1:], paths[1:], strict=True)]
+            later += [(job, width, path, False) for width, path in zip(bits, paths, strict=True) if width == 2]
+    for job, width, path, one_bit in later:
+        assert ceilings is not None
+        yield from _timed(job, width, path, one_bit, ceilings, options, clock)
+
+
+def _timed(
+    job: Job, bits: int, path: Path, one_bit: bool, ceilings: Ceilings, options: argparse.Namespace, clock: Clock
+) -> Iterator[dict[str, Any]]:
+    """Rows of the kernels of a forward pass, if there is time; two-bit codes as planes of bits where ``one_bit``."""
+    if clock.left() <= 0:
+        return
+    facts = {"part": "kernels", "model": job.model, "weight_bits": bits, "act_bits": bits, "batch": job.batch}
+    facts |= {} if one_bit else {"codes": "bytes"}
+    for row in apart(_kernels, path, job.batch, ceilings, options.device, one_bit) or []:
+        yield {**facts, "engine": "cuda", **row}
 
 
 def _compared(
@@ -197,11 +214,12 @@ def _ceilings(device: str) -> Ceilings:
     return measure_ceilings(torch.device(device))
 
 
-def _kernels(file: Path, batch: int, ceilings: Ceilings, device: str) -> list[dict[str, Any]]:
+def _kernels(file: Path, batch: int, ceilings: Ceilings, device: str, one_bit: bool) -> list[dict[str, Any]]:
     from qvit.bench.kernels import kernel_rows
-    from qvit.engines import load
+    from qvit.engines.cuda import CudaEngine
+    from qvit.integer.model import IntegerModel
 
-    return kernel_rows(load(file, "cuda", device).engine, batch, ceilings)
+    return kernel_rows(CudaEngine(IntegerModel.load(file), device, one_bit), batch, ceilings)
 
 
 def _name(device: str) -> str:
@@ -226,7 +244,7 @@ def _line(row: dict[str, Any]) -> str:
             f"{row['device']}: copies {row['gb_per_s']:.0f} GB/s, bf16 {row['bf16_tflops']:.0f} TFLOP/s, "
             f"int8 {row['int8_tops']:.0f} TOP/s"
         )
-    head = f"{row['model']} W{row['weight_bits']}A{row['act_bits']} batch {row['batch']}"
+    head = f"{_head(row)} batch {row['batch']}"
     if row.get("part") == "kernels":
         return (
             f"{head}: {row['launches']} x {row['kernel']} {row['shape']}: {row['ms']:.3f} ms ({row['percent']:.0f} %), "
@@ -240,6 +258,10 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _head(row: dict[str, Any]) -> str:
+    return f"{row['model']} W{row['weight_bits']}A{row['act_bits']}{' as bytes' if row.get('codes') == 'bytes' else ''}"
+
+
 def _tables(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of a result file as Markdown: comparisons, then kernels, then ceilings."""
     lines = ["| | batch | | images | ms (10 to 90 %) | images/s | ratio (10 to 90 %) | GPU memory, MB |", "|" + "---|" * 8]
@@ -248,7 +270,7 @@ def _tables(rows: Sequence[dict[str, Any]]) -> str:
             continue
         ratio = f"{row['ratio_to_peer']:.2f} ({row['ratio_p10']:.2f} to {row['ratio_p90']:.2f})" if "peer" in row else ""
         lines.append(
-            f"| {row['model']} W{row['weight_bits']}A{row['act_bits']} | {row['batch']} "
+            f"| {_head(row)} | {row['batch']} "
             f"| {row['title'] if 'peer' in row else '**qvit**'} | {row['input']} "
             f"| {row['ms_median']:.3f} ({row['ms_p10']:.3f} to {row['ms_p90']:.3f}) | {row['images_per_s']:.0f} | {ratio} "
             f"| {row.get('gpu_mb', 0):.0f} |"
@@ -258,7 +280,7 @@ def _tables(rows: Sequence[dict[str, Any]]) -> str:
         lines += ["", "| | batch | kernel | launches | ms | share | TOP/s | GB/s | of its bound |", "|" + "---|" * 9]
     for row in kernels:
         lines.append(
-            f"| {row['model']} W{row['weight_bits']}A{row['act_bits']} | {row['batch']} | {row['kernel']} {row['shape']} "
+            f"| {_head(row)} | {row['batch']} | {row['kernel']} {row['shape']} "
             f"| {row['launches']} | {row['ms']:.3f} | {row['percent']:.1f} % | {row['tops']:.0f} | {row['gb_per_s']:.0f} "
             f"| {row['share_of_bound']:.2f} ({row['bound']}) |"
         )

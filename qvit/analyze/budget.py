@@ -139,7 +139,9 @@ def plan_within(budget: Budget, sensitivities: Sensitivities, template: IntegerM
     spec = ModelSpec() if spec is None else spec
     chooser = _Chooser(sensitivities, template, spec)
     narrowest = chooser.plan(dict.fromkeys(sensitivities.damages, sensitivities.widths[0]))
-    _check_possible(budget, narrowest, sensitivities.widths[0])
+    _check_possible(
+        budget, narrowest, f"{sensitivities.widths[0]} bits in every block{', overrides apart' * bool(spec.overrides)}"
+    )
     # What the file holds beside weights depends a little on the widths (names of the specs): allow for what was seen.
     limit = budget.file_bytes
     while True:
@@ -203,18 +205,21 @@ class _Chooser:
         return self.plan({unit.name: self.widths[option] for unit, option in zip(self.units, chosen, strict=True)})
 
 
-def _check_possible(budget: Budget, narrowest: Plan, bits: int) -> None:
-    """Raises `BudgetError` where not even the narrowest plan, which costs least in everything, keeps the budget."""
+def _check_possible(budget: Budget, narrowest: Plan, widths: str) -> None:
+    """Raises `BudgetError` where not even the narrowest plan, which costs least in everything, keeps the budget.
+
+    ``widths`` are those of that plan, in words.
+    """
     if budget.file_bytes is not None and narrowest.file_bytes > budget.file_bytes:
         least = -(-narrowest.file_bytes // 1000) / 1000
         raise BudgetError(
             f"A file of {budget.file_bytes / 1e6:g} MB cannot be met: the smallest that this model can have is {least:.3f} MB "
-            f"({narrowest.file_bytes:,} bytes), with {bits} bits in every block."
+            f"({narrowest.file_bytes:,} bytes), with {widths}."
         )
     if budget.bit_operations is not None and narrowest.bit_operations > budget.bit_operations:
         raise BudgetError(
             f"{budget.bit_operations:,} bit operations an image cannot be met: the fewest that this model can have are "
-            f"{narrowest.bit_operations:,}, with {bits} bits in every block."
+            f"{narrowest.bit_operations:,}, with {widths}."
         )
 
 

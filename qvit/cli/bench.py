@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from qvit.cli import options
 from qvit.cli.checkpoints import INTEGER_SUFFIX
 from qvit.cli.images import at_least_one, device_of
 from qvit.cli.results import write_results
-from qvit.cli.show import progress, show_table
+from qvit.cli.show import note, progress, show_table
 from qvit.cli.spec_options import DEFAULT_BITS
 from qvit.engines import gpu_named
 from qvit.errors import InputError
@@ -110,7 +109,7 @@ def command(
             for _ in _progress([None], 1, f"making {model} with random weights"):
                 make_random_model(model, DEFAULT_BITS if bits is None else bits, file)
         _warn_if_busy(cores)
-        rows = compare(file, peers, settings, folder, _progress, _note)
+        rows = compare(file, peers, settings, folder, _progress, note)
         frozen = IntegerModel.load(file)
     _show(rows, has_mixed_widths(frozen.architecture, frozen.specs))
     write_results(json, rows)
@@ -131,15 +130,11 @@ def _progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
     return progress(items, total, what)
 
 
-def _note(sentence: str) -> None:
-    print(f"note: {sentence}", file=sys.stderr)
-
-
 def _warn_if_busy(cores: int) -> None:
     """Says so where other programs are running, which makes times long and ratios uncertain."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > _BUSY * cores:
-        _note(f"the machine is busy (load {load:.1f} on {cores} cores): measure again when it is idle.")
+        note(f"the machine is busy (load {load:.1f} on {cores} cores): measure again when it is idle.")
 
 
 def _parts(text: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qvit.cli.images import at_least_one, device_of
+from qvit.cli.show import note
 from qvit.engines import Runner, create_engine, default_engine
 from qvit.integer.model import IntegerModel
 
@@ -29,4 +30,4 @@ def open_runner(file: Path, engine: str | None, device: str | None, threads: int
     # An engine that was asked for says itself what it does not run on; the reference engine runs on what PyTorch has, and may
     # have to stand in for the CUDA engine.
     where = device_of(device) if name == "reference" or (engine is None and name == "cuda") else device
-    return Runner(model, create_engine(model, engine, where, threads))
+    return Runner(model, create_engine(model, engine, where, threads, note))

@@ -52,6 +52,11 @@ def command(
     integers = file.suffix == INTEGER_SUFFIX
     if against is not None and not integers:
         raise InputError(f"--against compares a .qvit file with its checkpoint, and {file} is none.")
+    for option, value in (("--engine", engine), ("--threads", threads)):
+        if value is not None and not integers:
+            raise InputError(
+                f"{option} is for the integers of a .qvit file, and {file} is none: freeze it, or leave {option} out."
+            )
     subject = _Integers(open_runner(file, engine, device, threads), file) if integers else _Checkpoint(file, device)
     classes, preprocessing, facts = subject.classes, subject.preprocessing, subject.facts
     source, batches = open_evaluation(data, classes, preprocessing, batch, limit, workers)

@@ -61,7 +61,8 @@ def command(
 
         target = device_of(device)
         _, batches = open_evaluation(data, names, model.preprocessing, batch, limit, workers)
-        runner = create_engine(model, engine, target)
+        # The other engines know their own device, and say themselves what they do not run on.
+        runner = create_engine(model, engine, target if engine == "reference" else device)
         shown = progress(batches, len(batches), "comparing")
         measured = agreement(student.to(target), runner, as_tensors(shown, model.preprocessing))
         if not measured.holds:

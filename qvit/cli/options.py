@@ -24,8 +24,8 @@ Engine = Annotated[
     str | None,
     typer.Option(
         "--engine",
-        help="What runs the integers: cpu, cuda (an NVIDIA GPU), or reference (PyTorch, slow). By default cpu where it can, "
-        "and reference with --device cuda.",
+        help="What runs the integers: cpu, cuda (an NVIDIA GPU), or reference (PyTorch, slow). By default cpu, and cuda with "
+        "--device cuda; where that cannot run the model, reference, which is said.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the cpu engine; one a core by default.")]

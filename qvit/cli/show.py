@@ -44,6 +44,11 @@ def show_facts(facts: Mapping[str, object]) -> None:
     _console().print(table)
 
 
+def note(sentence: str) -> None:
+    """Tells the user something beside the results, on stderr."""
+    print(f"note: {sentence}", file=sys.stderr)
+
+
 def widths(weight_bits: int, act_bits: int, mixed: bool = False) -> str:
     """Bits in words; of a ``mixed`` model they are those that most layers have."""
     return f"weights {weight_bits} bits, activations {act_bits} bits" + (" in most layers (mixed)" if mixed else "")

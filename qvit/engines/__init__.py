@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
     Args:
         path: the file.
         engine: one of `ENGINES`; by default ``cuda`` on an NVIDIA GPU and ``cpu`` on the CPU where they can run the model;
-            else ``reference``.
+            else ``reference``, with a warning that says why: it is slower.
         device: ``cuda`` or ``cuda:<n>`` for the engine ``cuda``; any that PyTorch has for ``reference``, by default ``cpu``.
         threads: cores that the CPU engine uses for one call; by default the environment variable ``QVIT_NUM_THREADS``, else
             all that the process may use.
@@ -108,8 +109,17 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
     return Runner(model := IntegerModel.load(path), create_engine(model, engine, device, threads))
 
 
-def create_engine(model: IntegerModel, engine: str | None = None, device: str | None = None, threads: int | None = None) -> Any:
-    """The engine of that name for a model; see `load`."""
+def create_engine(
+    model: IntegerModel,
+    engine: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Any:
+    """The engine of that name for a model; see `load`.
+
+    ``note`` takes the sentence that says why the reference engine stands in; by default it is a warning.
+    """
     name = engine or default_engine(device)
     if name not in ENGINES:
         raise InputError(f"There is no engine {name!r}: use one of {', '.join(ENGINES)}.")
@@ -117,10 +127,17 @@ def create_engine(model: IntegerModel, engine: str | None = None, device: str | 
         return _reference(model, device)
     try:
         return _cpu(model, device, threads) if name == "cpu" else _cuda(model, device)
-    except (UnsupportedModelError, MissingDependencyError):
+    except (UnsupportedModelError, MissingDependencyError) as error:
         if engine is not None:
             raise
-    return _reference(model, device)
+        reason = str(error).partition(": use engine=")[0].rstrip(".")
+    slower = _reference(model, device)
+    (note or _warn)(f"The reference engine stands in, which is much slower: {reason[:1].lower()}{reason[1:]}.")
+    return slower
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=4)  # at the caller of `load`
 
 
 def _cpu(model: IntegerModel, device: str | None, threads: int | None) -> Any:

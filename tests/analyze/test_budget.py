@@ -149,7 +149,9 @@ def test_impossible_budgets_say_the_smallest_that_is_possible(sensitivities: Sen
     assert {bits for unit, bits in narrowest.widths.items() if not unit.endswith("attention")} == {2}
     with pytest.raises(BudgetError, match="cannot be met"):
         plan_within(Budget(exactly - 1), sensitivities, template)
-    with pytest.raises(BudgetError, match=r"1,000 bit operations an image cannot be met: the fewest .* with 2 bits") as caught:
+    with pytest.raises(
+        BudgetError, match=r"1,000 bit operations an image cannot be met: the fewest .* with 2 bits in every block\.$"
+    ) as caught:
         plan_within(Budget(bit_operations=1000), sensitivities, template)
     fewest = int(str(caught.value).split(" are ")[1].split(", with")[0].replace(",", ""))
     assert set(plan_within(Budget(exactly, fewest), sensitivities, template).widths.values()) == {2}
@@ -171,6 +173,8 @@ def test_overrides_and_other_models(sensitivities: Sensitivities, template: Inte
     plan = plan_within(Budget(file_bytes=template_size(template) * 7 // 10), sensitivities, template, spec)
     student = qvit.quantize(model, spec=plan.spec)
     assert quantization_points(student)["blocks.1.mlp.fc2.weight"].spec.bits == 6
+    with pytest.raises(BudgetError, match=r"with 2 bits in every block, overrides apart\.$"):
+        plan_within(Budget(file_bytes=1000), sensitivities, template, spec)
     with pytest.raises(SpecError, match="matches no layer"):
         plan_within(Budget(10**9), sensitivities, template, ModelSpec(overrides={"*.fc3": 6}))
     with pytest.raises(InputError, match=r"measured with rectify=True, not False"):

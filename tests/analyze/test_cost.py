@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from qvit.analyze.cost import ModelCost, model_cost
-from qvit.analyze.products import products_of, specs_of
+from qvit.analyze.products import LINEAR, products_of, specs_of
+from qvit.analyze.roofline import HARDWARE, estimate
 from qvit.architecture import VitArchitecture
 from qvit.convert import quantize
 from qvit.errors import SpecError
@@ -148,3 +150,39 @@ def test_a_missing_spec_is_named() -> None:
     del specs["blocks.7.attn.map"]
     with pytest.raises(SpecError, match=r"blocks.7.attn.map has no spec"):
         model_cost(a, specs)
+
+
+PAPERS = {
+    "DeiT-T": "deit_tiny_patch16_224",
+    "DeiT-S": "deit_small_patch16_224",
+    "DeiT-B": "deit_base_patch16_224",
+    "Swin-T": "swin_tiny_patch4_window7_224",
+    "Swin-S": "swin_small_patch4_window7_224",
+}
+
+
+def test_the_table_of_the_papers_backbones() -> None:
+    """`docs/cost-model.md` says what is counted today."""
+    lines = (Path(__file__).parents[2] / "docs" / "cost-model.md").read_text().splitlines()
+    written = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [cells for cells in written if cells[0] in PAPERS]
+    assert [cells[0] for cells in rows] == [name for name in PAPERS for _ in range(3)]
+    shapes: dict[str, Any] = {
+        name: swin_shape(timm_model(of)) if name.startswith("Swin") else _architecture(of)[0] for name, of in PAPERS.items()
+    }
+    cpu, gpu = HARDWARE["cpu"], HARDWARE["cuda"]
+    for name, bits, *cells in rows:
+        assert bits in ("4/4", "3/3", "2/2")
+        cost = model_cost(shapes[name], specs_of(products_of(shapes[name]), ModelSpec.of_bits(int(bits[0]))))
+        one, many = estimate(cost, cpu), estimate(cost, gpu, batch=256)
+        attention = sum(product.multiplies for product in cost.products if product.product.kind != LINEAR)
+        assert cells == [
+            f"{cost.parameters / 1e6:.2f} M",
+            f"{cost.weight_bytes / 1e6:.2f}",
+            f"{cost.multiplies / 1e9:.3f} G",
+            f"{100 * attention / cost.multiplies:.1f} %",
+            f"{cost.bit_operations / 1e9:.1f} G",
+            f"{cost.speed_up:.2f}",
+            f"{1e3 * one.seconds:.1f} ({one.bound})",
+            f"{many.images_per_s:,.0f} ({many.bound})",
+        ], (name, bits)

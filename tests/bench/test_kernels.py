@@ -29,7 +29,7 @@ class Silent:
     """A device that computes nothing."""
 
     device = torch.device("cpu")
-    multiprocessors, hopper, tuned = 2, False, Tuned()
+    multiprocessors, most_shared, hopper, tuned = 2, 99 * 1024, False, Tuned()
 
     def __init__(self) -> None:
         self.launched: list[Launch] = []

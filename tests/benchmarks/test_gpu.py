@@ -25,6 +25,7 @@ class Machine:
         self.now = 0.0
         self.made: list[tuple[str, int]] = []
         self.compared: list[tuple[str, int, list[str], list[str], bool]] = []
+        self.timed: list[tuple[str, bool]] = []
         self.broken: set[str] = set()
 
     def make(self, model: str, bits: int, path: Path) -> None:
@@ -59,7 +60,8 @@ class Machine:
             return None
         if function is gpu._ceilings:
             return Ceilings(3000.0, 700.0, 1400.0)
-        path, _, ceilings, device = arguments
+        path, _, ceilings, device, one_bit = arguments
+        self.timed.append((path.stem.rpartition("_")[2], one_bit))
         assert (path.suffix, ceilings.int8_tops, device) == (".qvit", 1400.0, "cuda")
         row = {"kernel": "gemm", "shape": "8 x 8 x 8", "launches": 12, "ms": 1.5, "percent": 100.0, "tops": 500.0}
         return [row | {"gb_per_s": 1000.0, "bound": "compute", "share_of_bound": 0.4}]
@@ -95,12 +97,18 @@ def test_the_whole_table(machine: Machine, tmp_path: Path, capsys: pytest.Captur
     report = json.loads(path.read_text())
     assert report["schema"] == 1
     assert report["rows"] == rows
-    assert [row["part"] for row in rows if "part" in row] == ["ceilings", "kernels", "kernels"]
+    assert [row["part"] for row in rows if "part" in row] == ["ceilings", *["kernels"] * 6]
     assert rows[0]["int8_tops"] == 1400.0
     kernels = [row for row in rows if row.get("part") == "kernels"]
-    assert [(row["batch"], row["weight_bits"], row["share_of_bound"]) for row in kernels] == [(256, 4, 0.4), (1, 4, 0.4)]
+    assert [(row["batch"], row["weight_bits"], row.get("codes"), row["share_of_bound"]) for row in kernels] == [
+        (256, 4, None, 0.4),
+        (1, 4, None, 0.4),
+        *((batch, 2, codes, 0.4) for batch in (256, 1) for codes in (None, "bytes")),
+    ]
+    assert machine.timed == [*[("w4a4", True)] * 2, *[("w2a2", True), ("w2a2", False)] * 2]
     out, err = capsys.readouterr()
     assert err == ""
+    assert "| deit_small_patch16_224 W2A2 as bytes | 1 | gemm 8 x 8 x 8 | 12 |" in out
     assert "| deit_small_patch16_224 W2A2 | 256 | torch.compile bf16 | bfloat16 | 3.000 (2.900 to 3.100) | 1000 | 2.50" in out
     assert main("--tables", str(path)) == rows
     table = capsys.readouterr().out
@@ -164,3 +172,13 @@ def test_a_function_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.apart(sum, [1, 2]) == 3
     assert gpu.apart(max, []) is None
     assert capsys.readouterr().err.startswith("note: max are left out: ValueError: ")
+
+
+def test_tables_of_the_docs_are_those_of_the_committed_results() -> None:
+    """Line by line: `docs/performance-gpu.md` says nothing that was not measured."""
+    root = Path(__file__).parents[2]
+    results = [json.loads(path.read_text())["rows"] for path in (root / "benchmarks" / "results").glob("gpu-*.json")]
+    measured = {line for rows in results for line in gpu._tables(rows).splitlines()}
+    written = [line for line in (root / "docs" / "performance-gpu.md").read_text().splitlines() if line.startswith("| deit_")]
+    assert len(written) > 20
+    assert [line for line in written if line not in measured] == []

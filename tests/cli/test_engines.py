@@ -67,6 +67,19 @@ def test_the_commands_name_the_cuda_engine(
         assert "cuda (an NVIDIA GPU)" in " ".join(done.out.split())
 
 
+def test_a_slower_engine_says_so(cli: Callable[..., Any], frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 4 channels, which the CUDA engine does not run, on what passes for a GPU here."""
+    monkeypatch.setattr("qvit.cli.engines.device_of", lambda _device: "cuda")
+    monkeypatch.setattr("qvit.engines._reference", lambda _model, device: f"reference on {device}")
+    said: list[str] = []
+    monkeypatch.setattr("qvit.cli.engines.note", said.append)
+    assert open_runner(frozen_file, None, "cuda", None).engine == "reference on cuda"
+    assert said == [
+        "The reference engine stands in, which is much slower: the CUDA engine does not run heads of 4 channels, only of 32 or "
+        "64 yet."
+    ]
+
+
 def test_without_the_compiled_module(frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvit.engines.cpu.is_built", lambda: False)
     assert open_runner(frozen_file, None, "cpu", None).engine.name == "reference"

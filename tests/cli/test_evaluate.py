@@ -115,6 +115,9 @@ def test_bad_input(cli: Cli, frozen_file: Path, checkpoints: Path, image_folder:
     cli("eval", frozen_file, *digits, "--device", "cuda", "--engine", "cpu").refused("'cpu' does not run on", "'cuda'")
     cli("eval", frozen_file, *digits, "--threads", 0).refused("--threads 0 is out of range")
     cli("eval", checkpoints / "float.safetensors", *digits, "--against", frozen_file).refused("--against")
+    for option, value in (("--engine", "cuda"), ("--threads", 2)):
+        done = cli("eval", checkpoints / "quantized.safetensors", *digits, option, value)
+        done.refused(f"{option} is for the integers of a .qvit file", "freeze it, or leave")
     cli("eval", frozen_file, *digits, "--limit", 4, "--against", checkpoints / "float.safetensors").refused("float model")
     root = image_folder(10, per_class=1)
     (root / "4" / "0.png").write_bytes(b"damaged")

@@ -14,6 +14,7 @@ import pytest
 import qvit
 import qvit.engines
 from qvit.engines.reference import ReferenceEngine
+from qvit.errors import InputError
 
 Cli = Callable[..., Any]
 
@@ -27,6 +28,28 @@ def test_with_verification(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
     (row,) = json.loads(report.read_text())["rows"]
     assert (row["agreement"], row["codes_agreement"], row["images"], row["method"]) == (100, 100, 20, "qvit")
     assert (row["fake_top1"], row["weight_bits"], row["file_bytes"]) == (12.5, 4, output.stat().st_size)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_with_another_engine(gpu: bool, cli: Cli, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph runs where there is a GPU, the engine on its own device."""
+    made: list[tuple[str | None, str | None]] = []
+
+    def create_engine(model: Any, engine: str, device: str | None) -> Any:
+        made.append((engine, device))
+        return ReferenceEngine(model)
+
+    def stop(*_arguments: Any) -> None:
+        raise InputError("Enough is known.")
+
+    monkeypatch.setattr(qvit.engines, "create_engine", create_engine)
+    monkeypatch.setattr("qvit.cli.freeze.device_of", lambda _device: "meta" if gpu else "cpu")
+    monkeypatch.setattr("qvit.analyze.agreement.agreement", stop)
+    for options in (("--engine", "cuda"), ("--engine", "cpu"), ("--engine", "cuda", "--device", "cuda:1"), ()):
+        cli("freeze", checkpoints / "quantized.safetensors", "-o", tmp_path / "m.qvit", "--data", "digits", *options).refused(
+            "Enough is known"
+        )
+    assert made == [("cuda", None), ("cpu", None), ("cuda", "cuda:1"), ("reference", "meta" if gpu else "cpu")]
 
 
 def test_provenance_comes_from_the_checkpoint_without_folders(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
@@ -82,6 +105,7 @@ def test_bad_input(cli: Cli, checkpoints: Path, tmp_path: Path, image_folder: Ca
     cli("freeze", checkpoints / "state.safetensors", *output).refused("no checkpoint of qvit")
     cli("freeze", tmp_path / "none.safetensors", *output).refused("none.safetensors")
     cli("freeze", tmp_path, *output).refused("holds no best.safetensors")
+    cli("freeze", checkpoints / "quantized.safetensors", *output, "--data", "digits", "--engine", "warp").refused("no engine")
     folder = image_folder(3)
     cli("freeze", checkpoints / "quantized.safetensors", *output, "--data", folder).refused("3 classes")
     assert not (tmp_path / "m.qvit").exists()

@@ -147,15 +147,22 @@ def test_the_cuda_engine_is_made_on_the_device(frozen: IntegerModel, monkeypatch
     assert made == [(frozen, "cuda"), (frozen, "cuda:1")]
 
 
-@pytest.mark.parametrize("error", [UnsupportedModelError("no"), MissingDependencyError("no")])
+@pytest.mark.parametrize("kind", [UnsupportedModelError, MissingDependencyError])
 def test_the_reference_engine_stands_in_where_none_was_named(
-    frozen: IntegerModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+    kind: type[Exception], frozen: IntegerModel, frozen_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object) -> None:
-        raise error
+        raise kind("No heads of 4: use engine='reference'.")
 
     monkeypatch.setattr("qvit.engines.cpu.CpuEngine", fail)
     monkeypatch.setattr("qvit.engines.reference.ReferenceEngine", lambda model, device: device)
-    assert create_engine(frozen) == "cpu"
-    with pytest.raises(type(error), match="no"):
+    with pytest.warns(UserWarning, match=r"^The reference engine stands in, which is much slower: no heads of 4\.$"):
+        assert create_engine(frozen) == "cpu"
+    with pytest.warns(UserWarning, match="stands in") as caught:
+        qvit.load(frozen_file)
+    assert {Path(one.filename).name for one in caught} == {"test_load.py"}
+    said: list[str] = []
+    assert create_engine(frozen, note=said.append) == "cpu"
+    assert len(said) == 1
+    with pytest.raises(kind, match="No heads of 4: use engine="):
         create_engine(frozen, "cpu")

@@ -76,7 +76,7 @@ def _is_in_block(module: nn.Module, name: str) -> bool:
     """The linear layers that count; int8 products of the classification head would need more than 16 images."""
     from torch import nn
 
-    return isinstance(module, nn.Linear) and name.startswith("blocks.")
+    return isinstance(module, nn.Linear) and name.startswith(("blocks.", "layers."))  # of a ViT, of a Swin
 
 
 GPU_PEERS = (

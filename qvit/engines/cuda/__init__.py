@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from qvit.architecture import SwinArchitecture
+from qvit.engines.cuda.attention_blocks import most_tokens
 from qvit.engines.cuda.constants import check
 from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.plan import Plan
 from qvit.engines.cuda.plan_swin import SwinPlan
 from qvit.engines.cuda.plan_vit import VitPlan
 from qvit.engines.cuda.replay import Replay
-from qvit.errors import InputError
+from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from qvit.engines.cuda.device import Device
 
 _PLANS_KEPT = 4
+_ALIGNED = 16  # bytes: kernels read up to so many pixels at a time
 
 
 class CudaEngine:
@@ -42,8 +44,9 @@ class CudaEngine:
 
     Raises:
         MissingDependencyError: cuda-bindings or NVRTC is not installed.
-        InputError: there is no such GPU.
-        UnsupportedModelError: the GPU is older than Ampere, or the model does what the kernels do not know.
+        InputError: there is no such GPU, or its memory does not hold the model.
+        UnsupportedModelError: the GPU is older than Ampere, or the model does what the kernels do not know, or has more tokens
+            than the GPU's shared memory has room for.
     """
 
     name = "cuda"
@@ -65,7 +68,13 @@ class CudaEngine:
         self.model = model
         self._gpu, self._one_bit, self._overlap = device, one_bit, overlap
         self.device = device.device
-        self._constants = ModelConstants.of(model, self.device)
+        _check_length(model, device.most_shared)
+        try:
+            self._constants = ModelConstants.of(model, self.device)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                "The GPU's memory does not hold the model: free some of it, or use engine='cpu' or another device."
+            ) from None
         self._plans: OrderedDict[int, Replay] = OrderedDict()
 
     def run(self, images: np.ndarray) -> np.ndarray:
@@ -84,12 +93,18 @@ class CudaEngine:
             codes: if given, filled with the codes at every activation point by name (int16).
         """
         pixels = images.dtype == torch.uint8
-        if pixels and codes is None and images.device == self.device and images.is_contiguous() and len(images):
+        ready = pixels and images.device == self.device and images.is_contiguous() and images.data_ptr() % _ALIGNED == 0
+        if ready and codes is None and len(images):
             return self._logits(images)  # nothing to be done beforehand, and in one image's time every microsecond counts
         with torch.no_grad():
-            images = (images if pixels else images.float()).to(self.device, non_blocking=True).contiguous()
             if not len(images):
                 return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
+            try:
+                images = (images if pixels else images.float()).to(self.device, non_blocking=True).contiguous()
+                if images.data_ptr() % _ALIGNED:
+                    images = images.clone()
+            except torch.OutOfMemoryError:
+                raise self._too_many(len(images)) from None
             return self._logits(images, codes)
 
     def _logits(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
@@ -102,14 +117,16 @@ class CudaEngine:
                     replay = self._replay(len(images))
                     plan, logits = replay.plan, replay.run(images)
         except torch.OutOfMemoryError:
-            self._plans.clear()
-            raise InputError(
-                f"The GPU's memory does not hold the buffers of {len(images)} images at once: use a smaller batch."
-            ) from None
+            raise self._too_many(len(images)) from None
         if images.dtype != torch.uint8 and int(plan.strange):
             plan.strange.zero_()
             raise InputError("The images hold values that are not finite (NaN or infinity).")
         return logits
+
+    def _too_many(self, count: int) -> InputError:
+        """What to raise where memory is short; makes room for another call."""
+        self._plans.clear()
+        return InputError(f"The GPU's memory does not hold the buffers of {count} images at once: use a smaller batch.")
 
     def launches(self, batch: int) -> list[Launch]:
         """The kernels of a forward pass of ``batch`` uint8 images (noise), in order, with buffers of their own."""
@@ -143,3 +160,15 @@ class CudaEngine:
             replay = self._plans[batch] = Replay(self._plan(batch), self._gpu, self._overlap)
         self._plans.move_to_end(batch)
         return replay
+
+
+def _check_length(model: IntegerModel, most_shared: int) -> None:
+    """Raises `UnsupportedModelError` where attention has no room for the keys and values of a head."""
+    if isinstance(model.architecture, SwinArchitecture):  # windows are short: see `check`
+        return
+    tokens, head_dim = model.architecture.num_tokens, model.blocks[0].attention.head_dim
+    if tokens > (most := most_tokens(head_dim, most_shared)):
+        raise UnsupportedModelError(
+            f"The CUDA engine does not run {tokens:,} tokens on this GPU, only {most:,} with heads of {head_dim} channels: use "
+            "engine='reference' on device='cuda'."
+        )

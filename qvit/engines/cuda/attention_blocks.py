@@ -22,6 +22,7 @@ from qvit.engines.cuda.windows import bias_bytes
 _QUERIES = 16  # of a tile, which a warp has at a time
 _KEYS = 32  # of a step of the second product
 _LONGEST_IN_REGISTERS = 264  # tokens whose scores a warp keeps
+_MOST_TOKENS = 1024  # for which `src/attention_once.cuh` bounds its errors
 _MANY_TOKENS = 208  # beyond these, fewer warps have room for their scores
 _PLAIN_WARPS, _PLAIN_BLOCKS = 4, 3  # of a block, and such blocks of a multiprocessor
 _RING_WARPS, _RING_MOST = 12, 5  # of a block with a ring: warps, and heads in the ring
@@ -84,6 +85,11 @@ def choose_attention(shape: Shape, multiprocessors: int, hopper: bool, windowed:
     return _plain(shape, multiprocessors, long, windowed)
 
 
+def most_tokens(head_dim: int, most_shared: int) -> int:
+    """The longest sequence whose attention runs at all: a block has the keys and values of a head in ``most_shared`` bytes."""
+    return min(_MOST_TOKENS, most_shared // (_KEYS * _key_and_value(head_dim)) * _KEYS)
+
+
 def _tiles(shape: Shape) -> int:
     """Of a head's queries."""
     return -(-shape.tokens // _QUERIES)
@@ -91,7 +97,11 @@ def _tiles(shape: Shape) -> int:
 
 def _keys_and_values(shape: Shape) -> int:
     """Bytes of a head in shared memory: codes of keys and values, and sums of the keys' codes."""
-    return pad(shape.tokens, _KEYS) * (2 * shape.head_dim + 4)
+    return pad(shape.tokens, _KEYS) * _key_and_value(shape.head_dim)
+
+
+def _key_and_value(head_dim: int) -> int:
+    return 2 * head_dim + 4
 
 
 def _split(shape: Shape) -> AttentionBlocks:

@@ -43,6 +43,11 @@ def compile_kernel(name: str, defines: Mapping[str, int], architecture: str) -> 
     return code
 
 
+def check_compiler() -> None:
+    """Raises `MissingDependencyError` where cuda-bindings or NVRTC is not installed."""
+    _nvrtc()
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: ``QVIT_CACHE``, else ``qvit/cuda`` in the user's cache folder."""
     if given := os.environ.get("QVIT_CACHE"):

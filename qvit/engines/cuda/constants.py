@@ -29,6 +29,8 @@ _FEW_CODES = 15  # of the map: to look at its boundaries is less work than to lo
 _COARSE = 2.5e-4
 COLUMN_PAD = 256  # output channels are padded to a multiple: no tile is wider
 HEAD_DIMS = (32, 64)
+# Channels of a LayerNorm whose codes go out as planes of bits: each lane of a warp has 32 of them (`src/norm.cu`).
+MOST_NORMED_PLANES = 1024
 MOST_WINDOW_TOKENS = 576  # every GPU's shared memory holds the keys and values of one head of such a window
 
 
@@ -114,14 +116,15 @@ class LinearConstants:
         return None if self.b_planes is None else _by_fours(self.b_planes)
 
     @classmethod
-    def of(cls, layer: ops.Linear, to: Constants) -> LinearConstants:
-        """The constants of a layer."""
+    def of(cls, layer: ops.Linear, to: Constants, behind_norm: bool = False) -> LinearConstants:
+        """The constants of a layer, and whether its input is a LayerNorm's."""
         m, k = layer.weight.shape
         codes = layer.weight.codes()
         b = np.zeros((pad(m, COLUMN_PAD), pad(k, CHUNK)), np.int8)
         b[:m, :k] = 2 * codes + 1 if layer.weight.half_step else codes
         codes_of_two_bits = layer.weight.spec.bits == 2 and layer.input.spec.bits == 2
         plain = not layer.weight.half_step and not layer.input.spec.signed and k % 32 == 0
+        plain &= not behind_norm or k <= MOST_NORMED_PLANES
         scale = layer.input.scale * layer.weight.scale.reshape(-1)
         bias = layer.folded_bias()
         return cls(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from qvit.engines.cuda.arguments import Launch
-from qvit.engines.cuda.compiler import compile_kernel
+from qvit.engines.cuda.compiler import check_compiler, compile_kernel
 from qvit.engines.cuda.tuned import Tuned, tuned_for
 from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
 
@@ -29,6 +29,7 @@ class Device(Protocol):
 
     device: torch.device
     multiprocessors: int
+    most_shared: int  # bytes of shared memory that a block may have
     hopper: bool  # has warpgroup products and bulk copies (compute capability 9)
     tuned: Tuned  # tiles that are the fastest on it
 
@@ -64,7 +65,7 @@ class Gpu:
     Raises:
         InputError: there is no such GPU.
         UnsupportedModelError: the GPU is older than Ampere.
-        MissingDependencyError: cuda-bindings is not installed.
+        MissingDependencyError: cuda-bindings or NVRTC is not installed.
     """
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
@@ -87,6 +88,7 @@ class Gpu:
                 f"{torch.cuda.get_device_name(self.device)} (compute capability {major}.{minor}) is older than the CUDA "
                 "engine's kernels: they need 8.0 (Ampere) or later; use engine='reference'."
             )
+        check_compiler()  # now, and not when the first images come
         self.hopper = major == 9
         self.architecture = f"sm_{major}{minor}{'a' if self.hopper else ''}"
         self.multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
@@ -95,6 +97,8 @@ class Gpu:
         with torch.cuda.device(self.device):
             torch.zeros(1, device=self.device)  # makes PyTorch's context
             self._context = driver.cuCtxGetCurrent()[1]
+        most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        self.most_shared = int(driver.cuDeviceGetAttribute(most, index)[1])
         self._overlaps = major >= _OVERLAP_CAPABILITY and driver.cuDriverGetVersion()[1] >= _OVERLAP_DRIVER
         self._functions: dict[str, Any] = {}
 
@@ -178,6 +182,8 @@ class Gpu:
         return function
 
     def _check(self, status: Any, kernel: str) -> None:
+        if int(status) == int(self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY):
+            raise torch.OutOfMemoryError(f"CUDA out of memory with the kernel {kernel}.")  # as PyTorch's allocator says it
         if int(status) != 0:
             raise UnsupportedModelError(
                 f"The CUDA kernel {kernel} does not run on {self.name} ({status.name}): use engine='reference'."

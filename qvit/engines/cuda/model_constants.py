@@ -40,7 +40,7 @@ class ModelConstants:
                 {
                     "windows": None if windows is None else WindowConstants.of(windows, to),
                     "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
-                    "qkv": c.LinearConstants.of(block.qkv, to),
+                    "qkv": c.LinearConstants.of(block.qkv, to, behind_norm=True),
                     "heads": c.HeadConstants.of(block.attention, block.qkv, to),
                     "attention": c.AttentionConstants.of(block.attention, to),
                     "values": c.ValueConstants.of(block.attention, block.proj.input, to),
@@ -48,7 +48,7 @@ class ModelConstants:
                     "proj": c.LinearConstants.of(block.proj, to),
                     "ls1": None if block.ls1 is None else to.floats(block.ls1, width),
                     "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
-                    "fc1": c.LinearConstants.of(block.fc1, to),
+                    "fc1": c.LinearConstants.of(block.fc1, to, behind_norm=True),
                     "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
                     "fc2_margin": c.activation_margin(block.fc2.input),
                     "activation": c.ActivationConstants.of(block.fc1, block.fc2.input, a.activation, to),

@@ -12,7 +12,7 @@ from torch import nn
 
 from qvit.bench.peers import missing_packages
 from qvit.bench.peers.gpu import GPU_PEERS
-from qvit.families import vit
+from qvit.families import swin, vit
 
 PEERS = {peer.name: peer for peer in GPU_PEERS}
 
@@ -71,19 +71,33 @@ def test_same_function(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["vit", "swin"])
 def test_torchao_quantizes_the_blocks_linear_layers(
-    tmp_path: Path, small_vit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    family: str,
+    tmp_path: Path,
+    small_vit: Callable[..., Any],
+    small_swin: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install 'qvit[bench]'")
-    model = small_vit(depth=1, embed_dim=64, num_heads=2, img_size=32)
+    if family == "vit":
+        model, describe = small_vit(depth=1, embed_dim=64, num_heads=2, img_size=32), vit.describe
+    else:
+        model, describe = small_swin(depths=(1, 1), embed_dim=32, num_heads=(1, 2)), swin.describe
     loaded: list[nn.Module] = []
     monkeypatch.setattr(torch, "compile", lambda model, mode: loaded.append(model))
-    PEERS["torchao"].prepare(model, vit.describe(model), 1, tmp_path)
+    PEERS["torchao"].prepare(model, describe(model), 1, tmp_path)
     PEERS["torchao"].load(tmp_path, 1, "cpu")
     kinds = {name: type(module.weight.data) for name, module in loaded[0].named_modules() if isinstance(module, nn.Linear)}
     int8 = {name for name, kind in kinds.items() if kind is torchao.Int8Tensor}
-    assert int8 == {f"blocks.0.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    assert set(kinds) - int8 == {"head"}
+    of_block = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    if family == "vit":
+        assert int8 == {f"blocks.0.{name}" for name in of_block}
+        assert set(kinds) - int8 == {"head"}
+    else:
+        of_blocks = {f"layers.{stage}.blocks.0.{name}" for stage in (0, 1) for name in of_block}
+        assert int8 == of_blocks | {"layers.1.downsample.reduction"}
+        assert set(kinds) - int8 == {"head.fc"}
 
 
 def test_what_is_prepared_is_shared() -> None:

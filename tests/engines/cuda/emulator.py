@@ -18,6 +18,7 @@ import torch
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import SOURCES
 from qvit.engines.cuda.device import Gpu, Queue
+from qvit.engines.cuda.tiles import MOST_SHARED
 from qvit.engines.cuda.tuned import Tuned
 
 HERE = Path(__file__).parent
@@ -31,6 +32,7 @@ class Emulated:
 
     device = torch.device("cpu")
     multiprocessors = 2
+    most_shared = MOST_SHARED
     tuned = Tuned()
     stream = None
 

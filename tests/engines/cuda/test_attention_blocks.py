@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qvit.engines.cuda import few_tiles, tiles
-from qvit.engines.cuda.attention_blocks import AttentionBlocks, choose_attention
+from qvit.engines.cuda.attention_blocks import AttentionBlocks, choose_attention, most_tokens
 from qvit.engines.cuda.shape import Shape
 
 MULTIPROCESSORS = 132
@@ -76,3 +76,14 @@ def test_windows_are_packed_but_never_split_or_in_a_ring(tokens: int, resident: 
         assert (way(found), found.resident) == ("plain", resident)
         assert found.pack == max(1, min(8, images * 3 // (16 * MULTIPROCESSORS)))
         assert found.shared <= few_tiles.MOST_SHARED
+
+
+@pytest.mark.parametrize("shared", [few_tiles.MOST_SHARED, tiles.MOST_SHARED])
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_longest_sequence_just_has_room_or_is_as_long_as_errors_are_bounded_for(width: int, shared: int) -> None:
+    most = most_tokens(width, shared)
+    assert most == (768 if (width, shared) == (64, few_tiles.MOST_SHARED) else 1024)
+    for tokens, fits in ((most, True), (most + 1, most == 1024)):
+        for images in (1, 300):
+            found = choose_attention(Shape(images, tokens, width, 1, 1), MULTIPROCESSORS, True, False)
+            assert (found.long, found.shared <= shared) == (True, fits)

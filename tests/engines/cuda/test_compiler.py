@@ -25,6 +25,7 @@ CASES: dict[str, tuple[str, str, int, int, tuple[str, ...]]] = {
     "DeiT-S with distillation token, 198 tokens": ("sm_90", "deit_small_distilled_patch16_224", 384, 14, EVERY),
     "DeiT-S/14, 257 tokens": ("sm_90", "deit_small_patch16_224", 384, 16, ("attention",)),
     "DeiT-B at 384, 577 tokens": ("sm_80", "deit_base_patch16_224", 768, 24, ("attention", "norm")),
+    "Nearly as long as any, 962 tokens": ("sm_90", "deit_tiny_patch16_224", 64, 31, ("attention",)),
 }
 _MULTIPROCESSORS = 132  # of an H100; decides on the size of tiles
 
@@ -33,6 +34,7 @@ class Far:
     """A device for launches that are looked at and never run."""
 
     device = torch.device("cpu")
+    most_shared = tiles.MOST_SHARED
     tuned = Tuned()
 
     def __init__(self, multiprocessors: int, hopper: bool) -> None:
@@ -78,6 +80,18 @@ def test_every_kernel_compiles(name: str, make_launches: Callable[..., list[Laun
     for kernel, *defines in compiled:
         if kernel == "attention":
             assert dict(defines)["TOKENS"] == int(name.split()[-2])
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_what_is_too_long_is_refused_before_it_is_compiled(make_launches: Callable[..., list[Launch]]) -> None:
+    (launch,) = (one for one in make_launches("deit_tiny_patch16_224", 64, 31, 132) if one.kernel == "attention")
+    longer = {**launch.defines, "TOKENS": 1025}
+    with pytest.raises(UnsupportedModelError, match="static assertion failed"):
+        compile_kernel("attention", longer, "sm_90")
+    with pytest.raises(
+        UnsupportedModelError, match="does not run 1,025 tokens on this GPU, only 1,024 with heads of 64 channels"
+    ):
+        make_launches("deit_tiny_patch16_224", 64, 32, 132)
 
 
 @pytest.mark.usefixtures("nvrtc")

@@ -12,6 +12,7 @@ import torch
 
 import qvit
 from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, plan_vit, step_tables, tiles
+from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.layout import pad
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
@@ -125,6 +126,23 @@ def test_more_rows_than_tiles(
     options = {"embed_dim": width, "num_heads": width // 32, "depth": 2, "mlp_ratio": 0.5, "img_size": 16}
     student = perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits)))
     check(qvit.freeze(student), either, 27)
+
+
+def test_rows_wider_than_a_warp_has_words(make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    """Of 1,088 channels, as those of a ViT-H are wider than 1,024: on Hopper two-bit codes of LayerNorm are bytes there."""
+    gpu = open_gpu(hopper=True)
+    options = {"embed_dim": 1088, "num_heads": 17, "depth": 1, "mlp_ratio": 0.06, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(2))))
+    if gpu.device.type == "cpu":
+        gpu.multiprocessors = 1
+        launches = CudaEngine(model, gpu).launches(20)
+        norms = [one.defines for one in launches if one.kernel == "norm" and one.defines["CHANNELS"] == 1088]
+        assert norms
+        assert not any(one["OUT_BITS"] for one in norms)
+        planes = [(one.values["n"], one.values["k"]) for one in launches if one.defines.get("BITS")]
+        assert planes == [(1088, 1088)]  # proj, whose codes are not LayerNorm's
+    else:  # in emulation it is right, too, but its compiler takes half a minute for so many registers
+        check(model, gpu, 20)
 
 
 @pytest.mark.parametrize("where", ["behind", "alone"])
@@ -345,3 +363,57 @@ def test_what_is_not_finite_or_not_there(gpu: Any, make_student: Factory, small_
 def test_heads_of_another_width_are_refused(gpu: Any, frozen: IntegerModel) -> None:
     with pytest.raises(UnsupportedModelError, match=r"heads of 4 channels, only of 32 or 64 yet: use engine='reference'"):
         CudaEngine(frozen, gpu)
+
+
+class Small(Emulated):
+    """With memory for a few kernels alone."""
+
+    launches = 0
+
+    def launch(self, launch: Launch, behind: bool = False) -> None:
+        self.launches += 1
+        if self.launches > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_too_little_memory(make_student: Factory, small_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, and the engine goes on: with the next batch that fits, for one."""
+    model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1})))
+    gpu = Small()
+    engine = CudaEngine(model, gpu)
+    pixels = pixels_for(model, 5)
+    sentence = r"^The GPU's memory does not hold the buffers of 5 images at once: use a smaller batch\.$"
+    for call in (lambda: engine.forward(pixels), lambda: engine.forward(pixels, {}), lambda: engine.run(pixels.numpy())):
+        gpu.launches = 0
+        with pytest.raises(InputError, match=sentence):
+            call()
+        assert not engine._plans
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:  # images that come from elsewhere
+        patch.setattr(torch.Tensor, "to", full)
+        with pytest.raises(InputError, match=sentence):
+            engine.forward(pixels.float())
+    gpu.launches = -1000
+    assert engine.forward(pixels).shape == (5, 5)
+    monkeypatch.setattr(constants.Constants, "array", full)
+    with pytest.raises(InputError, match=r"memory does not hold the model: free some of it, or use engine='cpu'"):
+        CudaEngine(model, gpu)
+
+
+def test_more_tokens_than_attention_has_room_for(make_student: Factory, small_vit: Factory) -> None:
+    """Said when the model is loaded; with as many as there is room for, the launch asks for no more shared memory."""
+    model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1, "img_size": 72, "patch_size": 4})))  # 325 tokens
+    gpu = Emulated()
+    gpu.most_shared = 352 * (2 * 32 + 4)
+    (launch,) = (one for one in CudaEngine(model, gpu).launches(1) if one.kernel == "attention")
+    assert (launch.shared, launch.defines["HEAD_DIM"]) == (gpu.most_shared, 32)
+    gpu.most_shared -= 1
+    with pytest.raises(UnsupportedModelError) as caught:
+        CudaEngine(model, gpu)
+    assert str(caught.value) == (
+        "The CUDA engine does not run 325 tokens on this GPU, only 320 with heads of 32 channels: use engine='reference' on "
+        "device='cuda'."
+    )

@@ -19,8 +19,10 @@ from qvit.bench.ceilings import Ceilings, measure_ceilings
 from qvit.bench.kernels import kernel_rows
 from qvit.engines import create_engine
 from qvit.engines.cuda import CudaEngine
+from qvit.engines.cuda.attention_blocks import most_tokens
+from qvit.engines.cuda.device import Gpu
 from qvit.engines.reference import ReferenceEngine
-from qvit.errors import InputError
+from qvit.errors import InputError, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 timm = pytest.importorskip("timm")
@@ -101,6 +103,53 @@ def test_it_does_not_wait_for_the_gpu(models: Callable[[int], IntegerModel]) -> 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(one, expected) for one in logits)  # type: ignore[arg-type]
+
+
+def test_a_batch_that_memory_does_not_hold_is_refused_and_the_next_runs(models: Callable[[int], IntegerModel]) -> None:
+    model = models(4)
+    engine = CudaEngine(model)
+    size = model.preprocessing.input_size
+    expected = engine.forward(pixels_for(size, 4))
+    total = torch.cuda.get_device_properties(0).total_memory
+    images = torch.zeros(4096, *size, dtype=torch.uint8)
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
+        for _ in range(2):
+            with pytest.raises(InputError, match="does not hold the buffers of 4096 images at once: use a smaller batch"):
+                engine.forward(images)
+        assert engine.forward(pixels_for(size, 4)).shape == expected.shape
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize("pieces", [1, 8])
+def test_images_may_lie_anywhere(pieces: int, models: Callable[[int], IntegerModel]) -> None:
+    model = models(4)
+    engine = CudaEngine(model)
+    pixels = pixels_for(model.preprocessing.input_size, 2)
+    memory = torch.zeros(pixels.numel() + pieces, dtype=torch.uint8, device="cuda")
+    view = memory[pieces:].view(pixels.shape).copy_(pixels)
+    assert torch.equal(engine.forward(view), engine.forward(pixels))
+
+
+def test_as_many_tokens_as_there_is_room_for(perturb: Callable[..., Any]) -> None:
+    """And not one row of patches more."""
+    most = most_tokens(64, Gpu().most_shared)
+    side = int((most - 1) ** 0.5)
+    for patches, runs in ((side, True), (side + 1, False)):
+        options = {"embed_dim": 64, "num_heads": 1, "depth": 1, "patch_size": 2, "img_size": 2 * patches, "num_classes": 5}
+        student = qvit.quantize(timm.create_model("deit_tiny_patch16_224", **options).cuda(), bits=4)
+        preprocessing = student.qvit.preprocessing
+        pixels = pixels_for(preprocessing.input_size, 2)
+        images = torch.from_numpy(preprocessing.normalise(pixels.cpu().numpy())).cuda()
+        qvit.calibrate(student, [images], images=2)
+        model = qvit.freeze(perturb(student))
+        if not runs:
+            with pytest.raises(UnsupportedModelError, match=f"tokens on this GPU, only {most:,} with heads of 64 channels"):
+                CudaEngine(model)
+            continue
+        assert torch.equal(CudaEngine(model).forward(pixels), ReferenceEngine(model, "cuda").forward(images))
 
 
 def test_results_are_not_overwritten(models: Callable[[int], IntegerModel]) -> None:

@@ -72,3 +72,35 @@ def test_plans_take_them(
         gpu.tuned = Tuned([Choice("rows", rows, 64, 64, True, proj)])
         launches = CudaEngine(model, gpu).launches(700)
         assert sum(one.defines.get("EPILOGUE") == 3 for one in launches) == fused
+
+
+def check_file(path: Path) -> None:
+    """A file of a GPU as the package may hold it: read by its name, every tile one that the GPU has room for."""
+    content = json.loads(path.read_text())
+    assert path.stem == file_name(content["gpu"])
+    assert {"command", "torch"} <= content["measured"].keys()
+    choices = tuned_for(content["gpu"]).all()
+    assert len(choices) == len(content["choices"]) > 0
+    for choice in choices:
+        assert choice.kind in ("codes", "floats", "rows", "planes")
+        assert min(choice.m, choice.n, choice.k) > 0
+        if choice.tile is None:
+            assert choice.kind in ("rows", "planes")
+        else:
+            assert choice.tile.shared(choice.k) <= tiles.MOST_SHARED
+            assert getattr(choice.tile, "bits", False) == choice.bits
+            assert choice.kind != "rows" or choice.tile.direct  # type: ignore[union-attr]
+
+
+def test_files_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in tuned.FILES.glob("*"):
+        assert path.suffix == ".json"
+        check_file(path)
+    monkeypatch.setattr(tuned, "FILES", tmp_path)
+    path = tmp_path / "nvidia-x1-80gb.json"
+    write(path, "NVIDIA X1 80GB", CHOICES, {"command": "python benchmarks/tune_gpu.py", "torch": "2"})
+    check_file(path)
+    too_large = Choice("codes", 50432, 1536, 384, False, HopperTile(3, 128, 16))
+    write(path, "NVIDIA X1 80GB", [*CHOICES, too_large], {"command": "python benchmarks/tune_gpu.py", "torch": "2"})
+    with pytest.raises(AssertionError):
+        check_file(path)

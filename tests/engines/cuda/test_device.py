@@ -1,0 +1,135 @@
+"""What a GPU must have, and what is said where it does not; drivers and GPUs are played, as there need not be any."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qvit.engines.cuda import compiler, device
+from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.device import Gpu
+from qvit.engines.cuda.tuned import Choice, write
+from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
+
+driver = pytest.importorskip("cuda.bindings.driver")
+OK, MEMORY, WRONG = (
+    driver.CUresult.CUDA_SUCCESS,
+    driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY,
+    driver.CUresult.CUDA_ERROR_INVALID_VALUE,
+)
+
+
+class Driver(SimpleNamespace):
+    """cuda-bindings' driver, with one answer to all that a kernel is loaded and launched with."""
+
+    def __init__(self) -> None:
+        super().__init__(status=OK, launched=[])
+        self.CUresult, self.CUdevice_attribute = driver.CUresult, driver.CUdevice_attribute
+        self.CUfunction_attribute = driver.CUfunction_attribute
+
+    def cuDeviceGetAttribute(self, wanted: Any, _index: int) -> tuple[Any, int]:
+        assert wanted == self.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        return OK, 101_376
+
+    def cuDriverGetVersion(self) -> tuple[Any, int]:
+        return OK, 13000
+
+    def cuModuleLoadData(self, code: bytes) -> tuple[Any, str]:
+        assert code == b"code"
+        return self.status, "module"
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[Any, str]:
+        assert (module, name) == ("module", b"kernel")
+        return OK, "function"
+
+    def cuFuncSetAttribute(self, *_arguments: Any) -> tuple[Any]:
+        return (OK,)
+
+    def cuLaunchKernel(self, function: str, *shape: Any) -> tuple[Any]:
+        self.launched.append((function, *shape[:8]))
+        return (OK,)
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """One GPU, of compute capability 8.6."""
+    import cuda.bindings
+
+    found = Driver()
+    monkeypatch.setattr(cuda.bindings, "driver", found)
+    monkeypatch.setattr(device, "compile_kernel", lambda *_: b"code")
+    monkeypatch.setattr(device, "check_compiler", lambda: None)
+    for name, value in {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda _device: (8, 6),
+        "get_device_name": lambda _device: "NVIDIA X1",
+        "get_device_properties": lambda _device: SimpleNamespace(multi_processor_count=46),
+        "current_stream": lambda _device: SimpleNamespace(cuda_stream=7),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: torch.no_grad())
+    return found
+
+
+def launch() -> Launch:
+    return Launch("pool", {}, (3, 2, 1), 128, 0, {"tokens": 4})
+
+
+def test_what_it_says_of_itself(played: Driver, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    gpu = Gpu("cuda")
+    assert (str(gpu.device), gpu.architecture, gpu.hopper) == ("cuda:0", "sm_86", False)
+    assert (gpu.multiprocessors, gpu.most_shared, gpu.stream) == (46, 101_376, 7)
+    assert gpu.tuned.all() == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr("qvit.engines.cuda.tuned.FILES", tmp_path)
+    choice = Choice("codes", 100, 64, 64, False, None)
+    write(tmp_path / "nvidia-x1.json", "NVIDIA X1", [choice], {})
+    gpu = Gpu("cuda:0")
+    assert (gpu.architecture, gpu.hopper, gpu.tuned.all()) == ("sm_90a", True, [choice])
+
+
+def test_gpus_that_are_not_there_or_too_old(played: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"^There is no GPU 1: PyTorch finds 1\.$"):
+        Gpu("cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    with pytest.raises(UnsupportedModelError, match=r"X1 \(compute capability 7\.5\) is older .* use engine='reference'\.$"):
+        Gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"no GPU that PyTorch can use: use engine='cpu' or engine='reference'\.$"):
+        Gpu()
+
+
+def test_a_missing_compiler_is_found_before_the_first_images(played: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "check_compiler", compiler.check_compiler)
+
+    def missing() -> None:
+        raise MissingDependencyError("NVRTC is missing")
+
+    monkeypatch.setattr(compiler, "_nvrtc", missing)
+    with pytest.raises(MissingDependencyError, match="NVRTC is missing"):
+        Gpu()
+
+
+def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(played: Driver) -> None:
+    gpu = Gpu()
+    for _ in range(2):
+        gpu.launch(launch())
+    assert played.launched == [("function", 3, 2, 1, 128, 1, 1, 0, 7)] * 2
+    assert len(gpu._functions) == 1
+
+
+def test_kernels_that_do_not_run(played: Driver) -> None:
+    gpu = Gpu()
+    played.status = WRONG
+    with pytest.raises(UnsupportedModelError, match=r"pool does not run on NVIDIA X1 \(CUDA_ERROR_INVALID_VALUE\): use"):
+        gpu.launch(launch())
+    played.status = MEMORY
+    with pytest.raises(torch.OutOfMemoryError, match="kernel pool"):
+        gpu.launch(launch())
