@@ -12,7 +12,7 @@ import torch
 
 import qvit
 from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, step_tables, tiles
-from qvit.engines.cuda.constants import margins
+from qvit.engines.cuda.folded import margins
 from qvit.engines.cuda.layout import pad
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError

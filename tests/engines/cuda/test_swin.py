@@ -10,7 +10,7 @@ import torch
 
 import qvit
 from qvit.engines.cuda import CudaEngine, attention_blocks, tiles
-from qvit.engines.cuda.constants import margins
+from qvit.engines.cuda.folded import margins
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel

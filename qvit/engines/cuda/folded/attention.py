@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qvit.engines.cuda.constants.arrays import Constants, by_channel
-from qvit.engines.cuda.constants.margins import map_margin, unit
+from qvit.engines.cuda.folded.arrays import Constants, by_channel
+from qvit.engines.cuda.folded.margins import map_margin, unit
 from qvit.integer import ops
 from qvit.spec import HalfStep
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from qvit.engines.cuda.constants.arrays import COLUMN_PAD, Constants
+from qvit.engines.cuda.folded.arrays import COLUMN_PAD, Constants
 from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled, untiled
 from qvit.engines.cuda.step_tables import StepTable, column_bytes, packed, slots
 from qvit.integer import ops

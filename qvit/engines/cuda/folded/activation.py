@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qvit.engines.cuda.constants.arrays import Constants
-from qvit.engines.cuda.constants.linear import Permuted
+from qvit.engines.cuda.folded.arrays import Constants
+from qvit.engines.cuda.folded.linear import Permuted
 from qvit.engines.cuda.step_tables import step_table
 from qvit.engines.cuda.thresholds import activation_steps
 from qvit.integer import ops

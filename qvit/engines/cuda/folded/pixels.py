@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qvit.engines.cuda.constants.arrays import Constants
+from qvit.engines.cuda.folded.arrays import Constants
 from qvit.engines.tables import pixel_codes
 from qvit.integer.model import IntegerModel
 

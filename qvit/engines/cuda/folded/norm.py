@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qvit.engines.cuda.constants.arrays import Constants
-from qvit.engines.cuda.constants.linear import CodeConstants
-from qvit.engines.cuda.constants.margins import norm_margin, place_margins
+from qvit.engines.cuda.folded.arrays import Constants
+from qvit.engines.cuda.folded.linear import CodeConstants
+from qvit.engines.cuda.folded.margins import norm_margin, place_margins
 from qvit.integer import ops
 
 _F32 = np.float32

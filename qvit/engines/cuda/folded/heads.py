@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qvit.engines.cuda.constants.arrays import COLUMN_PAD, Constants, by_channel
-from qvit.engines.cuda.constants.linear import Permuted
-from qvit.engines.cuda.constants.margins import norm_margin, row_margins
+from qvit.engines.cuda.folded.arrays import COLUMN_PAD, Constants, by_channel
+from qvit.engines.cuda.folded.linear import Permuted
+from qvit.engines.cuda.folded.margins import norm_margin, row_margins
 from qvit.engines.cuda.layout import pad
 from qvit.engines.cuda.ramps import ramps
 from qvit.engines.cuda.thresholds import linear_steps
