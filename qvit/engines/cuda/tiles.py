@@ -170,7 +170,7 @@ class HopperTile:
             "STAGED": int(self.piece > 0),
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
-            "EARLY": int(self.early),
+            "RESIDUAL_EARLY": int(self.early),
             "kPiece": self.piece,
             "kSlots": self.slots,
             "OVERLAP": int(self.overlaps),

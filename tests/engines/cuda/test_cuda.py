@@ -13,6 +13,7 @@ import torch
 import qvit
 from qvit.engines.cuda import CudaEngine, attention_blocks, constants, few_tiles, plan_vit, step_tables, tiles
 from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.folded import margins
 from qvit.engines.cuda.layout import pad
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, UnsupportedModelError
@@ -223,7 +224,7 @@ def test_heads_go_through_a_ring_on_hopper(
     check(model, gpu, count)
     (block,) = model.blocks
     least = float(constants.AttentionConstants.of(block.attention, CPU).score_scale.min())
-    monkeypatch.setattr(constants, "_ULPS", 1e-6 * 2**24 * least / 600)
+    monkeypatch.setattr(margins, "ULPS", 1e-6 * 2**24 * least / 600)
     assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
     check(model, gpu, count)
 
@@ -239,7 +240,7 @@ def test_few_heads_share_keys_among_all_warps_of_a_block(
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
     if doubt:
         least = float(constants.AttentionConstants.of(model.blocks[0].attention, CPU).score_scale.min())
-        monkeypatch.setattr(constants, "_ULPS", min(1e-6 * 2**24 * least * doubt, 1.0))
+        monkeypatch.setattr(margins, "ULPS", min(1e-6 * 2**24 * least * doubt, 1.0))
     (launch,) = (one for one in CudaEngine(model, gpu).launches(2) if one.kernel == "attention")
     assert (launch.defines["SPLIT"], launch.defines["WARPS"], launch.grid[0]) == (1, 2, 4)
     check(model, gpu, 2)
@@ -304,7 +305,7 @@ def test_where_every_value_is_in_doubt(
     bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With margins of a whole step, all float steps are computed as they are defined."""
-    monkeypatch.setattr(constants, "_ULPS", 1.0)
+    monkeypatch.setattr(margins, "ULPS", 1.0)
     options = SMALL | {"depth": 2, "mlp_ratio": 0.5, "img_size": 16}
     check(qvit.freeze(perturb(make_student(small_vit(**options), spec=ModelSpec.of_bits(bits)))), either, 27)
 
@@ -317,7 +318,7 @@ def test_where_many_boundaries_of_the_map_are_next_to_a_score(
     student = perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))
     model = qvit.freeze(student)
     least = min(float(constants.AttentionConstants.of(block.attention, CPU).score_scale.min()) for block in model.blocks)
-    monkeypatch.setattr(constants, "_ULPS", 1e-6 * 2**24 * least / 600)
+    monkeypatch.setattr(margins, "ULPS", 1e-6 * 2**24 * least / 600)
     assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(1) if one.kernel == "attention")
     check(model, gpu)
 
@@ -327,7 +328,7 @@ def test_boundaries_are_checked_where_scores_are_close_together(
 ) -> None:
     """As close as in DeiT-T at 4 bits and closer; with margins as above."""
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(4))))
-    monkeypatch.setattr(constants, "_ULPS", 1e-6 * 2**24 * 3e-4 / 600)
+    monkeypatch.setattr(margins, "ULPS", 1e-6 * 2**24 * 3e-4 / 600)
     for block in model.blocks:
         least = float(constants.AttentionConstants.of(block.attention, CPU).score_scale[: block.attention.heads].min())
         object.__setattr__(block.attention, "factor", block.attention.factor * 3e-4 / least)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +24,14 @@ OK, MEMORY, WRONG = (
 )
 
 
+NONE, OTHER, OWN = 0, 100, 101  # contexts: of a new thread, of another GPU, of the engine's
+
+
 class Driver(SimpleNamespace):
     """cuda-bindings' driver, with one answer to all that a kernel is loaded and launched with."""
 
     def __init__(self) -> None:
-        super().__init__(status=OK, launched=[])
+        super().__init__(status=OK, launched=[], context=OWN)
         self.CUresult, self.CUdevice_attribute = driver.CUresult, driver.CUdevice_attribute
         self.CUfunction_attribute = driver.CUfunction_attribute
 
@@ -36,6 +41,13 @@ class Driver(SimpleNamespace):
 
     def cuDriverGetVersion(self) -> tuple[Any, int]:
         return OK, 13000
+
+    def cuCtxGetCurrent(self) -> tuple[Any, int]:
+        return OK, self.context
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[Any]:
+        self.context = context
+        return (OK,)
 
     def cuModuleLoadData(self, code: bytes) -> tuple[Any, str]:
         assert code == b"code"
@@ -76,6 +88,21 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
     monkeypatch.setattr(torch.cuda, "device", lambda _device: torch.no_grad())
     return found
+
+
+@pytest.fixture
+def entered(played: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The devices that PyTorch is told to go to, from when the engine's GPU is open."""
+    devices: list[Any] = []
+
+    @contextmanager
+    def device(to: torch.device) -> Iterator[None]:
+        devices.append(to)
+        yield
+        devices.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return devices
 
 
 def launch() -> Launch:
@@ -133,3 +160,23 @@ def test_kernels_that_do_not_run(played: Driver) -> None:
     played.status = MEMORY
     with pytest.raises(torch.OutOfMemoryError, match="kernel pool"):
         gpu.launch(launch())
+
+
+@pytest.mark.parametrize("before", [OTHER, NONE])
+def test_the_engines_gpu_becomes_the_threads(before: int, played: Driver, entered: list[Any]) -> None:
+    """Another GPU's thread, and a new one, which has no context."""
+    gpu = Gpu()
+    entered.clear()
+    played.context = before
+    with gpu.current():
+        assert played.context == OWN
+        assert entered == [gpu.device]
+    assert entered == [gpu.device, "back"]
+
+
+def test_nothing_is_done_where_it_is_that_already(played: Driver, entered: list[Any]) -> None:
+    gpu = Gpu()
+    entered.clear()
+    with gpu.current():
+        assert played.context == OWN
+    assert not entered

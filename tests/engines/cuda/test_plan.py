@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine
+from qvit.engines.cuda import CudaEngine, plan_vit
 from qvit.engines.cuda.arguments import ARGUMENTS, Launch
 from qvit.engines.cuda.layout import chunks
 from qvit.integer.model import IntegerModel
@@ -46,8 +46,11 @@ def launches_of(model: IntegerModel, batch: int, hopper: bool, **options: Any) -
         (96, 600, True, 7),
     ],
 )
-def test_launches_of_a_block(width: int, batch: int, hopper: bool, a_block: int, freeze: Callable[..., IntegerModel]) -> None:
-    """As `docs/kernels.md` has it."""
+def test_launches_of_a_block(
+    width: int, batch: int, hopper: bool, a_block: int, freeze: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `docs/kernels.md` has it, where all rows are one chunk."""
+    monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 0)
     counts = [
         len(launches_of(freeze(depth=depth, embed_dim=width, num_heads=width // 32), batch, hopper)) for depth in (1, 2, 3)
     ]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, attention_blocks, constants, tiles
+from qvit.engines.cuda import CudaEngine, attention_blocks, tiles
+from qvit.engines.cuda.folded import margins
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -111,7 +112,7 @@ def test_where_every_value_is_in_doubt(
     make_student: Factory, small_swin: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With margins of a whole step, all float steps are computed as they are defined; with Hopper's own products."""
-    monkeypatch.setattr(constants, "_ULPS", 1.0)
+    monkeypatch.setattr(margins, "ULPS", 1.0)
     _check(qvit.freeze(perturb(make_student(small_swin(**HOPPER), weight_bits=8, act_bits=8))), open_gpu(hopper=True), 2)
 
 

@@ -1,6 +1,7 @@
 // Codes of q, k and v, in heads; q and k rectified (IRM) before (EPILOGUE 2).
 #pragma once
 
+#include "moments.cuh"
 #include "send_codes.cuh"
 
 constexpr int kHeadColumns = HEAD_DIM / 8;  // fragments
@@ -42,23 +43,12 @@ __device__ __noinline__ RowCodes exact_row(int quad, const float* weight, const 
             y[i % kEach] = __int_as_float(static_cast<int>(value));
         }
     }
-    double sum = 0.0, squares = 0.0;
-#pragma unroll
-    for (int e = 0; e < kEach; e++) {
-        sum += static_cast<double>(y[e]);
-    }
-    const double mean = warp_sum(sum) / HEAD_DIM;
-#pragma unroll
-    for (int e = 0; e < kEach; e++) {
-        const double d = static_cast<double>(y[e]) - mean;
-        squares += d * d;
-    }
-    const double rstd = 1.0 / sqrt(warp_sum(squares) / HEAD_DIM + eps);
+    const Moments of = exact_moments<HEAD_DIM>(y, eps, [](int) { return true; });
     uint32_t codes = 0;
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
         const int c = kEach * lane + e;
-        const float z = __double2float_rn((static_cast<double>(y[e]) - mean) * rstd);
+        const float z = __double2float_rn((static_cast<double>(y[e]) - of.mean) * of.rstd);
         const float x = __fadd_rn(__fmul_rn(z, weight[c]), affine[c]);
         codes |= static_cast<uint32_t>(exact_code(x, offset[c], step[c], low, high) - static_cast<int>(low)) << (8 * e);
     }

@@ -1,6 +1,7 @@
 // Floats go out, then the codes of their LayerNorm: a warp has whole rows, kWN is the width of a row (EPILOGUE 3).
 #pragma once
 
+#include "moments.cuh"
 #include "residual.cuh"
 #include "send_codes.cuh"
 #include "whole_rows.cuh"
@@ -43,22 +44,11 @@ __device__ __noinline__ inline void codes_again(const GemmArgs& p, int r, int la
         weight[i] = load_constant(weights + 32 * i), added[i] = load_constant(affines + 32 * i);
         offset[i] = load_constant(offsets + 32 * i), step[i] = load_constant(steps + 32 * i);
     }
-    double sum = 0.0, squares = 0.0;
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        sum += static_cast<double>(x[i]);
-    }
-    const double mean = warp_sum(sum) / kWN;
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        const double d = static_cast<double>(x[i]) - mean;
-        squares += d * d;
-    }
-    const double rstd = 1.0 / sqrt(warp_sum(squares) / kWN + eps);
+    const Moments of = exact_moments<kWN>(x, eps, [](int) { return true; });
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
         const int c = 32 * i + lane;
-        const double z = (static_cast<double>(x[i]) - mean) * rstd;
+        const double z = (static_cast<double>(x[i]) - of.mean) * of.rstd;
         const float y = __double2float_rn(z * static_cast<double>(weight[i]) + static_cast<double>(added[i]));
         const int code = exact_code(y, offset[i], step[i], low, high);
 #if OUT_BITS

@@ -21,18 +21,14 @@ __device__ __noinline__ inline uint32_t exact_head(const GemmArgs& p, int column
                  offset = *reinterpret_cast<const float4*>(p.offset + column),
                  step = *reinterpret_cast<const float4*>(p.step + column);
     // Differences from what is nearly the mean, as in `few_norm.cuh`.
-    double d[4], sum = 0.0, squares = 0.0;
+    double sum = 0.0, squares = 0.0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-        d[e] = static_cast<double>(y[e]) - static_cast<double>(near);
-        sum += d[e];
-        squares = fma(d[e], d[e], squares);
+        const double d = static_cast<double>(y[e]) - static_cast<double>(near);
+        sum += d;
+        squares = fma(d, d, squares);
     }
-#pragma unroll
-    for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) {
-        sum += __shfl_xor_sync(kAll, sum, mask);
-        squares += __shfl_xor_sync(kAll, squares, mask);
-    }
+    add_both<kHeadLanes>(sum, squares);
     const double beside = sum * (1.0 / HEAD_DIM), mean = static_cast<double>(near) + beside;
     const double rstd = rsqrt(squares * (1.0 / HEAD_DIM) - beside * beside + p.eps);
     const float w[4] = {weight.x, weight.y, weight.z, weight.w}, a[4] = {affine.x, affine.y, affine.z, affine.w};
@@ -135,11 +131,7 @@ struct Finish {
             y[e] = __fadd_rn(__fmul_rn(__int2float_rn(s[e]), __int_as_float(scale[e])), __int_as_float(bias[e]));
         }
         float sum = (y[0] + y[1]) + (y[2] + y[3]), square = fmaf(y[0], y[0], y[1] * y[1]) + fmaf(y[2], y[2], y[3] * y[3]);
-#pragma unroll
-        for (int mask = kHeadLanes / 2; mask > 0; mask /= 2) {
-            sum += __shfl_xor_sync(kAll, sum, mask);
-            square += __shfl_xor_sync(kAll, square, mask);
-        }
+        add_both<kHeadLanes>(sum, square);
         const float mean = sum * (1.0f / HEAD_DIM);
         square *= 1.0f / HEAD_DIM;
         const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, square), 0.0f) + static_cast<float>(p.eps)), moved = -mean * rstd;

@@ -42,11 +42,7 @@ __device__ __noinline__ inline void codes_again(const NormArgs& p, const float* 
         sum += d;
         squares = fma(d, d, squares);
     }
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-        sum += __shfl_xor_sync(kAll, sum, mask);
-        squares += __shfl_xor_sync(kAll, squares, mask);
-    }
+    add_both<32>(sum, squares);
     const double beside = sum * (1.0 / CHANNELS);
     const Moments of = {static_cast<double>(near) + beside, rsqrt(squares * (1.0 / CHANNELS) - beside * beside + p.eps)};
 #pragma unroll 1
@@ -120,11 +116,7 @@ struct Normer {
             squares[i % 4] = fmaf(x[i], x[i], squares[i % 4]);
         }
         float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-#pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) {
-            sum += __shfl_xor_sync(kAll, sum, mask);
-            square += __shfl_xor_sync(kAll, square, mask);
-        }
+        add_both<32>(sum, square);
         const float mean = sum * (1.0f / CHANNELS);
         square *= 1.0f / CHANNELS;
         const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, square), 0.0f) + p.norm_eps), moved = -mean * rstd;

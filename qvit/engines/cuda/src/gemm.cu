@@ -6,7 +6,7 @@
 // attention heads. Tiles of a and b come through kStages buffers of shared memory, kBK bytes of k at a time; the 16-byte pieces
 // of a row are permuted (`place`), so that ldmatrix finds its eight rows in different banks.
 //
-// Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `tiles.py`.
+// Compiled once a shape and epilogue; the constants in capitals come from `qvit/engines/cuda/products.py` and `tiles.py`.
 
 constexpr int kThreads = 32 * kWarpsM * kWarpsN;
 constexpr int kWM = kBM / kWarpsM, kWN = kBN / kWarpsN;  // a warp's part

@@ -16,7 +16,7 @@
 // NORM: a is no codes but floats, and every block makes the codes of their LayerNorm itself, in shared memory.
 // EARLY: the next kernel's blocks may come, and load what no kernel writes, while this one's still wait for the kernel before.
 //
-// Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/plan.py` and `few_tiles.py`.
+// Compiled once a tile and epilogue; the constants in capitals come from `qvit/engines/cuda/products.py` and `few_tiles.py`.
 
 constexpr int kMultiply = kSplit * kWarpsN;           // warps that do; others take part in what is before and behind
 constexpr int kThreads = 32 * kWarps;

@@ -2,6 +2,7 @@
 // and how many neighbours a lane takes together (kVector).
 #pragma once
 
+#include "moments.cuh"
 #include "rounding.cuh"
 
 struct NormArgs {
@@ -42,23 +43,8 @@ __device__ __forceinline__ void load_row(const At& at, int lane, float (&x)[kLan
     }
 }
 
-struct Moments {
-    double mean, rstd;
-};
-
 __device__ inline Moments exact_moments(const float (&x)[kLanes], int lane, double eps) {
-    double sum = 0.0, squares = 0.0;
-#pragma unroll
-    for (int i = 0; i < kLanes; i++) {
-        sum += channel(i, lane) < CHANNELS ? static_cast<double>(x[i]) : 0.0;
-    }
-    const double mean = warp_sum(sum) / CHANNELS;
-#pragma unroll
-    for (int i = 0; i < kLanes; i++) {
-        const double d = channel(i, lane) < CHANNELS ? static_cast<double>(x[i]) - mean : 0.0;
-        squares += d * d;
-    }
-    return {mean, 1.0 / sqrt(warp_sum(squares) / CHANNELS + eps)};
+    return exact_moments<CHANNELS>(x, eps, [&](int i) { return channel(i, lane) < CHANNELS; });
 }
 
 __device__ __forceinline__ float exact_value(const NormArgs& p, const Moments& of, float x, int c) {

@@ -4,7 +4,7 @@
 // neighbours: 16 bytes, and a quad's are whole sectors. A unit is four such floats of one of the lane's two rows. Units are loaded
 // in batches of kAhead, one load behind the other: whoever waits for a load waits for all that share its scoreboard, of which a
 // warp has few, so a load that is issued while others are used would make them wait too. The first batch is on its way from
-// before the products on where EARLY, each other one from when the one before it has been added up.
+// before the products on where RESIDUAL_EARLY, each other one from when the one before it has been added up.
 #pragma once
 
 constexpr int kUnitsOfTile = kBN / 8;  // of a lane: even ones are of row lane / 4, odd ones of the row eight below

@@ -1,0 +1,364 @@
+"""Products of codes, and what is computed in their launches in front and behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qvit.engines.cuda import constants as c
+from qvit.engines.cuda import few_tiles
+from qvit.engines.cuda.arguments import Launch
+from qvit.engines.cuda.device import Device
+from qvit.engines.cuda.few_tiles import FewTile, choose_few
+from qvit.engines.cuda.steps import Steps
+from qvit.engines.cuda.tiles import (
+    MOST_SHARED,
+    HopperTile,
+    Tile,
+    choose,
+    choose_floats,
+    choose_norm_behind,
+    with_columns,
+)
+
+_ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+_FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
+_MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
+
+
+class Products(Steps):
+    """Launches of linear layers and LayerNorms, which meet in one launch where that is faster.
+
+    Args:
+        activation: behind fc1, as an architecture names it.
+        may_be_late: whether a LayerNorm may be put off until the launch that reads its codes, which then makes them itself.
+    """
+
+    def __init__(
+        self, gpu: Device, device: torch.device, one_bit: bool, poison: bool, activation: str, may_be_late: bool
+    ) -> None:
+        super().__init__(gpu, device, one_bit, poison)
+        self._activation_name, self._may_be_late = activation, may_be_late
+        # Norms whose codes the next launch may make itself, by where they would be; codes that are to be seen are always there.
+        self._late: dict[int, tuple[Launch, c.NormConstants]] = {}
+
+    def _gemm(
+        self,
+        layer: c.LinearConstants,
+        epilogue: dict[str, int],
+        a: torch.Tensor,
+        values: dict[str, Any],
+        tile: Tile | None = None,
+    ) -> None:
+        rows = values.pop("rows")
+        bits = isinstance(tile, HopperTile) and tile.bits
+        late = self._late.pop(a.data_ptr(), None)
+        defines = {}
+        if late is not None:
+            launch, norm = late
+            if isinstance(tile, FewTile) and tile.normed:
+                values["norm"] = {**launch.values, "gain": norm.place_gain, "shift": norm.place_shift}
+                values["norm_margin"], values["norm_slope"] = norm.place_margins
+                values["norm_eps"] = norm.eps
+                defines = {"WIDE": int(norm.codes is not None and norm.codes.high - norm.codes.low > _MOST_NARROW)}
+            else:
+                self._add(launch)
+        tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
+        direct = isinstance(tile, HopperTile) and tile.direct
+        b, planes = (layer.b_by_fours, layer.b_planes_by_fours) if direct else (layer.b, layer.b_planes)
+        values = {
+            "a": a,
+            "b": planes if bits else b,
+            "scale": layer.scale,
+            "bias": layer.bias,
+            "m": rows,
+            "n": layer.m,
+            "k": layer.k,
+            **values,
+        }
+        defines |= {
+            "OUT_BITS": 0,
+            **tile.defines(layer.k),
+            "A_SIGNED": int(layer.signed),
+            "W_HALF": int(layer.half),
+            **epilogue,
+        }
+        if isinstance(tile, FewTile):
+            defines |= {"K": layer.k, "TILES_N": -(-layer.m // tile.bn)}
+        if defines.get("STAGED") or direct:
+            assert values["ldo"] == layer.m
+            defines["LDO"] = layer.m
+        blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
+        self._add(Launch(tile.kernel, defines, (blocks, 1, 1), tile.threads(), tile.shared(layer.k), values))
+
+    def _linear(
+        self,
+        layer: c.LinearConstants,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        rows: int,
+        residual: torch.Tensor | None = None,
+        gamma: torch.Tensor | None = None,
+        position: torch.Tensor | None = None,
+        halved: bool = False,
+        rows_in: int = 0,
+        rows_out: int = 0,
+        row_first: int = 0,
+        index: torch.Tensor | None = None,
+        tile: Tile | None = None,
+    ) -> None:
+        """``out = gamma * layer(a) + residual``; with a position, rows go where images with prefix tokens have them.
+
+        With an index, int32 [rows], row r goes to row ``index[r]``.
+        """
+        values = {
+            "rows": rows,
+            "out": out,
+            "residual": residual,
+            "gamma": gamma,
+            "position": position,
+            "ldo": out.shape[1],
+            "rows_in": rows_in,
+            "rows_out": rows_out,
+            "row_first": row_first,
+            "index": index,
+        }
+        defines = {
+            "EPILOGUE": _FLOATS,
+            "RESIDUAL": int(residual is not None),
+            "GAMMA": int(gamma is not None),
+            "POSITION": int(position is not None),
+            "SCATTER": int(index is not None),
+            "HALVED": int(halved),
+            "EVEN": int(layer.m % 2 == 0),
+        }
+        bits = isinstance(tile, HopperTile) and tile.bits
+        few = None if bits else self._few(layer, a, rows, 8)
+        if few is not None:
+            fours = layer.m % 4 == 0 and out.shape[1] % 4 == 0
+            arrays, added = 2 + (gamma is not None), (residual is not None) + (position is not None)
+            tile = few.with_spread(few.beside_floats(arrays, added)) if few_tiles.SPREAD and fours else few
+        elif self._gpu.hopper and not (residual is not None and position is not None):
+            choice = self._gpu.tuned.find("floats", rows, layer.m, layer.k, bits)
+            found = choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+            tile = found or tile
+        self._gemm(layer, defines, a, values, tile)
+
+    def _linear_norm(
+        self,
+        layer: c.LinearConstants,
+        a: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor,
+        gamma: torch.Tensor | None,
+        following: tuple[c.NormConstants, c.LinearConstants] | None,
+        codes: torch.Tensor,
+        index: torch.Tensor | None = None,
+        gather: torch.Tensor | None = None,
+        rows: int | None = None,
+    ) -> None:
+        """``out = residual + gamma * layer(a)``, and the codes of what follows: in one launch where that is faster.
+
+        With an index, int32 [rows], row r goes to row ``index[r]`` of out and codes; of the codes alone where its inverse
+        ``gather`` is beside it. ``rows``: of a chunk; all rows where it is left out.
+        """
+        rows, width = self._shape.rows if rows is None else rows, out.shape[1]
+        tile = None if following is None else self._norm_behind(layer, rows)
+        if following is None or tile is None:
+            to = None if gather is not None else index
+            self._linear(layer, a, out, rows, residual=residual, gamma=gamma, index=to, tile=self._bits(layer, rows))
+            if following is not None:
+                self._norm(following[0], out, codes, rows, width, following[1], index=gather)
+            return
+        norm, reader = following
+        assert norm.codes is not None
+        values = {
+            "rows": rows,
+            "out": out,
+            "out_k": codes,
+            "index": index,
+            "residual": residual,
+            "gamma": gamma,
+            "ldo": out.shape[1],
+            "chunks": self._chunks(reader),
+            "inverse": norm.gain,
+            "shift": norm.shift,
+            "weight": norm.weight,
+            "affine": norm.bias,
+            "offset": norm.codes.offset,
+            "step": norm.codes.step,
+            "low": norm.codes.low,
+            "high": norm.codes.high,
+            "margin": norm.margin,
+            "eps": norm.eps,
+        }
+        defines = {
+            "EPILOGUE": _FLOATS_AND_CODES,
+            "RESIDUAL": 1,
+            "GAMMA": int(gamma is not None),
+            "POSITION": 0,
+            "SCATTER": 0 if index is None else 1 if gather is None else 2,
+            "HALVED": 0,
+            "EVEN": 1,
+            "OUT_BITS": int(self._bits(reader) is not None),
+        }
+        self._gemm(layer, defines, a, values, tile)
+
+    def _norm_behind(self, layer: c.LinearConstants, rows: int) -> Tile | None:
+        """How a layer of a block is computed with LayerNorm behind it, in the same launch; ``None`` where it is not."""
+        if not self._gpu.hopper:
+            return None
+        bits = self._bits(layer) is not None
+        choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
+        rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+        return rule if choice is None else choice.tile
+
+    def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor, rows: int | None = None) -> None:
+        """fc1 of a block, and the codes that fc2 reads; ``rows`` of a chunk, or all."""
+        rows = self._shape.rows if rows is None else rows
+        codes: c.CodeConstants = block["fc2_codes"]
+        values = {
+            "out": out,
+            "inverse": codes.inverse,
+            "offset": codes.offset,
+            "step": codes.step,
+            "rows": rows,
+            "ldo": self._chunks(block["fc2"]),
+            "low": codes.low,
+            "high": codes.high,
+            "margin": block["fc2_margin"],
+        }
+        layer, activation = block["fc1"], block["activation"]
+        defines = {
+            "EPILOGUE": _ACTIVATION,
+            "ACTIVATION": _ACTIVATIONS.index(self._activation_name),
+            "CELLS": activation.cells,
+            "OUT_BITS": int(self._bits(block["fc2"]) is not None),
+        }
+        column_bytes = 0 if activation.permuted is None else activation.permuted.column_bytes
+        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
+        if activation.permuted is not None:
+            cut = tile.defines(layer.k)
+            width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
+            if few_tiles.SPREAD and isinstance(tile, FewTile) and not defines["OUT_BITS"]:
+                width = 8  # columns in their own order
+                tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
+            values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
+        self._gemm(layer, defines, a, values, tile)
+
+    def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int, rows: int) -> tuple[Tile, bool]:
+        """How ``rows`` rows of a layer of a block are computed from ``a``, and whether with one-bit products.
+
+        ``part``: see `choose_few`; ``column_bytes``: see `with_columns`.
+        """
+        tile = self._bits(layer, rows)
+        if tile is not None:
+            return with_columns(tile, layer.k, column_bytes), True
+        if (few := self._few(layer, a, rows, part)) is not None:
+            return few, False
+        choice = self._gpu.tuned.find("codes", rows, layer.m, layer.k, False)
+        known = None if choice is None else choice.tile
+        found = known or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
+        return with_columns(found, layer.k, column_bytes), False
+
+    def _few(self, layer: c.LinearConstants, a: torch.Tensor, rows: int, part: int) -> FewTile | None:
+        """A tile for few rows; one with the LayerNorm of its rows, where that has been put off for ``a``."""
+        tile, shared = None, MOST_SHARED if self._gpu.hopper else few_tiles.MOST_SHARED
+        if a.data_ptr() in self._late:
+            tile = choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, True, shared)
+        return tile or choose_few(rows, layer.m, layer.k, part, self._gpu.multiprocessors, False, shared)
+
+    def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
+        heads: c.HeadConstants = block["heads"]
+        shape = self._shape
+        (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
+        values = {
+            "out": out[0],
+            "out_k": out[1],
+            "out_v": out[2],
+            "inverse": heads.gain,
+            "shift": heads.shift,
+            "offset": heads.offset,
+            "step": heads.step,
+            "weight": heads.weight,
+            "affine": heads.affine,
+            "rows": shape.rows,
+            "heads": shape.heads,
+            "tokens": shape.tokens,
+            "low": low,
+            "high": high,
+            "margin": heads.margins[0],
+            "low_k": low_k,
+            "high_k": high_k,
+            "margin_k": heads.margins[1],
+            "low_v": low_v,
+            "high_v": high_v,
+            "eps": heads.eps,
+        }
+        layer: c.LinearConstants = block["qkv"]
+        column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
+        tile, bits = self._tile(layer, a, shape.head_dim, column_bytes, shape.rows)
+        if heads.permuted is not None:
+            (margin, slope), (margin_k, slope_k) = heads.permuted_margins
+            values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
+            values |= {"tokens_inverse": min(2**32 // shape.tokens, 2**32 - 1)}
+            width = shape.head_dim
+            if few_tiles.SPREAD and isinstance(tile, FewTile):
+                width = 8  # columns in their own order
+                tile = tile.with_spread(20 * tile.bn)
+            values |= heads.permuted.arrays(layer, width, bits)
+        defines = {
+            "EPILOGUE": _HEADS,
+            "PERMUTED": int(heads.permuted is not None),
+            "HEAD_DIM": shape.head_dim,
+            "RECTIFY": int(heads.rectify),
+            "Q_DOUBLED": int(heads.doubled),
+        }
+        self._gemm(layer, defines, a, values, tile)
+        for part, codes, (least, _) in zip(("q", "k", "v"), out, heads.ranges, strict=True):
+            doubled = part == "q" and heads.doubled
+            self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)
+
+    def _norm(
+        self,
+        norm: c.NormConstants | c.CodeConstants,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        rows: int,
+        ldx: int,
+        to: c.LinearConstants | int,
+        row: int = 0,
+        index: torch.Tensor | None = None,
+    ) -> None:
+        """``norm`` of rows of x, ``ldx`` floats apart, from row ``row``; a `CodeConstants` makes codes without a norm.
+
+        With an index, int32 [rows * pieces], a row is put together of as many rows of x.
+        """
+        pieces = 0 if index is None else len(index) // rows
+        width = x.shape[1] * max(pieces, 1)
+        codes = norm if isinstance(norm, c.CodeConstants) else norm.codes
+        ldo = to if isinstance(to, int) else self._chunks(to)
+        values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
+        values["index"] = index
+        if isinstance(norm, c.NormConstants):
+            values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
+            values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
+        if codes is not None:
+            values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
+        warps = 4
+        defines = {
+            "CHANNELS": width,
+            "WARPS": warps,
+            "OUT_FLOAT": int(codes is None),
+            "IDENTITY": int(isinstance(norm, c.CodeConstants)),
+            "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
+            "GATHER": pieces,
+        }
+        launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
+        plain = codes is not None and not pieces
+        plain &= isinstance(to, int) or self._bits(to) is None
+        if isinstance(norm, c.NormConstants) and plain and self._may_be_late:
+            self._late[out.data_ptr()] = launch, norm
+        else:
+            self._add(launch)
