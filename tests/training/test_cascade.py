@@ -42,7 +42,7 @@ def test_weights_and_irm_are_taken_over_and_scales_are_new(
 
     def watching(model: Any, *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)
-        begun.append({name: value.clone() for name, value in model.state_dict().items()})
+        begun.append({name: value.cpu().clone() for name, value in model.state_dict().items()})
 
     monkeypatch.setattr(qvit.training.setup, "calibrate", watching)
     changes: dict[str, Any] = {"quant": {"bits": 2, "weight_quantizer": kind, "start_from": str(start)}}
