@@ -68,7 +68,10 @@ DATA_SETS = {
         recipe="imagenette",
         files=_IMAGENETTE,
         teacher=_VIT_SMALL,
-        by_bits={2: ["optim.lr=5.0e-4"], 3: ["optim.lr=3.0e-4"]},
+        by_bits={
+            2: ["optim.lr=3.0e-4", "distill.feature=30", "cascade.share=0.25"],
+            3: ["optim.lr=3.0e-4", "distill.feature=30"],
+        },
     ),
     "imagenette-deit-tiny": DataSet(
         recipe="imagenette",

@@ -55,7 +55,7 @@ def test_so_it_is_for_swin(make_student: Factory, small_swin: Factory, device: t
 
 
 def _off_the_edge(student: nn.Module) -> None:
-    """Moves offsets: calibration puts the least value of a channel on the edge of the range, where rounding decides its gradient."""
+    """Moves offsets: calibration puts the least value of a channel on the edge of the range, where rounding decides."""
     for module in student.modules():
         offset = getattr(module, "offset", None)
         if isinstance(offset, nn.Parameter):
