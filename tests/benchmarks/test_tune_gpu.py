@@ -133,8 +133,8 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
     kept = tuned_for(NAME)
     assert kept.all()
     assert {choice.tile for choice in kept.all()} == {large}
-    found = kept.find("codes", 10 * BATCH, 256, 64, False)
-    assert found == Choice("codes", 10 * BATCH, 256, 64, False, large)
+    choice = kept.find("codes", 10 * BATCH, 256, 64, False)
+    assert choice == Choice("codes", 10 * BATCH, 256, 64, False, large)
     assert "10.000 -> " in captured.out
     assert f"{len(sites[fc1])} of {len(sites[fc1])} tiles tried" in captured.out
     assert "no gain" in captured.out
@@ -146,13 +146,10 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
     # The engine, with the file, launches the tile.
     machine.tuned = kept
     launches = CudaEngine(IntegerModel.load(files / "4.qvit"), machine).launches(BATCH)  # type: ignore[arg-type]
-    (launch,) = (one for one in launches if one.defines.get("EPILOGUE") == 1)
-    assert (launch.kernel, launch.defines["kGroups"], launch.defines["kBN"], launch.defines["kStages"]) == (
-        "gemm_hopper",
-        2,
-        64,
-        4,
-    )
+    found = [one for one in launches if one.defines.get("EPILOGUE") == 1]  # a chunk of rows each
+    assert found
+    for one in found:
+        assert (one.kernel, one.defines["kGroups"], one.defines["kBN"], one.defines["kStages"]) == ("gemm_hopper", 2, 64, 4)
 
 
 def test_all_that_is_tried_is_compiled_before(machine: Machine, files: Path) -> None:

@@ -27,7 +27,7 @@ from qvit.training.recipe import Recipe
 from .helpers import tiny_values
 
 MakeRecipe = Callable[..., Recipe]
-BUDGET_MB, BUDGET_BOPS = 0.024, 2.0e6
+BUDGET_MB, BUDGET_BOPS = 0.0245, 2.0e6
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_run_resumes_with_its_widths(trained: tuple[Recipe, Path, Path], tmp_p
     assert result.steps == read_checkpoint(run / LAST).metadata.step
     assert result.model.qvit == read_checkpoint(run / LAST).metadata.student
     assert not (tmp_path / "gone.json").exists()
-    with pytest.raises(TrainingError, match=r"quant\.budget_mb=0.024, now it is 0.025"):
+    with pytest.raises(TrainingError, match=r"quant\.budget_mb=0.0245, now it is 0.025"):
         fit(recipe.override("quant.budget_mb=0.025"), target, resume=True, progress=False)
 
 

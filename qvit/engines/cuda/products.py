@@ -140,7 +140,9 @@ class Products(Steps):
             arrays, added = 2 + (gamma is not None), (residual is not None) + (position is not None)
             tile = few.with_spread(few.beside_floats(arrays, added)) if few_tiles.SPREAD and fours else few
         elif self._gpu.hopper and not (residual is not None and position is not None):
-            choice = self._gpu.tuned.find("floats", rows, layer.m, layer.k, bits)
+            # Tiles are measured in passes of so many rows, all their chunks with one; what adds to its input is of a block.
+            whole = rows if residual is None else self._shape.rows
+            choice = self._gpu.tuned.find("floats", whole, layer.m, layer.k, bits)
             found = choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
             tile = found or tile
         self._gemm(layer, defines, a, values, tile)
@@ -210,7 +212,7 @@ class Products(Steps):
         if not self._gpu.hopper:
             return None
         bits = self._bits(layer) is not None
-        choice = self._gpu.tuned.find("rows", rows, layer.m, layer.k, bits)
+        choice = self._gpu.tuned.find("rows", self._shape.rows, layer.m, layer.k, bits)
         rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
         return rule if choice is None else choice.tile
 
@@ -257,7 +259,7 @@ class Products(Steps):
             return with_columns(tile, layer.k, column_bytes), True
         if (few := self._few(layer, a, rows, part)) is not None:
             return few, False
-        choice = self._gpu.tuned.find("codes", rows, layer.m, layer.k, False)
+        choice = self._gpu.tuned.find("codes", self._shape.rows, layer.m, layer.k, False)
         known = None if choice is None else choice.tile
         found = known or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         return with_columns(found, layer.k, column_bytes), False

@@ -92,7 +92,7 @@ class Steps:
         return self._bits_of(layer, rows) or whole
 
     def _bits_of(self, layer: c.LinearConstants, rows: int) -> HopperTile | None:
-        choice = self._gpu.tuned.find("planes", rows, layer.m, layer.k, True)
+        choice = self._gpu.tuned.find("planes", self._shape.rows, layer.m, layer.k, True)
         if choice is not None:
             return choice.tile if isinstance(choice.tile, HopperTile) else None
         return choose_bits(rows, layer.m, layer.k, self._gpu.multiprocessors)
