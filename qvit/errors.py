@@ -45,6 +45,10 @@ class TrainingError(QvitError, RuntimeError):
     """Training cannot go on (a loss that is not a number, a checkpoint of another run)."""
 
 
+class SlowerWarning(UserWarning):
+    """Something takes a slower path than it was meant to; the message says which and why. A note on the command line."""
+
+
 class MissingDependencyError(QvitError, ImportError):
     """A part of qvit whose extra is not installed; the message names the extra."""
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
 
 import qvit
-from qvit.errors import QvitError, missing_package
+from qvit.cli.show import note
+from qvit.errors import QvitError, SlowerWarning, missing_package
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -71,13 +73,27 @@ def _options(
     """Options before the command."""
 
 
+def _noted(show: Callable[..., None]) -> Callable[..., None]:
+    """What shows a warning: as a note, where something takes a slower path, else by ``show``."""
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, SlowerWarning):
+            note(str(message))
+        else:
+            show(message, category, *where)
+
+    return shown
+
+
 def _one_sentence(function: Callable[..., None], name: str) -> Callable[..., None]:
     """The command with errors that the user can mend turned into a sentence and an exit status."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _noted(warnings.showwarning)
+                function(*args, **kwargs)
         except QvitError as error:
             _fail(error, USER_ERROR)
         except ModuleNotFoundError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvit.errors import InputError, MissingDependencyError, UnsupportedModelError
+from qvit.errors import InputError, MissingDependencyError, SlowerWarning, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def create_engine(
 
 
 def _warn(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=4)  # at the caller of `load`
+    warnings.warn(sentence, SlowerWarning, stacklevel=4)  # at the caller of `load`
 
 
 def _cpu(model: IntegerModel, device: str | None, threads: int | None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 import qvit
 import qvit.cli.inspect
-from qvit.errors import InputError
+from qvit.errors import InputError, SlowerWarning
 
 Cli = Callable[..., Any]
 
@@ -54,6 +56,27 @@ def test_errors_of_qvit_are_folded_into_one_line(cli: Cli, frozen_file: Path, mo
     done = cli("inspect", frozen_file)
     done.refused()
     assert done.err == "error: It is broken: mend it.\n"
+
+
+def test_a_slower_path_is_a_note_and_other_warnings_are_as_always(
+    cli: Cli, frozen_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = qvit.cli.inspect.model_cost
+
+    def warning(*args: Any) -> Any:
+        warnings.warn("In parts, which is slower.", SlowerWarning, stacklevel=2)
+        warnings.warn("Something else.", UserWarning, stacklevel=2)
+        return original(*args)
+
+    monkeypatch.setattr(qvit.cli.inspect, "model_cost", warning)
+    with warnings.catch_warnings():  # as in a process of its own, where pytest records none
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: print(f"shown: {message}", file=sys.stderr)
+        done = cli("inspect", frozen_file)
+    assert done.status == 0
+    assert "note: In parts, which is slower.\n" in done.err
+    assert "shown: Something else.\n" in done.err
+    assert "shown: In parts" not in done.err
 
 
 def test_ctrl_c(cli: Cli, frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

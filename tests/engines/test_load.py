@@ -11,7 +11,7 @@ import torch
 
 import qvit
 from qvit.engines import Runner, create_engine, default_engine
-from qvit.errors import FileFormatError, InputError, MissingDependencyError, UnsupportedModelError
+from qvit.errors import FileFormatError, InputError, MissingDependencyError, SlowerWarning, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 
@@ -156,9 +156,9 @@ def test_the_reference_engine_stands_in_where_none_was_named(
 
     monkeypatch.setattr("qvit.engines.cpu.CpuEngine", fail)
     monkeypatch.setattr("qvit.engines.reference.ReferenceEngine", lambda model, device: device)
-    with pytest.warns(UserWarning, match=r"^The reference engine stands in, which is much slower: no heads of 4\.$"):
+    with pytest.warns(SlowerWarning, match=r"^The reference engine stands in, which is much slower: no heads of 4\.$"):
         assert create_engine(frozen) == "cpu"
-    with pytest.warns(UserWarning, match="stands in") as caught:
+    with pytest.warns(SlowerWarning, match="stands in") as caught:
         qvit.load(frozen_file)
     assert {Path(one.filename).name for one in caught} == {"test_load.py"}
     said: list[str] = []

@@ -6,6 +6,8 @@ GELU, rectify) are the correctly rounded ones (`qvit.quantizers.exact_float`).
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ from qvit.engines.cuda.plan import Plan
 from qvit.engines.cuda.plan_swin import SwinPlan
 from qvit.engines.cuda.plan_vit import VitPlan
 from qvit.engines.cuda.replay import Replay
-from qvit.errors import InputError, UnsupportedModelError
+from qvit.errors import InputError, SlowerWarning, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 if TYPE_CHECKING:
@@ -76,12 +78,15 @@ class CudaEngine:
                 "The GPU's memory does not hold the model: free some of it, or use engine='cpu' or another device."
             ) from None
         self._plans: OrderedDict[int, Replay] = OrderedDict()
+        self._most = sys.maxsize  # images at once: memory held no more when more were tried
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Images [B, C, H, W], uint8 pixels or normalised float32 -> logits [B, classes], float32.
 
+        Images that the GPU's memory does not hold at once go through in parts, after a `SlowerWarning`.
+
         Raises:
-            InputError: values that are not finite, or more images than the GPU's memory holds.
+            InputError: values that are not finite, or the memory does not hold one image.
         """
         return self.forward(torch.from_numpy(np.ascontiguousarray(images))).cpu().numpy()
 
@@ -90,8 +95,29 @@ class CudaEngine:
 
         Args:
             images: [B, C, H, W] on any device.
-            codes: if given, filled with the codes at every activation point by name (int16).
+            codes: if given, filled with the codes at every activation point by name (int16), of all images at once: where
+                the memory does not hold them, this too is an `InputError`.
         """
+        count = len(images)
+        if count > self._most and codes is None:
+            return self._in_parts(images)
+        try:
+            return self._forward(images, codes)
+        except torch.OutOfMemoryError:
+            self._plans.clear()  # makes room
+            short = f"The GPU's memory does not hold the buffers of {count} image{'s' if count > 1 else ''} at once"
+            if count == 1:
+                raise InputError(f"{short}: free some of it, or use engine='cpu' or another device.") from None
+            if codes is not None:
+                raise InputError(f"{short}: use a smaller batch.") from None
+        self._most = (count + 1) // 2
+        warnings.warn(f"{short}: they go through in parts of {self._most}, which is slower.", SlowerWarning, stacklevel=2)
+        return self._in_parts(images)
+
+    def _in_parts(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.forward(part) for part in images.split(self._most)])
+
+    def _forward(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None) -> torch.Tensor:
         pixels = images.dtype == torch.uint8
         ready = pixels and images.device == self.device and images.is_contiguous() and images.data_ptr() % _ALIGNED == 0
         if ready and codes is None and len(images):
@@ -99,34 +125,23 @@ class CudaEngine:
         with torch.no_grad():
             if not len(images):
                 return torch.zeros(0, self.model.architecture.num_classes, device=self.device)
-            try:
-                images = (images if pixels else images.float()).to(self.device, non_blocking=True).contiguous()
-                if images.data_ptr() % _ALIGNED:
-                    images = images.clone()
-            except torch.OutOfMemoryError:
-                raise self._too_many(len(images)) from None
+            images = (images if pixels else images.float()).to(self.device, non_blocking=True).contiguous()
+            if images.data_ptr() % _ALIGNED:
+                images = images.clone()
             return self._logits(images, codes)
 
     def _logits(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        try:
-            with self._gpu.current():
-                if codes is not None:
-                    plan = self._plan(len(images), with_map=True)
-                    logits = self._shown(plan, images, codes)
-                else:
-                    replay = self._replay(len(images))
-                    plan, logits = replay.plan, replay.run(images)
-        except torch.OutOfMemoryError:
-            raise self._too_many(len(images)) from None
+        with self._gpu.current():
+            if codes is not None:
+                plan = self._plan(len(images), with_map=True)
+                logits = self._shown(plan, images, codes)
+            else:
+                replay = self._replay(len(images))
+                plan, logits = replay.plan, replay.run(images)
         if images.dtype != torch.uint8 and int(plan.strange):
             plan.strange.zero_()
             raise InputError("The images hold values that are not finite (NaN or infinity).")
         return logits
-
-    def _too_many(self, count: int) -> InputError:
-        """What to raise where memory is short; makes room for another call."""
-        self._plans.clear()
-        return InputError(f"The GPU's memory does not hold the buffers of {count} images at once: use a smaller batch.")
 
     def launches(self, batch: int) -> list[Launch]:
         """The kernels of a forward pass of ``batch`` uint8 images (noise), in order, with buffers of their own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.folded import margins
 from qvit.engines.cuda.layout import pad
 from qvit.engines.reference import ReferenceEngine
-from qvit.errors import InputError, UnsupportedModelError
+from qvit.errors import InputError, SlowerWarning, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 from qvit.spec import ModelSpec
 from tests.engines import cases
@@ -367,38 +368,45 @@ def test_heads_of_another_width_are_refused(gpu: Any, frozen: IntegerModel) -> N
 
 
 class Small(Emulated):
-    """With memory for a few kernels alone."""
+    """With memory for the kernels of one forward pass at a time, and for the buffers of two images."""
 
-    launches = 0
+    most = 2
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
-        self.launches += 1
-        if self.launches > 3:
+        if launch.kernel == "pixels" and launch.values["rows"] > self.most * 9:  # patches
             raise torch.OutOfMemoryError("CUDA out of memory.")
+        super().launch(launch, behind)
 
 
 def test_too_little_memory(make_student: Factory, small_vit: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence, and the engine goes on: with the next batch that fits, for one."""
+    """Images go through in parts, as many at once as memory was found to hold; said once."""
     model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1})))
     gpu = Small()
-    engine = CudaEngine(model, gpu)
     pixels = pixels_for(model, 5)
-    sentence = r"^The GPU's memory does not hold the buffers of 5 images at once: use a smaller batch\.$"
-    for call in (lambda: engine.forward(pixels), lambda: engine.forward(pixels, {}), lambda: engine.run(pixels.numpy())):
-        gpu.launches = 0
-        with pytest.raises(InputError, match=sentence):
-            call()
-        assert not engine._plans
+    expected = CudaEngine(model, Emulated()).forward(pixels)
+    engine = CudaEngine(model, gpu)
+    with pytest.warns(SlowerWarning) as caught:
+        assert torch.equal(engine.forward(pixels), expected)
+    short = "The GPU's memory does not hold the buffers of {} images at once: they go through in parts of {}, which is slower."
+    assert [str(one.message) for one in caught] == [short.format(5, 3), short.format(3, 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(engine.forward(pixels), expected)
+        assert np.array_equal(engine.run(pixels.numpy()), expected.numpy())
+        assert torch.equal(engine.forward(pixels[:2]), expected[:2])
+    with pytest.raises(InputError, match=r"does not hold the buffers of 5 images at once: use a smaller batch\.$"):
+        engine.forward(pixels, {})
+    gpu.most = 0
+    with pytest.raises(InputError, match=r"buffers of 1 image at once: free some of it, or use engine='cpu' or another device"):
+        CudaEngine(model, gpu).forward(pixels[:1])
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     with monkeypatch.context() as patch:  # images that come from elsewhere
         patch.setattr(torch.Tensor, "to", full)
-        with pytest.raises(InputError, match=sentence):
-            engine.forward(pixels.float())
-    gpu.launches = -1000
-    assert engine.forward(pixels).shape == (5, 5)
+        with pytest.raises(InputError, match="buffers of 1 image at once"):
+            engine.forward(pixels[:1].float())
     monkeypatch.setattr(constants.Constants, "array", full)
     with pytest.raises(InputError, match=r"memory does not hold the model: free some of it, or use engine='cpu'"):
         CudaEngine(model, gpu)

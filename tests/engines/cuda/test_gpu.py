@@ -22,7 +22,7 @@ from qvit.engines.cuda import CudaEngine
 from qvit.engines.cuda.attention_blocks import most_tokens
 from qvit.engines.cuda.device import Gpu
 from qvit.engines.reference import ReferenceEngine
-from qvit.errors import InputError, UnsupportedModelError
+from qvit.errors import InputError, SlowerWarning, UnsupportedModelError
 from qvit.integer.model import IntegerModel
 
 timm = pytest.importorskip("timm")
@@ -105,22 +105,23 @@ def test_it_does_not_wait_for_the_gpu(models: Callable[[int], IntegerModel]) -> 
     assert all(torch.equal(one, expected) for one in logits)  # type: ignore[arg-type]
 
 
-def test_a_batch_that_memory_does_not_hold_is_refused_and_the_next_runs(models: Callable[[int], IntegerModel]) -> None:
+def test_a_batch_that_memory_does_not_hold_goes_through_in_parts(models: Callable[[int], IntegerModel]) -> None:
     model = models(4)
     engine = CudaEngine(model)
     size = model.preprocessing.input_size
     expected = engine.forward(pixels_for(size, 4))
     total = torch.cuda.get_device_properties(0).total_memory
-    images = torch.zeros(4096, *size, dtype=torch.uint8)
+    images = pixels_for(size, 4096).cpu()
     torch.cuda.empty_cache()
     try:
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
-        for _ in range(2):
-            with pytest.raises(InputError, match="does not hold the buffers of 4096 images at once: use a smaller batch"):
-                engine.forward(images)
-        assert engine.forward(pixels_for(size, 4)).shape == expected.shape
+        with pytest.warns(SlowerWarning, match=r"does not hold the buffers of 4096 images at once: .* parts of 2048, which"):
+            logits = engine.forward(images)
+        assert torch.equal(engine.forward(images), logits), "without asking for the whole memory again"
+        assert torch.equal(engine.forward(pixels_for(size, 4)), expected)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(logits, torch.cat([CudaEngine(model).forward(part) for part in images.split(256)]))
 
 
 @pytest.mark.parametrize("pieces", [1, 8])
