@@ -20,9 +20,9 @@ def activation_margin(quantizer: ops.Quantizer) -> float:
 def norm_margin(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray) -> float:
     """The same of a value behind a LayerNorm or IRM; kernels make it wider by ``margin / 4 * |mean| / deviation``.
 
-    That is for the mean, which loses digits where it is large beside the deviation, and meets the gain. In units of 2^-24 it has
-    a rounding for each value that a lane adds up, of sums half as large as the last, and eight more. A lane has every 32nd value
-    (`src/norm_row.cuh`), or every 16th in pairs where whole rows are up to 384 wide (`src/epilogue_norm.cuh`).
+    That is for the mean, which loses digits where it is large beside the deviation, and meets the gain. It has a rounding
+    (2^-24) for each value that a lane adds up, half a one as sums are half as large as the last on average, and eight more. A
+    lane has every 32nd value (`src/norm_row.cuh`), or pairs of every 16th in rows of up to 384 (`src/epilogue_norm.cuh`).
 
     Args:
         spec: of the codes.
@@ -69,8 +69,7 @@ def row_margins(quantizer: ops.Quantizer, rectify: ops.Rectify | None) -> tuple[
 def map_margin(high: int, tokens: int) -> float:
     """The same of a value of the softmax map in `src/attention_thrice.cuh`.
 
-    A lane adds up every fourth exponential, one after the other: half a rounding (2^-24) each, as sums are half as large as the
-    last on average, and 25 for all else.
+    A lane adds up every fourth exponential, one after the other: half a rounding (2^-24) each, and 25 for all else.
 
     Args:
         high: highest code.

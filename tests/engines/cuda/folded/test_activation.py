@@ -22,7 +22,7 @@ TO = Constants(torch.device("cpu"))
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_codes_of_the_sums_in_memory(activation: str, freeze: Callable[..., IntegerModel]) -> None:
-    """Read as a kernel reads them, weights and tables of permuted columns give the codes of floats, activation and quantizer."""
+    """Read as a kernel reads them, weights and tables of permuted columns give the reference engine's codes."""
     (block,) = freeze(spec=ModelSpec.of_bits(4)).blocks
     layer, following = block.fc1, block.fc2.input
     found, linear = ActivationConstants.of(layer, following, activation, TO), LinearConstants.of(layer, TO)

@@ -34,7 +34,9 @@ def layer_of(m: int, k: int, bits: int = 2, input_bits: int = 2, signed: bool = 
 
 @pytest.mark.parametrize("changes", [{}, {"weight_quantizer": "statsq"}])
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_a_linear_layer_is_the_reference_engines(bits: int, changes: dict[str, Any], freeze: Callable[..., IntegerModel]) -> None:
+def test_a_linear_layer_is_the_reference_engines(
+    bits: int, changes: dict[str, Any], freeze: Callable[..., IntegerModel]
+) -> None:
     """Sums of what lies in memory, scale and bias give its floats; of two bits also as planes."""
     if bits == 8 and changes:
         pytest.skip("8 bits at odd half steps are refused")

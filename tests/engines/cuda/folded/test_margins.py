@@ -1,7 +1,7 @@
 """Margins are as wide as the errors of the float32 steps that they stand for, and not much wider.
 
-The steps are written out in NumPy with the kernels' order of operations, on random rows and on those that lose most digits: means
-far larger than deviations, one channel with a large gain, equal exponentials that are all rounded down when they are added.
+The steps are written out in NumPy with the kernels' order of operations, on random rows and on those that lose most digits:
+means far larger than deviations, one channel with a large gain, equal exponentials that are all rounded the same way.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def test_maps_of_scores_computed_three_times(high: int, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [49, 197, 256])
 def test_the_unit_of_the_maps_errors(tokens: int) -> None:
-    """``src/attention_once.cuh``: exponentials of scores as they are; its terms, in units, are as large as errors relative to v."""
+    """``src/attention_once.cuh``: exponentials of scores as they are; its terms are units of the error relative to a value."""
     rng, shares, high = np.random.default_rng(tokens), [], 15
     whole, pairs = F32(12582912.0), -(-tokens // 16)
     for exponent in np.linspace(-4, -2, 10):
