@@ -70,8 +70,11 @@ def worst(error: Array, allowed: Array, exact: Array, spec: QuantSpec) -> float:
 
 
 def rows_of(width: int, rng: np.random.Generator) -> list[Array]:
-    """Rows by their means, which are up to 1,000 deviations."""
-    return [(rng.standard_normal((200, width)) + mean).astype(F32) for mean in (0, 1, -30, 100, 1000)]
+    """Rows by their means, which are up to 1,000 deviations; in the last ones a lane's values are equal, and rounded alike."""
+    random = [rng.standard_normal((150, width)) + mean for mean in (0, 1, -30, 1000)]
+    turns = np.where(np.arange(width) % 2, 1.0, -1.0)
+    equal = [mean * rng.uniform(1, 2, (100, 1)) + turns for mean in (30, 1000)]
+    return [x.astype(F32) for x in (*random, *equal)]
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "quick_gelu"])

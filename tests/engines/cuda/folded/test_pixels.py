@@ -18,9 +18,11 @@ TO = Constants(torch.device("cpu"))
 POINT = "patch_embed.proj.input"
 
 
-@pytest.mark.parametrize("changes", [{}, {"overrides": {POINT: {"bits": 5}}}])
-def test_codes_of_all_pixels(changes: dict[str, object], freeze: Callable[..., IntegerModel]) -> None:
+@pytest.mark.parametrize(("changes", "narrower"), [({}, 1.0), ({"overrides": {POINT: {"bits": 5}}}, 0.5)])
+def test_codes_of_all_pixels(changes: dict[str, object], narrower: float, freeze: Callable[..., IntegerModel]) -> None:
+    """With pixels beyond the highest code, too."""
     model = freeze(spec=ModelSpec.of_bits(4, **changes))
+    object.__setattr__(model.patch.input, "scale", model.patch.input.scale * np.float32(narrower))
     found = PixelConstants.of(model, TO)
     height, width = model.architecture.img_size
     pixels = torch.arange(256, dtype=torch.uint8)[:, None, None, None].expand(256, 3, height, width).contiguous()
