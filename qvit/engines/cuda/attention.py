@@ -68,7 +68,7 @@ def attention_launch(
         "ldo": ldo,
         "images": shape.images,
         "windows": shape.windows,
-        "map_margin": of.map_margin,
+        "map_margin": c.map_margin(of.map_high, shape.tokens),
         "map_unit": of.map_unit,
         "low": codes.low,
         "high": codes.high,

@@ -5,7 +5,7 @@ from qvit.engines.cuda.folded.arrays import COLUMN_PAD, Constants
 from qvit.engines.cuda.folded.attention import AttentionConstants, ValueConstants
 from qvit.engines.cuda.folded.heads import HeadConstants, doubles_q
 from qvit.engines.cuda.folded.linear import CodeConstants, LinearConstants, Permuted
-from qvit.engines.cuda.folded.margins import activation_margin
+from qvit.engines.cuda.folded.margins import activation_margin, map_margin
 from qvit.engines.cuda.folded.norm import NormConstants
 from qvit.engines.cuda.folded.pixels import PixelConstants
 from qvit.engines.cuda.folded.supported import HEAD_DIMS, MOST_WINDOW_TOKENS, check
@@ -27,4 +27,5 @@ __all__ = [
     "activation_margin",
     "check",
     "doubles_q",
+    "map_margin",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qvit.engines.cuda.folded.arrays import Constants, by_channel
-from qvit.engines.cuda.folded.margins import map_margin, unit
+from qvit.engines.cuda.folded.margins import unit
 from qvit.integer import ops
 from qvit.spec import HalfStep
 
@@ -31,7 +31,7 @@ class AttentionConstants:
         value_offset: 0 none, 1 half a step, 2 learned.
         q_half: whether q has a half step.
         v_signed: whether v's codes are.
-        map_high, map_margin: highest code of the map, and how near to a boundary it is computed again.
+        map_high: highest code of the map.
         map_unit: the unit of the map's relative errors in float32.
         row_check: whether boundaries between the map's codes are looked at instead of all its values.
         map_short: whether the map's codes fit 16 bits before they are clamped.
@@ -45,7 +45,6 @@ class AttentionConstants:
     q_half: bool
     v_signed: bool
     map_high: int
-    map_margin: float
     map_unit: float
     row_check: bool
     map_short: bool
@@ -69,7 +68,6 @@ class AttentionConstants:
             q_half=q.half_step,
             v_signed=v.spec.signed,
             map_high=p.spec.qp,
-            map_margin=map_margin(p),
             map_unit=unit(),
             row_check=p.spec.qp <= _FEW_CODES and float(scale.min()) >= _COARSE,
             map_short=float(p_scale.min()) >= 2.0**-14,

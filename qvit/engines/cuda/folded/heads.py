@@ -70,7 +70,7 @@ class HeadConstants:
             affine = np.zeros(shape, _F32) if rectify is None else rectify.bias
             shift = ((affine - offset.astype(np.float64)) / step).astype(_F32)
             gain = (1 / step).astype(_F32) if rectify is None else (weight / step.astype(np.float64)).astype(_F32)
-            margins.append(norm_margin(quantizer.spec, shift))
+            margins.append(norm_margin(quantizer.spec, gain, shift))
             for key, array in (
                 ("gain", gain),
                 ("shift", shift),

@@ -17,9 +17,21 @@ def activation_margin(quantizer: ops.Quantizer) -> float:
     return min(ULPS * (spec.qp - spec.qn + 1) + (6e-7 + 3e-7 * offset) / step, 1.0)
 
 
-def norm_margin(spec: QuantSpec, shift: np.ndarray) -> float:
-    """The same of a value behind a LayerNorm or IRM, whose affine part adds ``shift`` codes."""
-    return min(ULPS * (max(spec.qp, -spec.qn) + 1 + float(np.abs(shift).max())), 1.0)
+def norm_margin(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray) -> float:
+    """The same of a value behind a LayerNorm or IRM; kernels make it wider by ``margin / 4 * |mean| / deviation``.
+
+    That is for the mean, which loses digits where it is large beside the deviation, and meets the gain. It has a rounding
+    (2^-24) for each value that a lane adds up, half a one as sums are half as large as the last on average, and eight more. A
+    lane has every 32nd value (`src/norm_row.cuh`), or pairs of every 16th in rows of up to 384 (`src/epilogue_norm.cuh`).
+
+    Args:
+        spec: of the codes.
+        gain, shift: of standardised values to codes; the last dimension is that of a row.
+    """
+    width, ulp = gain.shape[-1], ULPS / 16
+    reach = max(spec.qp, -spec.qn) + 1 + float(np.abs(shift).max())
+    depth = max(8 + width / 64, 6.5 + min(width, 384) / 32)
+    return min(max(ULPS * reach, 4 * ulp * depth * float(np.abs(gain).max())), 1.0)
 
 
 def place_margins(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray, offset: np.ndarray) -> tuple[float, float]:
@@ -54,9 +66,16 @@ def row_margins(quantizer: ops.Quantizer, rectify: ops.Rectify | None) -> tuple[
     )
 
 
-def map_margin(quantizer: ops.Quantizer) -> float:
-    """The same of a value of the softmax map."""
-    return 3 * ULPS * (quantizer.spec.qp + 1)
+def map_margin(high: int, tokens: int) -> float:
+    """The same of a value of the softmax map in `src/attention_thrice.cuh`.
+
+    A lane adds up every fourth exponential, one after the other: half a rounding (2^-24) each, and 25 for all else.
+
+    Args:
+        high: highest code.
+        tokens: keys of a row.
+    """
+    return ULPS * max(3.0, 1.5 + tokens / 128) * (high + 1)
 
 
 def unit() -> float:

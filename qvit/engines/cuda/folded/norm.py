@@ -58,7 +58,7 @@ class NormConstants:
             gain=to.floats(gain, n),
             shift=to.floats(shift, n),
             codes=CodeConstants.of(quantizer, n, to),
-            margin=norm_margin(quantizer.spec, shift),
+            margin=norm_margin(quantizer.spec, gain, shift),
             place_gain=to.floats((norm.weight / scale / span).astype(_F32), n),
             place_shift=to.floats((((norm.bias - offset) / scale - low) / span).astype(_F32), n),
             place_margins=place_margins(quantizer.spec, gain, shift, offset / scale),
