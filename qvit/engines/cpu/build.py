@@ -174,13 +174,23 @@ def _linear(b: Any, which: str, index: int, layer: ops.Linear) -> None:
     )
 
 
-def _margin(spec: QuantSpec, shift: np.ndarray, row_scale: np.ndarray | None) -> float:
+def _margin(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray, row_scale: np.ndarray | None) -> float:
     """How near to the boundary between two codes a float32 result is computed again in float64: its error stays below.
 
-    Half a step and more, where steps are tiny beside the values: always.
+    Half a step and more, where steps are tiny beside the values: always. Kernels make it wider by ``margin / 4 * |mean| /
+    deviation`` (`row_margin` in `src/ops/quantize.h`), for the mean of the row meets the gain. It has a rounding (2^-24) for each
+    value that a lane adds up, half a one as sums are half as large as the last on average, and eight more; four vectors of at
+    least four lanes share out a row.
+
+    Args:
+        spec: of the codes.
+        gain, shift: of standardised values to codes; the last dimension is that of a row.
+        row_scale: the scales of tokens, where they have their own.
     """
-    largest = float(np.abs(shift).max()) / (1.0 if row_scale is None else float(row_scale.min()))
-    return min(_ULPS * (max(spec.qp, -spec.qn) + 1 + largest), 1.0)
+    least = 1.0 if row_scale is None else float(row_scale.min())
+    reach = max(spec.qp, -spec.qn) + 1 + float(np.abs(shift).max()) / least
+    of_mean = 2.0**-24 * (8 + gain.shape[-1] / 32) * float(np.abs(gain).max()) / least
+    return min(max(_ULPS * reach, 4 * of_mean), 1.0)
 
 
 def _norm_codes(b: Any, which: str, index: int, norm: ops.LayerNorm, quantizer: ops.Quantizer) -> None:
@@ -189,7 +199,7 @@ def _norm_codes(b: Any, which: str, index: int, norm: ops.LayerNorm, quantizer: 
     offset = 0.0 if quantizer.offset is None else quantizer.offset.astype(np.float64)
     gain = (norm.weight / scale).astype(_F32)
     shift = ((norm.bias - offset) / scale).astype(_F32)
-    margin = _margin(quantizer.spec, shift, quantizer.scale if isinstance(quantizer.spec.scale, PerToken) else None)
+    margin = _margin(quantizer.spec, gain, shift, quantizer.scale if isinstance(quantizer.spec.scale, PerToken) else None)
     b.set_norm(which, index, norm.weight, norm.bias, norm.eps, gain, shift, margin)
 
 
@@ -292,7 +302,7 @@ def _head_codes(
         spec.qp,
         row_scale is not None and quantizer.half_step,
         stored_bias,
-        _margin(spec, shift, row_scale),
+        _margin(spec, gain, shift, row_scale),
         [gain, shift, weight, bias, offset, scale],
         row_scale,
     )

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import qvit
 from qvit.engines import create_engine, default_engine
 from qvit.engines.cpu import CpuEngine, thread_count
+from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError, MissingDependencyError
 from qvit.integer.model import IntegerModel
+from qvit.spec import ModelSpec
 
 Factory = Callable[..., Any]
 
@@ -190,3 +193,27 @@ def test_it_needs_numpy_alone(model: IntegerModel, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "(1, 7)", done.stderr
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "generic"])
+@pytest.mark.parametrize("mean", [0.0, 30.0, 300.0, 3000.0, 1e6])
+def test_codes_of_rows_whose_mean_is_far_from_zero(
+    mean: float, isa: str, make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean of float32 loses digits that LayerNorm's gain makes visible; IRM's q and k have biases as large."""
+    monkeypatch.setenv("QVIT_ISA", isa)
+    options = {"embed_dim": 96, "num_heads": 3, "img_size": 64, "patch_size": 8, "depth": 1}
+    model = qvit.freeze(perturb(make_student(small_vit(**options), spec=ModelSpec.of_bits(4))))
+    object.__setattr__(model, "pos_embed", (model.pos_embed + np.float32(mean)).astype(np.float32))
+    assert model.blocks[0].qkv.bias is not None
+    model.blocks[0].qkv.bias[:192] += np.float32(mean)
+    images = model.preprocessing.normalise(
+        np.random.default_rng(0).integers(0, 256, (16, *model.preprocessing.input_size), dtype=np.uint8)
+    )
+    wanted: dict[str, Any] = {}
+    ReferenceEngine(model).forward(torch.from_numpy(images), wanted)
+    codes: dict[str, np.ndarray] = {}
+    CpuEngine(model).forward(images, codes)
+    for point in ("qkv.input", "q", "k"):
+        name = f"blocks.0.attn.{point}"
+        assert np.array_equal(codes[name], wanted[name].numpy()), point

@@ -13,12 +13,12 @@ constexpr int kLd = kMaxHead + qvit::cpu::kPad;
 
 // The close calls of one rectified row of a head, again; `y` are its pre-activations, `values` what was rounded.
 template <class Code>
-inline void rectify_again(const HeadCodes& h, int head, int dim, const float* y, const float* values, float row_scale,
-                          Code* codes) {
+inline void rectify_again(const HeadCodes& h, int head, int dim, const float* y, const float* values, float margin,
+                          float row_scale, Code* codes) {
     const ExactMoments of = exact_moments(y, dim, h.eps);
     const ptrdiff_t at = static_cast<ptrdiff_t>(head) * h.ld;
     for (int d = 0; d < dim; d++) {
-        if (is_close(values[d], h.margin)) {
+        if (is_close(values[d], margin)) {
             const float z = static_cast<float>((static_cast<double>(y[d]) - of.mean) * of.rstd);
             const float x = z * h.weight[at + d] + h.bias[at + d];
             const float scale = h.scale[at + d] * row_scale;
@@ -131,7 +131,12 @@ inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, i
             }
         }
     }
-    if (close_call<V>(far, h.margin)) {
+    float margins[4], most = 0.0f;
+    for (int n = 0; n < 4; n++) {
+        margins[n] = row_margin(h.margin, mean[n], rstd[n]);
+        most = margins[n] > most ? margins[n] : most;
+    }
+    if (close_call<V>(far, most)) {
         float y[kLd], values[kLd];
         for (int n = 0; n < 4; n++) {
             const auto m = V::set(mean[n]), own = V::set(rstd[n]), own_inverse = V::set(row_constant(h.row_inverse, n));
@@ -140,7 +145,7 @@ inline void four_rows(const Tile& t, const Sums& s, const HeadCodes& h, int r, i
                 V::store(y + d, x);
                 V::store(values + d, value(V::mul(V::sub(x, m), own), d, own_inverse));
             }
-            rectify_again(h, head, dim, y, values, row_constant(h.row_scale, n), codes + n * ld);
+            rectify_again(h, head, dim, y, values, margins[n], row_constant(h.row_scale, n), codes + n * ld);
         }
     }
 }

@@ -55,6 +55,9 @@ inline bool is_close(float value, float margin) { return fabsf(value - nearbyint
 constexpr float kUnit = 1e-6f;
 inline float margin_of(float size, float most) { return most < 0.5f && kUnit * size < most ? kUnit * size : most; }
 
+// The margin of a row: its mean loses digits where it is large beside the deviation.
+inline float row_margin(float margin, float mean, float rstd) { return margin * (1.0f + 0.25f * fabsf(mean) * rstd); }
+
 struct Moments {
     float mean, rstd;
 };
@@ -113,16 +116,17 @@ inline typename V::F norm_value(const Norm& norm, const float* x, int c, typenam
 // The codes of a row that are close calls, again.
 template <class V>
 void norm_codes_again(const Norm& norm, const Quantize& q, const float* x, typename V::F mean, typename V::F rstd,
-                      typename V::F own, float row_scale, uint8_t* out) {
+                      typename V::F own, float margin, float row_scale, uint8_t* out) {
     ExactMoments of{};
     bool have = false;
+    const float by_mean = (margin - norm.margin) / kUnit;
     float values[V::W], inverse[V::W];
     V::store(inverse, own);
     for (int c = 0; c < norm.channels; c += V::W) {
         V::store(values, norm_value<V>(norm, x, c, mean, rstd, own));
         for (int i = c; i < norm.channels && i < c + V::W; i++) {
             const float value = values[i - c], size = 1.0f + fabsf(value) + fabsf(norm.shift[i] * inverse[0]);
-            if (is_close(value, margin_of(size, norm.margin))) {
+            if (is_close(value, margin_of(size + by_mean, margin))) {
                 if (!have) {
                     of = exact_moments(x, norm.channels, norm.eps);
                     have = true;
@@ -150,8 +154,9 @@ void norm_codes(const Norm& norm, const Quantize& q, const float* x, ptrdiff_t l
             const auto v = clamped<V>(norm_value<V>(norm, x, c, mean, rstd, own), low, high, far);
             store_some<V>(out + c, V::isub(V::to_int(v), stored), norm.channels - c);
         }
-        if (close_call<V>(far, norm.margin)) {
-            norm_codes_again<V>(norm, q, x, mean, rstd, own, q.row_inverse ? q.row_scale[row0 + r] : 1.0f, out);
+        const float margin = row_margin(norm.margin, of.mean, of.rstd);
+        if (close_call<V>(far, margin)) {
+            norm_codes_again<V>(norm, q, x, mean, rstd, own, margin, q.row_inverse ? q.row_scale[row0 + r] : 1.0f, out);
         }
         memset(out + norm.channels, 0, static_cast<size_t>(ld_out - norm.channels));
     }
