@@ -90,7 +90,7 @@ class Report:
                 counted = "images" in known and key != "float_top1"
                 facts[name] = f"{known[key]:.2f} %" + (f" of {known['images']:.0f} images" if counted else "")
         if self.student.metadata:
-            facts["epochs"] = str(self.student.metadata.epochs)
+            facts["epochs"] = str(known["epochs"])
             seed = self.student.metadata.recipe.get("seed")
             facts |= {"seed": str(seed)} if seed is not None else {}
         own = next((row for row in self.rows if row.get("own") and row.get("method") != "float"), None)
@@ -216,13 +216,17 @@ class Report:
         recipe = recipe_of(self.student.metadata) if self.student.metadata else None
         if recipe is None or recipe.quant.start_from or self.teacher is None or self.teacher.architecture is None:
             return None
+        metadata = self.student.metadata
+        assert metadata is not None
+        assert metadata.student is not None
         if replace(self.student.architecture, name="") != replace(self.teacher.architecture, name=""):
             return None
         try:
             source = open_source(location_of(self.data), "train") if self.data else open_split(recipe.data, "train")
         except InputError:
             return None
-        spec, preprocessing = recipe.model_spec(), self.student.preprocessing
+        # Of the student, not of the recipe: with a budget, that does not say which bits were chosen.
+        spec, preprocessing = metadata.student.spec, self.student.preprocessing
         model: Any = quantize(self.teacher.model.cpu(), spec=spec, preprocessing=preprocessing).to(self.device)
         calibrate(model, calibration_batches(recipe, source, preprocessing), images=recipe.quant.calibration_images)
         return model.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from qvit.errors import InputError, RecipeError, TrainingError
-from qvit.training.cascade import FIRST_STAGE, cascade_stages
+from qvit.training.cascade import FIRST_STAGE, cascade_stages, first_stage_metrics
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.logs import RunLog
@@ -82,10 +82,23 @@ def fit(
         TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
-    if recipe.cascades:
-        return _fit_cascade(recipe, Path(output), model, teacher, resume, progress)
+    fit_stages = _fit_cascade if recipe.cascades else _fit_stage
+    return fit_stages(recipe, Path(output), model, teacher, resume, progress)
+
+
+def _fit_stage(
+    recipe: Recipe,
+    output: Path,
+    model: nn.Module | None,
+    teacher: nn.Module | None,
+    resume: bool,
+    progress: bool,
+    metrics: Mapping[str, float] | None = None,
+) -> TrainingResult:
+    """A run that is no cascade, or a stage of one; ``metrics`` are those that it begins with."""
     with _out_of_memory():
         loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+        loop.metrics |= metrics or {}
         with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
             return loop.run(log)
 
@@ -93,24 +106,30 @@ def fit(
 def _fit_cascade(
     recipe: Recipe, output: Path, model: nn.Module | None, teacher: nn.Module | None, resume: bool, progress: bool
 ) -> TrainingResult:
-    """Both stages of a cascade, one after the other; a first stage that is done is not trained again."""
+    """Both stages of a cascade, one after the other; where the second has a checkpoint, nothing is left of the first to do."""
     if hasattr(model, "qvit"):
         raise RecipeError("A cascade starts from a float model, and this one is quantized: set cascade.share to 0.")
-    _checkpoint_of(output, resume)
     begins, ends = cascade_stages(recipe, output)
+    if (output / LAST).exists():
+        return _fit_stage(ends, output, model, teacher, resume, progress)
+    first_output = output / FIRST_STAGE
+    if (first_output / LAST).exists() and not resume:
+        raise _taken(output)
     if progress and os.environ.get("RANK", "0") == "0":
         epochs = f"{begins.schedule.epochs} of {recipe.schedule.epochs} epochs"
         Console(stderr=True).print(f"first stage: {recipe.cascade.bits} bits, {epochs}", highlight=False)
     try:
-        first = fit(begins, output / FIRST_STAGE, model=model, teacher=teacher, resume=resume, progress=progress)
+        first = _fit_stage(begins, first_output, model, teacher, resume, progress)
     except TrainingInterrupted:
         raise TrainingInterrupted(f"Stopped in the first stage of the cascade: resume the run in {output} to go on.") from None
-    first = replace(first, model=nn.Module())
+    metrics, peak_gb = first_stage_metrics(first), first.peak_gb
+    del first
     # The loop is gone but for cycles, which hold its model and the memory of a recorded step.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return fit(ends, output, model=model, teacher=teacher, resume=resume, progress=progress).behind(first)
+    second = _fit_stage(ends, output, model, teacher, resume, progress, metrics)
+    return replace(second, peak_gb=max(peak_gb, second.peak_gb))
 
 
 @contextmanager
@@ -193,5 +212,9 @@ def _checkpoint_of(output: Path, resume: bool) -> Checkpoint | None:
     if not path.exists():
         return None
     if not resume:
-        raise TrainingError(f"{output} holds a run already: resume it, or name another output folder.")
+        raise _taken(output)
     return read_checkpoint(path)
+
+
+def _taken(output: Path) -> TrainingError:
+    return TrainingError(f"{output} holds a run already: resume it, or name another output folder.")

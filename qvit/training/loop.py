@@ -52,7 +52,8 @@ class TrainingLoop:
         step: optimizer steps done.
         epochs: finished, evaluation included. Where an epoch's steps are done but not its evaluation, ``step`` is
             ``(epochs + 1) * steps_per_epoch``.
-        metrics: accuracies so far; written into checkpoints.
+        metrics: accuracies so far, and of a cascade's second stage how long the first was (`qvit.training.cascade`); written
+            into checkpoints.
 
     Raises:
         InputError: there are fewer images than a step takes.
@@ -421,16 +422,17 @@ class TrainingLoop:
     def _result(self) -> TrainingResult:
         if self.two_heads:
             self.model.set_distilled_training(False)
+        first = {what: self.metrics.get(f"first_stage_{what}", 0) for what in ("epochs", "steps", "seconds")}
         return TrainingResult(
             model=self.model.eval(),
             output=self.output,
             top1=self.metrics["top1"],
             best_top1=self.metrics["best_top1"],
-            best_epoch=int(self.metrics["best_epoch"]),
+            best_epoch=int(first["epochs"] + self.metrics["best_epoch"]),
             images=int(self.metrics["images"]),
-            epochs=self.epochs,
-            steps=self.step,
-            train_seconds=self.metrics["train_seconds"],
+            epochs=int(first["epochs"]) + self.epochs,
+            steps=int(first["steps"]) + self.step,
+            train_seconds=first["seconds"] + self.metrics["train_seconds"],
             train_images_per_s=self.session.rate * self.accelerator.num_processes,
             loader_idle=self.session.idle,
             peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0,

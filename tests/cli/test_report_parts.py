@@ -39,6 +39,22 @@ def test_a_teacher_of_another_shape_is_not_calibrated(report_runs: Path) -> None
     assert report._calibrated_teacher() is None
 
 
+def test_the_teacher_is_calibrated_with_the_students_own_bits(report_runs: Path) -> None:
+    """With a budget, they are not those of the recipe."""
+    report = _report(report_runs)
+    metadata = report.student.metadata
+    assert metadata is not None
+    assert metadata.student is not None
+    chosen = replace(metadata.student.spec, overrides={"blocks.0.mlp.fc1": {"bits": 4}})
+    mixed = replace(metadata, student=replace(metadata.student, spec=chosen))
+    report.student = replace(report.student, metadata=mixed)
+    calibrated = report._calibrated_teacher()
+    assert calibrated is not None
+    assert calibrated.qvit.spec == chosen
+    assert calibrated.blocks[0].mlp.fc1.weight_quantizer.spec.bits == 4
+    assert calibrated.blocks[0].mlp.fc2.weight_quantizer.spec.bits == 2
+
+
 def test_two_runs_of_one_title_are_told_apart(report_runs: Path) -> None:
     student = open_quantized(report_runs / "qvit")
     titles = Report(student, open_quantized(report_runs / "qvit"), "cpu").titles
