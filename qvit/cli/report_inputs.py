@@ -118,6 +118,19 @@ def open_teacher(path: Path | None, student: Opened) -> tuple[Opened | None, str
         return None, f"The teacher that the recipe names cannot be opened ({str(error).rstrip('.')}): {where}."
 
 
+def open_parent(recipe: Recipe, teacher: Opened | None) -> Opened | None:
+    """The float model that a run began with: the ``teacher`` or, where the recipe has a teacher of its own, the recipe's model.
+
+    ``None`` where there is none, or it cannot be opened.
+    """
+    if recipe.teacher is None:
+        return teacher
+    try:
+        return _built(recipe, recipe.model) if recipe.model else None
+    except QvitError:
+        return None
+
+
 def _named_teacher(path: Path, student: Opened) -> Opened:
     if is_checkpoint(path):
         model, metadata = load_model(path)

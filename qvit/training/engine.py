@@ -78,7 +78,8 @@ def fit(
         progress: print a line an epoch, and a progress bar on a terminal.
 
     Raises:
-        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
+        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written, except that a budget is looked at
+            after the first stage of a cascade, which need not be trained again for another one.
         TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
