@@ -40,10 +40,8 @@ VARIANTS: dict[str, list[str]] = {
     "soft targets alone": ["distill.label=0", "distill.hard=0", "distill.soft=1"],
     "soft targets, features": ["distill.label=0", "distill.hard=0", "distill.soft=1", "distill.feature=1"],
     "features of all blocks": ["distill.feature=1", "distill.feature_blocks=all"],
-    "cascade, 2 of 5 epochs at 4 bits": ["schedule.epochs=3"],
+    "cascade, 2 of 5 epochs at 4 bits": ["cascade.share=0.4", "cascade.bits=4"],
 }
-# Variants that start from a student which was trained like this first.
-FIRST: dict[str, list[str]] = {"cascade, 2 of 5 epochs at 4 bits": ["quant.bits=4", "schedule.epochs=2"]}
 
 
 def main() -> None:
@@ -70,13 +68,7 @@ def main() -> None:
 
 def _run(name: str, seed: int, work: Path, parent: Path) -> dict[str, Any]:
     output = work / f"{list(VARIANTS).index(name)}_{seed}"
-    common = [*COMMON, f"seed={seed}", f"model.checkpoint={parent}"]
-    changes, seconds = [*common, *VARIANTS[name]], 0.0
-    if name in FIRST:
-        first = fit(Recipe.load("digits", [*common, *FIRST[name]]), Path(f"{output}_first"), progress=False, resume=True)
-        changes.append(f"quant.start_from={first.output / LAST}")
-        seconds = first.train_seconds
-    recipe = Recipe.load("digits", changes)
+    recipe = Recipe.load("digits", [*COMMON, f"seed={seed}", f"model.checkpoint={parent}", *VARIANTS[name]])
     result = fit(recipe, output, progress=False, resume=True)
     val = open_split(recipe.data, "val")
     model: Any = result.model
@@ -97,7 +89,7 @@ def _run(name: str, seed: int, work: Path, parent: Path) -> dict[str, Any]:
         "val_loss": sum(losses) / len(val),
         "images": len(val),
         "epochs": result.epochs,
-        "train_seconds": seconds + result.train_seconds,
+        "train_seconds": result.train_seconds,
     }
 
 
