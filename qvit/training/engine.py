@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from qvit.errors import InputError, RecipeError, TrainingError
+from qvit.spec import ModelSpec
 from qvit.training.cascade import FIRST_STAGE, cascade_stages, first_stage_metrics
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.interrupt import TrainingInterrupted
@@ -25,7 +26,7 @@ from qvit.training.memory import is_full
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.resume import check_same_run
-from qvit.training.setup import set_up
+from qvit.training.setup import set_up, spec_of_budget
 
 
 def train(
@@ -78,8 +79,7 @@ def fit(
         progress: print a line an epoch, and a progress bar on a terminal.
 
     Raises:
-        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written, except that a budget is looked at
-            after the first stage of a cascade, which need not be trained again for another one.
+        QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
         TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
@@ -95,10 +95,11 @@ def _fit_stage(
     resume: bool,
     progress: bool,
     metrics: Mapping[str, float] | None = None,
+    spec: ModelSpec | None = None,
 ) -> TrainingResult:
-    """A run that is no cascade, or a stage of one; ``metrics`` are those that it begins with."""
+    """A run that is no cascade, or a stage of one; ``metrics`` are those that it begins with, ``spec`` is as in `set_up`."""
     with _out_of_memory():
-        loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+        loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress, spec=spec)
         loop.metrics |= metrics or {}
         with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
             return loop.run(log)
@@ -116,6 +117,11 @@ def _fit_cascade(
     first_output = output / FIRST_STAGE
     if (first_output / LAST).exists() and not resume:
         raise _taken(output)
+    spec = None
+    if recipe.quant.has_budget:  # it may be one that cannot be met, which nobody wants to know after the first stage
+        with _out_of_memory():
+            _check_place(output)
+            spec = spec_of_budget(recipe, _accelerator(recipe), model, progress)
     if progress and os.environ.get("RANK", "0") == "0":
         epochs = f"{begins.schedule.epochs} of {recipe.schedule.epochs} epochs"
         Console(stderr=True).print(f"first stage: {recipe.cascade.bits} bits, {epochs}", highlight=False)
@@ -129,7 +135,7 @@ def _fit_cascade(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    second = _fit_stage(ends, output, model, teacher, resume, progress, metrics)
+    second = _fit_stage(ends, output, model, teacher, resume, progress, metrics, spec)
     return replace(second, peak_gb=max(peak_gb, second.peak_gb))
 
 
@@ -156,14 +162,32 @@ def open_loop(
     teacher: nn.Module | None = None,
     resume: bool = False,
     progress: bool = True,
+    spec: ModelSpec | None = None,
 ) -> TrainingLoop:
     """All of `fit` up to the first step: the model is there and calibrated, the images are open.
 
-    Args: as those of `fit`.
+    Args: as those of `fit`, and ``spec`` as in `qvit.training.setup.set_up`.
 
     Raises:
         QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
     """
+    accelerator = _accelerator(recipe)
+    output = Path(output)
+    _check_place(output)
+    resumed = _checkpoint_of(output, resume)
+    if resumed is not None:
+        check_same_run(resumed, recipe, accelerator.num_processes)
+    setup = set_up(recipe, accelerator, model, teacher, resumed, progress, spec)
+    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
+    return loop
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """The devices and processes of a run; raises `RecipeError` where the recipe needs others."""
     if recipe.needs_gpu and not torch.cuda.is_available():
         raise RecipeError(
             "The recipe needs a GPU and PyTorch finds none: run it on a machine with one, or set needs_gpu=false to train on "
@@ -177,18 +201,7 @@ def open_loop(
     if accelerator.num_processes > 1:
         atexit.unregister(_leave_the_group)
         atexit.register(_leave_the_group)
-    output = Path(output)
-    _check_place(output)
-    resumed = _checkpoint_of(output, resume)
-    if resumed is not None:
-        check_same_run(resumed, recipe, accelerator.num_processes)
-    setup = set_up(recipe, accelerator, model, teacher, resumed, progress)
-    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    return loop
+    return accelerator
 
 
 def _check_place(output: Path) -> None:

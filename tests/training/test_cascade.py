@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import qvit.training.setup
-from qvit.errors import RecipeError, TrainingError, WeightsError
+from qvit.errors import BudgetError, RecipeError, TrainingError, WeightsError
+from qvit.spec import ModelSpec
 from qvit.training.cascade import FIRST_STAGE, cascade_stages, read_stages
 from qvit.training.checkpoint import LAST, load_student
 from qvit.training.engine import fit
@@ -161,6 +163,23 @@ def test_a_cascade_that_is_done_needs_its_first_stage_no_more(tiny_recipe: MakeR
     with pytest.raises(TrainingError, match=r"started with cascade.bits=4, now it is 3"):
         fit(recipe.override("cascade.bits=3"), run, resume=True, progress=False)
     assert not (run / FIRST_STAGE).exists()
+
+
+def test_a_budget_is_chosen_before_the_first_stage(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(**CASCADE).override("quant.budget_bops=2.5e6")
+    result = fit(recipe, tmp_path / "run", progress=False)
+    spec = result.model.qvit.spec
+    assert spec.overrides
+    assert load_student(tmp_path / "run" / FIRST_STAGE / LAST)[1].student.spec == ModelSpec.of_bits(4)
+    # The same run by hand, which chooses when its student is made.
+    start = json.dumps(str(tmp_path / "run" / FIRST_STAGE / LAST))
+    second = recipe.override(f"quant.start_from={start}", "schedule.epochs=2")
+    assert fit(second, tmp_path / "by_hand", progress=False).model.qvit.spec == spec
+    assert same_tensors(tmp_path / "run" / LAST, tmp_path / "by_hand" / LAST)
+    assert fit(recipe, tmp_path / "run", resume=True, progress=False).model.qvit.spec == spec
+    with pytest.raises(BudgetError, match="cannot be met"):
+        fit(recipe.override("quant.budget_bops=1000"), tmp_path / "refused", progress=False)
+    assert not (tmp_path / "refused").exists()
 
 
 def test_the_log_of_both_stages_is_one(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
