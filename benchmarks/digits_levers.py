@@ -73,8 +73,7 @@ def main() -> None:
 
 def _run(name: str, seed: int, work: Path, parent: Path) -> dict[str, Any]:
     output = work / f"{list(VARIANTS).index(name)}_{seed}"
-    common = [*COMMON, f"seed={seed}", f"model.checkpoint={parent}"]
-    recipe = Recipe.load("digits", [*common, *VARIANTS[name]])
+    recipe = Recipe.load("digits", [*COMMON, f"seed={seed}", f"model.checkpoint={parent}", *VARIANTS[name]])
     result = fit(recipe, output, progress=False, resume=True)
     val = open_split(recipe.data, "val")
     model: Any = result.model

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qvit.analyze.products import LINEAR, MatrixProduct
-from qvit.spec import ModelSpec, Override, QuantSpec
+from qvit.spec import ModelSpec, Override, QuantSpec, matches
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,25 @@ def with_widths(spec: ModelSpec, units: Sequence[Unit], widths: Mapping[str, int
         widths: name of a unit -> bits.
     """
     common = Counter(widths[unit.name] for unit in units).most_common(1)[0][0]
-    chosen = {pattern: widths[unit.name] for unit in units if widths[unit.name] != common for pattern in unit.patterns}
+    chosen: dict[str, int] = {}
+    for unit in units:
+        if widths[unit.name] != common:
+            for pattern in unit.patterns:
+                # A mapping has a pattern once: where it is one of the spec's own, points stand for the unit.
+                taken = pattern in spec.overrides
+                names = [point for point in unit.points if matches(pattern, point)] if taken else [pattern]
+                chosen |= dict.fromkeys(names, widths[unit.name])
     overrides: dict[str, int | Override] = {pattern: bits for pattern, bits in chosen.items() if pattern not in spec.overrides}
     for pattern, change in spec.overrides.items():
-        if pattern in chosen and isinstance(change, Mapping):
-            change = {"bits": chosen[pattern], **change}
+        if pattern in chosen and isinstance(change, Mapping):  # a point's own name
+            change = {"bits": _bits_so_far(pattern, overrides, chosen[pattern]), **change}
         overrides[pattern] = change
     return replace(spec, weight_bits=common, act_bits=common, overrides=overrides)
+
+
+def _bits_so_far(point: str, overrides: Mapping[str, int | Override], chosen: int) -> int:
+    """The bits of a point: those of the last override that says some, else the ``chosen`` ones."""
+    for pattern, change in overrides.items():
+        if matches(pattern, point):
+            chosen = change if isinstance(change, int) else change.get("bits", chosen)
+    return chosen

@@ -16,8 +16,8 @@ from qvit.errors import InputError, QvitError, RecipeError, UnsupportedModelErro
 from qvit.integer.model import IntegerModel
 from qvit.preprocessing import Preprocessing
 from qvit.sources import DIGITS
+from qvit.training.cascade import read_stages
 from qvit.training.checkpoint import BEST, LAST, Metadata, is_checkpoint, load_model
-from qvit.training.logs import METRICS, read_metrics
 from qvit.training.models import build_model
 from qvit.training.provenance import provenance_of
 from qvit.training.recipe import Recipe
@@ -35,7 +35,7 @@ class Opened:
         facts: provenance: accuracies in percent, data, method, recipe and the like, as a frozen file holds them.
         weight_bits, act_bits: of the blocks; 32 for a float model.
         metadata: of a checkpoint.
-        log: lines of the run's log; empty where there is none.
+        log: lines of the run's log (`qvit.training.cascade.read_stages`); empty where there is none.
         file_bytes: of a frozen file.
         mixed: layers differ in their bits.
     """
@@ -86,7 +86,7 @@ def open_quantized(path: Path) -> Opened:
             f"{file} holds a float model, and a report shows what quantization does: name a quantized run, checkpoint or file."
         )
     spec = metadata.student.spec
-    log = read_metrics(file.parent / METRICS) if file.name in (BEST, LAST) else []
+    log = read_stages(file.parent, metadata.metrics) if file.name in (BEST, LAST) else []
     bits = spec.weight_bits, spec.act_bits
     facts = provenance_of(metadata)
     mixed = has_mixed_widths(metadata.architecture, specs_of(products_of(metadata.architecture), spec))
@@ -116,6 +116,19 @@ def open_teacher(path: Path | None, student: Opened) -> tuple[Opened | None, str
         return _built(recipe, recipe.teacher or recipe.model), ""
     except QvitError as error:
         return None, f"The teacher that the recipe names cannot be opened ({str(error).rstrip('.')}): {where}."
+
+
+def open_parent(recipe: Recipe, teacher: Opened | None) -> Opened | None:
+    """The float model that a run began with: the ``teacher`` or, where the recipe has a teacher of its own, the recipe's model.
+
+    ``None`` where there is none, or it cannot be opened.
+    """
+    if recipe.teacher is None:
+        return teacher
+    try:
+        return _built(recipe, recipe.model) if recipe.model else None
+    except QvitError:
+        return None
 
 
 def _named_teacher(path: Path, student: Opened) -> Opened:

@@ -21,7 +21,7 @@ from qvit.analyze.report.training_figures import training_section
 from qvit.batches import PixelBatches
 from qvit.calibration import calibrate
 from qvit.cli.images import as_tensors, location_of, name_of, open_evaluation, spaced
-from qvit.cli.report_inputs import Opened, data_of, open_teacher, recipe_of
+from qvit.cli.report_inputs import Opened, data_of, open_parent, open_teacher, recipe_of
 from qvit.cli.report_results import own_rows, rows_of
 from qvit.cli.show import count, progress, shape, widths
 from qvit.convert import quantize
@@ -90,7 +90,7 @@ class Report:
                 counted = "images" in known and key != "float_top1"
                 facts[name] = f"{known[key]:.2f} %" + (f" of {known['images']:.0f} images" if counted else "")
         if self.student.metadata:
-            facts["epochs"] = str(self.student.metadata.epochs)
+            facts["epochs"] = str(known["epochs"])
             seed = self.student.metadata.recipe.get("seed")
             facts |= {"seed": str(seed)} if seed is not None else {}
         own = next((row for row in self.rows if row.get("own") and row.get("method") != "float"), None)
@@ -190,7 +190,7 @@ class Report:
             self.sections.append(_missing("sensitivity", why))
             return
         kept = list(as_tensors(self.batches, self.student.preprocessing))
-        models = {"calibrated": self._calibrated_teacher(), "trained": self.student.model}
+        models = {"calibrated": self._calibrated_parent(), "trained": self.student.model}
         found = {state: model.to(self.device) for state, model in models.items() if model is not None}
         total = sum(map(evaluations, found.values()))
         turns = iter(progress(range(total), total, "parts and layers"))
@@ -207,23 +207,28 @@ class Report:
         for state, result in results.items():
             self.rows += sensitivity_rows(result, self.images, state)
 
-    def _calibrated_teacher(self) -> Any | None:
-        """The teacher as a run would begin with it: quantized like the student and calibrated on training images.
+    def _calibrated_parent(self) -> Any | None:
+        """The float model that the run began with, as it began: quantized like the student, calibrated on training images.
 
         ``None`` where there is none of the student's architecture, or no recipe of a training run, or no training images, or
         where the run began with another student.
         """
-        recipe = recipe_of(self.student.metadata) if self.student.metadata else None
-        if recipe is None or recipe.quant.start_from or self.teacher is None or self.teacher.architecture is None:
+        metadata = self.student.metadata
+        recipe = recipe_of(metadata) if metadata else None
+        if metadata is None or metadata.student is None or recipe is None or recipe.quant.start_from:
             return None
-        if replace(self.student.architecture, name="") != replace(self.teacher.architecture, name=""):
+        parent = open_parent(recipe, self.teacher)
+        if parent is None or parent.architecture is None:
+            return None
+        if replace(self.student.architecture, name="") != replace(parent.architecture, name=""):
             return None
         try:
             source = open_source(location_of(self.data), "train") if self.data else open_split(recipe.data, "train")
         except InputError:
             return None
-        spec, preprocessing = recipe.model_spec(), self.student.preprocessing
-        model: Any = quantize(self.teacher.model.cpu(), spec=spec, preprocessing=preprocessing).to(self.device)
+        # Of the student, not of the recipe: with a budget, that does not say which bits were chosen.
+        spec, preprocessing = metadata.student.spec, self.student.preprocessing
+        model: Any = quantize(parent.model.cpu(), spec=spec, preprocessing=preprocessing).to(self.device)
         calibrate(model, calibration_batches(recipe, source, preprocessing), images=recipe.quant.calibration_images)
         return model.eval()
 

@@ -31,7 +31,7 @@ class DistillationLoss:
         soft: weight of the Kullback-Leibler divergence at temperature T, times T^2 (Hinton et al. 2015).
         temperature: T.
         dgd: weight of the similarity distances of q and k (equation 2.23; the paper's is 1).
-        feature: weight of the distance of the features behind the last block, or behind all (`qvit.distill.features`).
+        feature: weight of the distance of the features that are given (`qvit.distill.features`).
 
     Raises:
         RecipeError: a weight is negative or all are zero, or the temperature is not positive.

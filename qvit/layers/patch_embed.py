@@ -61,7 +61,11 @@ class QuantPatchProjection(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W], normalised -> [B, M, H / ph, W / pw], as the convolution gives them."""
         if not self.input_quantizer.enabled:
-            return F.conv2d(images, self.weight, self.bias, stride=self.patch)
+            weight = self.weight
+            if self.weight_quantizer.enabled:
+                value = self.weight_quantizer(self.effective_weight()).value
+                weight = (value * self.input_quantizer.std).view_as(weight)
+            return F.conv2d(images, weight, self.bias, stride=self.patch)
         source, weight = self.input_quantizer(patches_of(images, self.patch)), self.effective_weight()
         if self.weight_quantizer.enabled:
             y = code_linear(source, self.weight_quantizer(weight), self.bias)

@@ -4,18 +4,21 @@ The weights of such a student have learned to be quantized, and its q and k are 
 scales and offsets are calibrated anew for the new widths. The float model remains the teacher.
 
 A run with ``cascade.share`` does both: the first stage is a run of its own in the folder `FIRST_STAGE` of its output, with a
-learning rate that rises and falls within it; the second starts from its student.
+learning rate that rises and falls within it; the second starts from its student. Epochs, steps and seconds of the first are
+among the metrics of the second's checkpoints, which need no more of it.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qvit.errors import RecipeError
 from qvit.training.checkpoint import LAST, load_student
+from qvit.training.logs import METRICS, read_metrics
 from qvit.training.recipe import Recipe
+from qvit.training.result import TrainingResult
 
 FIRST_STAGE = "first_stage"
 
@@ -29,17 +32,41 @@ def cascade_stages(recipe: Recipe, output: Path) -> tuple[Recipe, Recipe]:
         recipe: of the whole run.
         output: its folder; the first stage's is `FIRST_STAGE` in it.
     """
-    epochs, bits = recipe.schedule.epochs, recipe.cascade.bits
-    first = min(max(round(recipe.cascade.share * epochs), 1), epochs - 1)
+    first = recipe.first_stage_epochs
 
     def lasting(count: int) -> list[str]:
-        return [f"schedule.epochs={count}", f"schedule.warmup_epochs={min(recipe.schedule.warmup_epochs, count):g}"]
+        return [f"schedule.epochs={count}", f"schedule.warmup_epochs={min(recipe.schedule.warmup_epochs, count)}"]
 
     wide = [f"quant.{key}=null" for key in ("weight_bits", "act_bits", "budget_mb", "budget_bops", "sensitivities")]
-    wide += [f"quant.bits={bits}", "cascade.share=0", "anneal.share=0", "oscillation.weight=0"]
-    start = f"quant.start_from={json.dumps(str(output / FIRST_STAGE / LAST))}"
+    wide += [f"quant.bits={recipe.cascade.bits}", "cascade.share=0", "anneal.share=0", "oscillation.weight=0"]
     begins = recipe.override(*wide, *lasting(first))
-    return begins, recipe.override(start, "activations_first.epochs=0", *lasting(epochs - first))
+    # Not as an override, which is YAML: a path may hold characters that YAML does not.
+    start = recipe.quant.model_copy(update={"start_from": output / FIRST_STAGE / LAST})
+    ends = recipe.model_copy(update={"quant": start})
+    return begins, ends.override("activations_first.epochs=0", *lasting(recipe.schedule.epochs - first))
+
+
+def first_stage_metrics(first: TrainingResult) -> dict[str, float]:
+    """What the metrics of the second stage say of the first."""
+    return {
+        "first_stage_epochs": first.epochs,
+        "first_stage_steps": first.steps,
+        "first_stage_seconds": first.train_seconds,
+    }
+
+
+def read_stages(output: Path, metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The log of a run and, where its ``metrics`` know of one, of its first stage in front, with ``first_stage`` in each line.
+
+    Steps and epochs of the second stage are counted on from those of the first.
+    """
+    steps, epochs = (int(metrics.get(f"first_stage_{what}", 0)) for what in ("steps", "epochs"))
+    first = read_metrics(output / FIRST_STAGE / METRICS) if steps else []
+    second = read_metrics(output / METRICS)
+    return [
+        *({**line, "first_stage": True} for line in first),
+        *({**line, "step": line["step"] + steps, "epoch": line["epoch"] + epochs} for line in second),
+    ]
 
 
 def take_over(student: Any, path: Path) -> None:

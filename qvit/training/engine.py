@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,8 @@ from rich.console import Console
 from torch import nn
 
 from qvit.errors import InputError, RecipeError, TrainingError
-from qvit.training.cascade import FIRST_STAGE, cascade_stages
+from qvit.spec import ModelSpec
+from qvit.training.cascade import FIRST_STAGE, cascade_stages, first_stage_metrics
 from qvit.training.checkpoint import LAST, Checkpoint, read_checkpoint
 from qvit.training.interrupt import TrainingInterrupted
 from qvit.training.logs import RunLog
@@ -25,7 +26,7 @@ from qvit.training.memory import is_full
 from qvit.training.recipe import Recipe
 from qvit.training.result import TrainingResult
 from qvit.training.resume import check_same_run
-from qvit.training.setup import set_up
+from qvit.training.setup import set_up, spec_of_budget
 
 
 def train(
@@ -82,10 +83,24 @@ def fit(
         TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
-    if recipe.cascades:
-        return _fit_cascade(recipe, Path(output), model, teacher, resume, progress)
+    fit_stages = _fit_cascade if recipe.cascades else _fit_stage
+    return fit_stages(recipe, Path(output), model, teacher, resume, progress)
+
+
+def _fit_stage(
+    recipe: Recipe,
+    output: Path,
+    model: nn.Module | None,
+    teacher: nn.Module | None,
+    resume: bool,
+    progress: bool,
+    metrics: Mapping[str, float] | None = None,
+    spec: ModelSpec | None = None,
+) -> TrainingResult:
+    """A run that is no cascade, or a stage of one; ``metrics`` are those that it begins with, ``spec`` is as in `set_up`."""
     with _out_of_memory():
-        loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
+        loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress, spec=spec)
+        loop.metrics |= metrics or {}
         with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
             return loop.run(log)
 
@@ -93,24 +108,35 @@ def fit(
 def _fit_cascade(
     recipe: Recipe, output: Path, model: nn.Module | None, teacher: nn.Module | None, resume: bool, progress: bool
 ) -> TrainingResult:
-    """Both stages of a cascade, one after the other; a first stage that is done is not trained again."""
+    """Both stages of a cascade, one after the other; where the second has a checkpoint, nothing is left of the first to do."""
     if hasattr(model, "qvit"):
         raise RecipeError("A cascade starts from a float model, and this one is quantized: set cascade.share to 0.")
-    _checkpoint_of(output, resume)
     begins, ends = cascade_stages(recipe, output)
+    if (output / LAST).exists():
+        return _fit_stage(ends, output, model, teacher, resume, progress)
+    first_output = output / FIRST_STAGE
+    if (first_output / LAST).exists() and not resume:
+        raise _taken(output)
+    spec = None
+    if recipe.quant.has_budget:  # it may be one that cannot be met, which nobody wants to know after the first stage
+        with _out_of_memory():
+            _check_place(output)
+            spec = spec_of_budget(recipe, _accelerator(recipe), model, progress)
     if progress and os.environ.get("RANK", "0") == "0":
         epochs = f"{begins.schedule.epochs} of {recipe.schedule.epochs} epochs"
         Console(stderr=True).print(f"first stage: {recipe.cascade.bits} bits, {epochs}", highlight=False)
     try:
-        first = fit(begins, output / FIRST_STAGE, model=model, teacher=teacher, resume=resume, progress=progress)
+        first = _fit_stage(begins, first_output, model, teacher, resume, progress)
     except TrainingInterrupted:
         raise TrainingInterrupted(f"Stopped in the first stage of the cascade: resume the run in {output} to go on.") from None
-    first = replace(first, model=nn.Module())
+    metrics, peak_gb = first_stage_metrics(first), first.peak_gb
+    del first
     # The loop is gone but for cycles, which hold its model and the memory of a recorded step.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return fit(ends, output, model=model, teacher=teacher, resume=resume, progress=progress).behind(first)
+    second = _fit_stage(ends, output, model, teacher, resume, progress, metrics, spec)
+    return replace(second, peak_gb=max(peak_gb, second.peak_gb))
 
 
 @contextmanager
@@ -136,14 +162,32 @@ def open_loop(
     teacher: nn.Module | None = None,
     resume: bool = False,
     progress: bool = True,
+    spec: ModelSpec | None = None,
 ) -> TrainingLoop:
     """All of `fit` up to the first step: the model is there and calibrated, the images are open.
 
-    Args: as those of `fit`.
+    Args: as those of `fit`, and ``spec`` as in `qvit.training.setup.set_up`.
 
     Raises:
         QvitError: recipe, images, weights or checkpoint do not fit; nothing has been written.
     """
+    accelerator = _accelerator(recipe)
+    output = Path(output)
+    _check_place(output)
+    resumed = _checkpoint_of(output, resume)
+    if resumed is not None:
+        check_same_run(resumed, recipe, accelerator.num_processes)
+    setup = set_up(recipe, accelerator, model, teacher, resumed, progress, spec)
+    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
+    return loop
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    """The devices and processes of a run; raises `RecipeError` where the recipe needs others."""
     if recipe.needs_gpu and not torch.cuda.is_available():
         raise RecipeError(
             "The recipe needs a GPU and PyTorch finds none: run it on a machine with one, or set needs_gpu=false to train on "
@@ -157,18 +201,7 @@ def open_loop(
     if accelerator.num_processes > 1:
         atexit.unregister(_leave_the_group)
         atexit.register(_leave_the_group)
-    output = Path(output)
-    _check_place(output)
-    resumed = _checkpoint_of(output, resume)
-    if resumed is not None:
-        check_same_run(resumed, recipe, accelerator.num_processes)
-    setup = set_up(recipe, accelerator, model, teacher, resumed, progress)
-    loop = TrainingLoop(recipe, accelerator, setup, output, resumed, progress)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The output folder {output} cannot be made ({error.strerror}): name another one.") from None
-    return loop
+    return accelerator
 
 
 def _check_place(output: Path) -> None:
@@ -193,5 +226,9 @@ def _checkpoint_of(output: Path, resume: bool) -> Checkpoint | None:
     if not path.exists():
         return None
     if not resume:
-        raise TrainingError(f"{output} holds a run already: resume it, or name another output folder.")
+        raise _taken(output)
     return read_checkpoint(path)
+
+
+def _taken(output: Path) -> TrainingError:
+    return TrainingError(f"{output} holds a run already: resume it, or name another output folder.")

@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
-            values["kind"], values["step"]
+            values["kind"], values["step"], values["epoch"]
         except (ValueError, KeyError, TypeError):
             continue
         kept.append(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from qvit.distill.features import FeatureTap
-from qvit.distill.layout import matched_blocks, token_layouts
-from qvit.distill.taps import tap_queries_keys
 from qvit.errors import InputError, TrainingError
 from qvit.kernels.switch import fused
 from qvit.training.annealing import Annealing
@@ -30,6 +27,7 @@ from qvit.training.loaders import build_loaders
 from qvit.training.logs import RunLog
 from qvit.training.memory import DeviceMemory, fitting_batch, fitting_half, is_full
 from qvit.training.meters import LossWindow, Stopwatch
+from qvit.training.objective import Objective
 from qvit.training.optim import anneal_start, build_optimizer, learning_rate, set_learning_rate
 from qvit.training.oscillation import OscillationPenalty, penalty_weight
 from qvit.training.recipe import Recipe
@@ -52,7 +50,8 @@ class TrainingLoop:
         step: optimizer steps done.
         epochs: finished, evaluation included. Where an epoch's steps are done but not its evaluation, ``step`` is
             ``(epochs + 1) * steps_per_epoch``.
-        metrics: accuracies so far; written into checkpoints.
+        metrics: accuracies so far, and of a cascade's second stage how long the first was (`qvit.training.cascade`); written
+            into checkpoints.
 
     Raises:
         InputError: there are fewer images than a step takes.
@@ -93,10 +92,10 @@ class TrainingLoop:
         self.optimizer = accelerator.prepare(optimizer)
         # A float distilled DeiT answers with the mean of its heads; a student learns labels and teacher on one head each.
         self.two_heads = bool(setup.loss.hard or setup.loss.soft) and hasattr(self.model, "set_distilled_training")
-        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
-
-        self.fuse = self.bf16 and self.device.type == "cuda"  # float32 runs stay exact
-
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and self.device.type == "cuda")
+        self.fuse = bf16 and self.device.type == "cuda"  # float32 runs stay exact
+        features = self.stages.needs_features
+        self.objective = Objective(setup, features, recipe.distill.feature_blocks, self.device, bf16)
         graphed = recipe.cuda_graph and self.device.type == "cuda"
         self.backward = GraphedBackward(self._backward, self.parameters, graphed)
         self.compiled = CompiledBlocks(self.model, setup.teacher, tapped=setup.loss.needs_taps, enabled=recipe.compile)
@@ -153,22 +152,13 @@ class TrainingLoop:
     def stepping(self) -> Iterator[None]:
         """Within it the model is in training mode, and `train_step` finds what the loss reads of student and teacher."""
         with ExitStack() as stack:
-            if self.setup.loss.needs_taps:
-                assert self.setup.teacher is not None
-                self.student_taps = stack.enter_context(tap_queries_keys(self.model))
-                self.teacher_taps = stack.enter_context(tap_queries_keys(self.setup.teacher))
-            if self.stages.needs_features:
-                assert self.setup.teacher is not None
-                depths = len(token_layouts(self.model)), len(token_layouts(self.setup.teacher))
-                *pairs, _ = matched_blocks(*depths, self.recipe.distill.feature_blocks)
-                self.student_features = stack.enter_context(FeatureTap(self.model, [own for own, _ in pairs]))
-                self.teacher_features = stack.enter_context(FeatureTap(self.setup.teacher, [other for _, other in pairs]))
+            stack.enter_context(self.objective.attached())
             stack.enter_context(self.compiled.attached())
             self._train_mode()
             yield
 
     def _train_mode(self) -> None:
-        self.loss = self.stages.enter(self.epochs, self.step, self.accelerator)
+        self.objective.loss = self.stages.enter(self.epochs, self.step, self.accelerator)
         self.model.train()
         if self.two_heads:
             self.model.set_distilled_training(True)
@@ -205,9 +195,7 @@ class TrainingLoop:
         raise TrainingError(self._out_of_memory(images, labels, on_gpu))
 
     def _out_of_memory(self, images: torch.Tensor, labels: torch.Tensor, on_gpu: bool) -> str:
-        for tap in ("student_taps", "teacher_taps", "student_features", "teacher_features"):
-            if hasattr(self, tap):
-                getattr(self, tap).clear()
+        self.objective.clear()
         self.backward.clear()
 
         def probe(count: int) -> None:
@@ -215,7 +203,7 @@ class TrainingLoop:
             if count % 2 == 0 or not self.recipe.mixes:  # else there is an image without another to be mixed with
                 some = self._mixed(*some)
             with fused(self.fuse):
-                total, _ = self._losses(*some, None)
+                total, _ = self.objective(*some, None)
                 torch.autograd.grad(total, [p for p in self.parameters if p.requires_grad], allow_unused=True)
 
         if on_gpu:
@@ -234,7 +222,7 @@ class TrainingLoop:
         images, targets = self._mixed(images, labels)
         answer = None
         if self.targets is not None and self.setup.teacher is not None:
-            answer = self._ask(partial(self.targets.next, teacher=self.setup.teacher), images)
+            answer = self.objective.ask(partial(self.targets.next, teacher=self.setup.teacher), images)
         total, terms = self.backward(images, targets, answer, key=self.stages.activations_only(self.epochs))
         average_gradients(self.parameters, self.accelerator.num_processes)
         if self.penalty is not None:
@@ -253,45 +241,16 @@ class TrainingLoop:
         seed_everything(self.recipe.seed, self.step, self.accelerator.process_index)
         return self.mix(images, labels)
 
-    @torch.no_grad()
-    def _ask(self, teacher: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits [B, classes]."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return teacher(images)
-
     def _backward(
         self, images: torch.Tensor, targets: torch.Tensor, answer: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward and backward pass; adds to the gradients of the parameters.
+        """Forward and backward pass: adds to the gradients of the parameters; returns the loss and its terms, without gradient.
 
-        Args:
-            images: [B, C, H, W].
-            targets: labels [B], or probabilities [B, classes].
-            answer: the teacher's logits [B, classes]; ``None`` to ask it.
-
-        Returns:
-            The loss and its terms, without gradient.
+        Args: as those of `Objective`.
         """
-        total, terms = self._losses(images, targets, answer)
+        total, terms = self.objective(images, targets, answer)
         total.backward()
         return total.detach(), terms
-
-    def _losses(
-        self, images: torch.Tensor, targets: torch.Tensor, answer: torch.Tensor | None
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss and its terms; the arguments are those of `_backward`."""
-        teacher_taps = student_taps = teacher_features = student_features = None
-        if answer is None and self.setup.teacher is not None:
-            answer = self._ask(self.setup.teacher, images)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(images)
-            if self.loss.needs_taps:
-                teacher_taps, student_taps = self.teacher_taps.collect(), self.student_taps.collect()
-            if self.stages.needs_features:
-                teacher_features, student_features = self.teacher_features.collect(), self.student_features.collect()
-                if self.setup.projector is not None:
-                    student_features, teacher_features = self.setup.projector(student_features, teacher_features)
-            return self.loss(logits, targets, answer, student_taps, teacher_taps, student_features, teacher_features)
 
     def _add_penalty(self, penalty: OscillationPenalty) -> torch.Tensor:
         """Adds the gradients of the oscillation penalty; returns what it adds to the loss, a scalar."""
@@ -361,10 +320,7 @@ class TrainingLoop:
         """
         self.model.eval()
         mine = count_correct(self.model, self._stoppable(self.val_loader), self.device)
-        if self.setup.loss.needs_taps:
-            self.student_taps.clear()
-        if self.stages.needs_features:
-            self.student_features.clear()
+        self.objective.clear()
         counts = torch.tensor([mine.correct, mine.images], device=self.device)
         correct, images = self.accelerator.reduce(counts, "sum").tolist()
         top1 = 100 * correct / images
@@ -421,16 +377,17 @@ class TrainingLoop:
     def _result(self) -> TrainingResult:
         if self.two_heads:
             self.model.set_distilled_training(False)
+        first = {what: self.metrics.get(f"first_stage_{what}", 0) for what in ("epochs", "steps", "seconds")}
         return TrainingResult(
             model=self.model.eval(),
             output=self.output,
             top1=self.metrics["top1"],
             best_top1=self.metrics["best_top1"],
-            best_epoch=int(self.metrics["best_epoch"]),
+            best_epoch=int(first["epochs"] + self.metrics["best_epoch"]),
             images=int(self.metrics["images"]),
-            epochs=self.epochs,
-            steps=self.step,
-            train_seconds=self.metrics["train_seconds"],
+            epochs=int(first["epochs"]) + self.epochs,
+            steps=int(first["steps"]) + self.step,
+            train_seconds=first["seconds"] + self.metrics["train_seconds"],
             train_images_per_s=self.session.rate * self.accelerator.num_processes,
             loader_idle=self.session.idle,
             peak_gb=torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else 0.0,

@@ -19,7 +19,7 @@ def provenance_of(metadata: Metadata) -> dict[str, Any]:
         "fake_top1": metrics.get("fake_top1", metrics.get("top1")),
         "images": metrics.get("images"),
         "data": data.get("val") or data.get("train"),
-        "epochs": metadata.epochs,
+        "epochs": metadata.epochs + int(metrics.get("first_stage_epochs", 0)),  # of both stages of a cascade
         "method": recipe.get("method"),
     }
     return {

@@ -95,6 +95,11 @@ class Recipe(Section):
             )
         if self.cascades and self.schedule.epochs < 2:
             raise ValueError("schedule.epochs is 1, and a cascade has two stages: use more, or set cascade.share to 0")
+        if self.cascades and first and first >= self.first_stage_epochs:
+            raise ValueError(
+                f"activations_first.epochs is {first}, which leaves no epoch of the {self.first_stage_epochs} in the cascade's "
+                "first stage for the weights to join: use fewer, or more cascade.share"
+            )
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr is more than optim.lr ({self.optim.lr})")
         return self
@@ -123,6 +128,12 @@ class Recipe(Section):
         q = self.quant
         fewer = q.has_budget or min(q.weight_bits or q.bits, q.act_bits or q.bits) < self.cascade.bits
         return self.quantized and self.cascade.share > 0 and fewer and q.start_from is None
+
+    @property
+    def first_stage_epochs(self) -> int:
+        """Epochs of a cascade's first stage: what ``cascade.share`` comes to, but at least one, and at least one left over."""
+        epochs = self.schedule.epochs
+        return min(max(round(self.cascade.share * epochs), 1), epochs - 1)
 
     @property
     def mixes(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended.
+    """How a run ended; of a cascade, epochs, steps and seconds are those of both stages, all else the second's.
 
     Attributes:
         model: trained, in evaluation mode, with the weights of the last epoch.
@@ -23,7 +23,7 @@ class TrainingResult:
             before the session that ended it.
         train_images_per_s: over all processes, in this session; 0 if it trained none.
         loader_idle: share of this session's training time spent waiting for images.
-        peak_gb: GPU memory in 10^9 bytes, 0 on a CPU.
+        peak_gb: GPU memory in 10^9 bytes, 0 on a CPU; of the stages of a cascade that this session trained, the larger one.
     """
 
     model: nn.Module
@@ -38,13 +38,3 @@ class TrainingResult:
     train_images_per_s: float
     loader_idle: float
     peak_gb: float
-
-    def behind(self, first: TrainingResult) -> TrainingResult:
-        """The same of a run whose first stage ended as ``first``: epochs, steps and seconds of both."""
-        return replace(
-            self,
-            epochs=first.epochs + self.epochs,
-            steps=first.steps + self.steps,
-            train_seconds=first.train_seconds + self.train_seconds,
-            peak_gb=max(first.peak_gb, self.peak_gb),
-        )

@@ -22,6 +22,7 @@ from qvit.layers.points import quantization_points
 from qvit.preprocessing import Preprocessing
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.sources import ImageSource
+from qvit.spec import ModelSpec
 from qvit.training.cascade import take_over
 from qvit.training.checkpoint import Checkpoint
 from qvit.training.data import check_classes, evaluation_loader, open_split
@@ -67,10 +68,12 @@ def set_up(
     teacher: Any | None,
     resumed: Checkpoint | None,
     progress: bool = False,
+    spec: ModelSpec | None = None,
 ) -> Setup:
     """Builds what a recipe describes; see `qvit.training.engine.fit` for the arguments.
 
-    With a budget, a model's bits are chosen here, and a resumed one's taken from the checkpoint.
+    With a budget, a model's bits are chosen here, unless they are in ``spec`` (`spec_of_budget`); a resumed one's are taken
+    from the checkpoint.
 
     A model that is not calibrated is calibrated by the first process alone, and its parameters and buffers go from there to
     the others; a resumed one takes them from the checkpoint instead.
@@ -93,10 +96,8 @@ def set_up(
             spec = recipe.model_spec()
         elif resumed is not None and resumed.metadata.student is not None:
             spec = resumed.metadata.student.spec
-        else:
-            batches = calibration_batches(recipe, train, preprocessing)
-            original.to(accelerator.device)
-            spec = spec_within_budget(recipe, original, batches, preprocessing, train.classes, accelerator, progress)
+        elif spec is None:
+            spec = _chosen(recipe, original, train, preprocessing, accelerator, progress)
         model = quantize(original, spec=spec, preprocessing=preprocessing)
     elif not recipe.quantized and original is None:
         raise RecipeError("The method float trains a float model, but the model is quantized: choose another method.")
@@ -127,6 +128,27 @@ def set_up(
             if projector is not None:
                 share_state(projector)
     return Setup(model, teacher, loss, projector, preprocessing, train, val, float_top1)
+
+
+def spec_of_budget(recipe: Recipe, accelerator: Accelerator, model: Any | None, progress: bool = False) -> ModelSpec:
+    """What the budget of a recipe leads to, before its run is set up; see `qvit.training.engine.fit` for the arguments.
+
+    Raises:
+        QvitError: as `qvit.analyze.budget.make_plan`, or images or weights do not fit.
+    """
+    seed_everything(recipe.seed)
+    train = open_split(recipe.data, "train")
+    original, preprocessing = _start(recipe, model)
+    check_classes(train, original.num_classes, "training")
+    return _chosen(recipe, original, train, preprocessing, accelerator, progress)
+
+
+def _chosen(
+    recipe: Recipe, original: Any, train: ImageSource, preprocessing: Preprocessing, accelerator: Accelerator, progress: bool
+) -> ModelSpec:
+    batches = calibration_batches(recipe, train, preprocessing)
+    original.to(accelerator.device)
+    return spec_within_budget(recipe, original, batches, preprocessing, train.classes, accelerator, progress)
 
 
 def loss_of(recipe: Recipe, taught: bool) -> DistillationLoss:

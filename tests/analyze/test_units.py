@@ -94,3 +94,25 @@ def test_overrides_of_the_user_win() -> None:
     })  # fmt: skip
     assert same.overrides["blocks.0.attn.map"] == {"bits": 2, "scale": "per_token"}
     assert same.overrides["blocks.0.attn.[qkv]"] == 2
+
+
+@pytest.mark.parametrize(
+    ("own", "weight", "inputs"),
+    [
+        ({"*.fc1": 8, "blocks.0.mlp.fc1": {"offset": "none"}}, 8, 8),
+        ({"*.weight": 8, "blocks.0.mlp.fc1": {"offset": "none"}}, 8, 2),
+        ({"*.input": 8, "blocks.0.mlp.fc1.input": {"scale": "per_token"}}, 2, 8),
+        ({"*.input": 8, "blocks.0.mlp.fc1": {"offset": "none"}, "blocks.0.mlp.fc1.input": {"scale": "per_token"}}, 2, 8),
+        ({"blocks.0.mlp.fc1": {"offset": "none"}}, 2, 2),
+        ({"blocks.0.mlp.fc1": {"bits": 7}, "blocks.0.mlp.fc1.weight": {"scale": "per_channel"}}, 7, 7),
+        ({"blocks.0.mlp.fc1": 6}, 6, 6),
+    ],
+)
+def test_bits_of_the_user_win_where_a_unit_has_other_overrides_too(own: dict[str, Any], weight: int, inputs: int) -> None:
+    products = products_of(vit.describe(timm_model("deit_tiny_patch16_224", depth=2)))
+    units = units_of(products)
+    widths = dict.fromkeys((unit.name for unit in units), 4) | {"blocks.0.mlp.fc1": 2}
+    specs = specs_of(products, with_widths(ModelSpec(overrides=own), units, widths))
+    assert (specs["blocks.0.mlp.fc1.weight"].bits, specs["blocks.0.mlp.fc1.input"].bits) == (weight, inputs)
+    offsets = [change["offset"] for change in own.values() if isinstance(change, dict) and "offset" in change]
+    assert (specs["blocks.0.mlp.fc1.input"].offset is None) == bool(offsets)

@@ -31,12 +31,46 @@ def test_a_teacher_without_attention_is_left_out(report_runs: Path) -> None:
     assert [panel.id for panel in report.sections[-1].panels] == ["sensitivity-parts-after", "sensitivity-layers-after"]
 
 
-def test_a_teacher_of_another_shape_is_not_calibrated(report_runs: Path) -> None:
+def test_a_float_model_of_another_shape_is_not_calibrated(report_runs: Path) -> None:
     report = _report(report_runs)
     assert report.teacher is not None
-    assert report._calibrated_teacher() is not None
+    assert report._calibrated_parent() is not None
     report.teacher = replace(report.teacher, architecture=replace(report.teacher.architecture, depth=2))
-    assert report._calibrated_teacher() is None
+    assert report._calibrated_parent() is None
+
+
+def test_before_training_is_the_model_and_not_a_teacher_of_its_own(report_runs: Path) -> None:
+    report = _report(report_runs)
+    begun = report._calibrated_parent()
+    metadata, teacher = report.student.metadata, report.teacher
+    assert metadata is not None
+    assert teacher is not None
+    assert begun is not None
+    own = replace(metadata, recipe=metadata.recipe | {"teacher": metadata.recipe["model"]})
+    report.student = replace(report.student, metadata=own)
+    for parameter in teacher.model.parameters():  # another teacher
+        parameter.data.add_(1)
+    again = report._calibrated_parent()
+    assert all(a.equal(b) for a, b in zip(again.parameters(), begun.parameters(), strict=True))
+    gone = {"name": None, "checkpoint": "/somewhere/float.safetensors"}
+    report.student = replace(report.student, metadata=replace(own, recipe=own.recipe | {"model": gone}))
+    assert report._calibrated_parent() is None
+
+
+def test_the_parent_is_calibrated_with_the_students_own_bits(report_runs: Path) -> None:
+    """With a budget, they are not those of the recipe."""
+    report = _report(report_runs)
+    metadata = report.student.metadata
+    assert metadata is not None
+    assert metadata.student is not None
+    chosen = replace(metadata.student.spec, overrides={"blocks.0.mlp.fc1": {"bits": 4}})
+    mixed = replace(metadata, student=replace(metadata.student, spec=chosen))
+    report.student = replace(report.student, metadata=mixed)
+    calibrated = report._calibrated_parent()
+    assert calibrated is not None
+    assert calibrated.qvit.spec == chosen
+    assert calibrated.blocks[0].mlp.fc1.weight_quantizer.spec.bits == 4
+    assert calibrated.blocks[0].mlp.fc2.weight_quantizer.spec.bits == 2
 
 
 def test_two_runs_of_one_title_are_told_apart(report_runs: Path) -> None:

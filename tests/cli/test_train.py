@@ -99,6 +99,35 @@ def test_a_budget_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
     cli("train", recipe, *weights, *budget, "--set", "quant.budget_mb=0.001", "-o", tmp_path / "b").refused("cannot be met")
 
 
+def test_a_cascade_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
+    run, report = tmp_path / "run", tmp_path / "report.json"
+    weights = ("--checkpoint", checkpoints / "float.safetensors")
+    stages = ("--set", "schedule.epochs=3", "--set", "quant.bits=2", "--set", "cascade.share=0.4")
+    done = cli("train", recipe, *weights, *stages, "-o", run, "--json", report)
+    assert done.status == 0, done.err
+    assert "first stage: 4 bits, 1 of 3 epochs" in done.err
+    (row,) = json.loads(report.read_text())["rows"]
+    assert (row["weight_bits"], row["epochs"], row["steps"]) == (2, 3, 6)
+    assert row["best_epoch"] > 1
+    assert "after 3 epochs" in done.out
+    assert cli("freeze", run, "-o", tmp_path / "m.qvit").status == 0
+    provenance = qvit.IntegerModel.load(tmp_path / "m.qvit").provenance
+    best = row["best_epoch"]
+    assert (provenance["epochs"], provenance["fake_top1"]) == (best, pytest.approx(row["best_top1"]))
+    # The report shows both stages, one behind the other.
+    page = tmp_path / "page.html"
+    done = cli("report", run, "-o", page, "--images", 4, "--maps", 1, "--json", report)
+    assert done.status == 0, done.err
+    curve = [line for line in json.loads(report.read_text())["rows"] if line["figure"] == "training" and line["kind"] == "eval"]
+    assert [(line["step"], line["epoch"], line.get("first_stage", False)) for line in curve] == [
+        (2, 1, True),
+        (4, 2, False),
+        (6, 3, False),
+    ]
+    assert "the first stage of a cascade" in page.read_text()
+    assert f"<dt>epochs</dt><dd>{best}</dd>" in "".join(page.read_text().split("\n"))
+
+
 def test_ctrl_c_says_how_to_go_on(cli: Cli, recipe: Path, fitted: list[dict[str, Any]], tmp_path: Path) -> None:
     done = cli("train", recipe, "-o", tmp_path / "run", "--resume")
     done.refused("resume the run to go on", status=130)

@@ -12,6 +12,8 @@ from torch import nn
 
 from qvit.distill import DistillationLoss, tap_queries_keys
 from qvit.kernels import switch
+from qvit.layers.attention import QuantAttention
+from qvit.layers.linear import QuantLinear
 from qvit.spec import ModelSpec
 
 Factory = Callable[..., Any]
@@ -46,6 +48,33 @@ def test_a_fused_step_is_the_plain_one(case: str, make_student: Factory, small_v
     teacher = small_vit(drop_path_rate=0.0)
     student = make_student(teacher, spec=ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case])))
     _same_step(student, teacher, (3, 3, 48, 48), device)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_runs_fused(
+    case: str, make_student: Factory, small_vit: Factory, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All linear layers and attentions, but for those with a scale a token: else the steps above would be equal for nothing."""
+    student = make_student(small_vit(), spec=ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case]))).to(device)
+    ran: set[nn.Module] = set()
+
+    def linear(self: QuantLinear, x: torch.Tensor, _activation: str) -> torch.Tensor:
+        ran.add(self)
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+    def attention(self: QuantAttention, x: torch.Tensor) -> torch.Tensor:
+        ran.add(self)
+        return self.qkv(x)[..., : x.shape[-1]]
+
+    monkeypatch.setattr(QuantLinear, "fused", linear)
+    monkeypatch.setattr(QuantAttention, "_fused", attention)
+    with switch.fused(), torch.no_grad():
+        student(torch.randn(1, 3, 48, 48).to(device))
+    modules = {name: m for name, m in student.named_modules() if isinstance(m, (QuantLinear, QuantAttention))}
+    plain = {name for name, module in modules.items() if module not in ran}
+    depth = len(student.blocks)
+    assert len(modules) == 5 * depth + 1
+    assert plain == ({"blocks.0.attn", *(f"blocks.{n}.mlp.fc2" for n in range(depth))} if case == "what stays plain" else set())
 
 
 def test_so_it_is_for_swin(make_student: Factory, small_swin: Factory, device: torch.device) -> None:

@@ -87,6 +87,21 @@ def test_one_channel() -> None:
     assert (layer(x) - conv(x)).abs().max() < 0.02
 
 
+def test_either_operand_may_be_quantized_alone() -> None:
+    conv, layer = projection((4, 4), bits=3)
+    x = images((8, 8))
+    exact = conv(x)
+    errors = {}
+    for operands in ((), ("input",), ("weight",), ("input", "weight")):
+        layer.input_quantizer.enabled, layer.weight_quantizer.enabled = "input" in operands, "weight" in operands
+        errors[operands] = (layer(x) - exact).abs().mean().item()
+    # Pixels lie on the grid of the input's quantizer: three bits of weights are all that is lost.
+    assert errors[()] == 0
+    assert errors[("input",)] < 1e-5
+    assert errors[("weight",)] > 1e-2
+    assert errors[("weight",)] == pytest.approx(errors[("input", "weight")], rel=1e-4)
+
+
 def test_gradients_reach_weight_bias_and_scale() -> None:
     _, layer = projection((4, 4), bits=3)
     layer(images((8, 8))).square().sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import pytest
 import torch
 
 import qvit.training.setup
-from qvit.errors import RecipeError, TrainingError, WeightsError
-from qvit.training.cascade import FIRST_STAGE, cascade_stages
+from qvit.errors import BudgetError, RecipeError, TrainingError, WeightsError
+from qvit.spec import ModelSpec
+from qvit.training.cascade import FIRST_STAGE, cascade_stages, read_stages
 from qvit.training.checkpoint import LAST, load_student
 from qvit.training.engine import fit
 from qvit.training.interrupt import TrainingInterrupted
@@ -105,6 +108,8 @@ def test_the_stages_share_the_epochs(tiny_recipe: MakeRecipe, tmp_path: Path) ->
     assert second.quant.start_from == tmp_path / FIRST_STAGE / LAST
     assert not first.cascades
     assert not second.cascades
+    # A path that YAML could not hold as json writes it.
+    assert cascade_stages(recipe, Path("\U0001f600\x7f"))[1].quant.start_from == Path("\U0001f600\x7f") / FIRST_STAGE / LAST
     few = cascade_stages(recipe.override("cascade.share=0.01", "schedule.epochs=2", "activations_first.epochs=0"), tmp_path)
     assert [stage.schedule.epochs for stage in few] == [1, 1]
 
@@ -119,6 +124,9 @@ def test_where_a_recipe_cascades(tiny_recipe: MakeRecipe) -> None:
         assert not recipe.override(other).cascades, other
     with pytest.raises(RecipeError, match=r"schedule.epochs is 1, and a cascade has two stages"):
         recipe.override("schedule.epochs=1", "schedule.warmup_epochs=0")
+    with pytest.raises(RecipeError, match=r"activations_first.epochs is 1, .* no epoch of the 1 in the cascade's first stage"):
+        recipe.override("activations_first.epochs=1")
+    assert recipe.override("activations_first.epochs=1", "cascade.share=0.7").cascades
 
 
 def test_a_cascade_is_both_runs_in_one(tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,12 +141,57 @@ def test_a_cascade_is_both_runs_in_one(tiny_recipe: MakeRecipe, tmp_path: Path, 
     assert same_tensors(tmp_path / "run" / FIRST_STAGE / LAST, by_hand / "4" / LAST)
     assert same_tensors(tmp_path / "run" / LAST, by_hand / "2" / LAST)
     assert (result.epochs, result.steps) == (3, first.steps + second.steps)
-    assert result.train_seconds > 0
+    assert result.best_epoch == 1 + second.best_epoch
     assert result.output == tmp_path / "run"
+    metadata = load_student(tmp_path / "run" / LAST)[1]
+    assert result.train_seconds == metadata.metrics["first_stage_seconds"] + metadata.metrics["train_seconds"]
+    assert (metadata.epochs, provenance_of(metadata)["epochs"]) == (2, 3)
+    assert provenance_of(load_student(tmp_path / "run" / FIRST_STAGE / LAST)[1])["epochs"] == 1
+
+
+def test_a_cascade_that_is_done_needs_its_first_stage_no_more(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, run = tiny_recipe(**CASCADE), tmp_path / "run"
+    result = fit(recipe, run, progress=False)
     with pytest.raises(TrainingError, match=r"run holds a run already"):
-        fit(recipe, tmp_path / "run", progress=False)
-    again = fit(recipe, tmp_path / "run", resume=True, progress=False)
-    assert (again.epochs, again.steps, again.train_seconds) == (3, result.steps, result.train_seconds)
+        fit(recipe, run, progress=False)
+    shutil.rmtree(run / FIRST_STAGE)
+    again = fit(recipe, run, resume=True, progress=False)
+    assert not (run / FIRST_STAGE).exists()
+    numbers = ("epochs", "steps", "train_seconds", "best_epoch", "top1")
+    assert [getattr(again, name) for name in numbers] == [getattr(result, name) for name in numbers]
+    # A recipe that does not fit is refused before a first stage is trained for it.
+    with pytest.raises(TrainingError, match=r"started with cascade.bits=4, now it is 3"):
+        fit(recipe.override("cascade.bits=3"), run, resume=True, progress=False)
+    assert not (run / FIRST_STAGE).exists()
+
+
+def test_a_budget_is_chosen_before_the_first_stage(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(**CASCADE).override("quant.budget_bops=2.5e6")
+    result = fit(recipe, tmp_path / "run", progress=False)
+    spec = result.model.qvit.spec
+    assert spec.overrides
+    assert load_student(tmp_path / "run" / FIRST_STAGE / LAST)[1].student.spec == ModelSpec.of_bits(4)
+    # The same run by hand, which chooses when its student is made.
+    start = json.dumps(str(tmp_path / "run" / FIRST_STAGE / LAST))
+    second = recipe.override(f"quant.start_from={start}", "schedule.epochs=2")
+    assert fit(second, tmp_path / "by_hand", progress=False).model.qvit.spec == spec
+    assert same_tensors(tmp_path / "run" / LAST, tmp_path / "by_hand" / LAST)
+    assert fit(recipe, tmp_path / "run", resume=True, progress=False).model.qvit.spec == spec
+    with pytest.raises(BudgetError, match="cannot be met"):
+        fit(recipe.override("quant.budget_bops=1000"), tmp_path / "refused", progress=False)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_log_of_both_stages_is_one(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    fit(tiny_recipe(**CASCADE), tmp_path, progress=False)
+    _, metadata = load_student(tmp_path / LAST)
+    log = [line for line in read_stages(tmp_path, metadata.metrics) if line["kind"] == "train"]
+    assert [line["step"] for line in log] == list(range(1, 16))
+    assert [line.get("first_stage", False) for line in log] == [True] * 5 + [False] * 10
+    evaluations = [line for line in read_stages(tmp_path, metadata.metrics) if line["kind"] == "eval"]
+    assert [(line["step"], line["epoch"]) for line in evaluations] == [(5, 1), (10, 2), (15, 3)]
+    # A folder of that name is not of this run where its metrics do not know of it.
+    assert [line["step"] for line in read_stages(tmp_path, {}) if line["kind"] == "train"] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("step", [3, 8])
@@ -153,6 +206,8 @@ def test_a_cascade_goes_on_where_it_was_stopped(
         interrupt_at_step(patch, step)
         with pytest.raises(TrainingInterrupted, match=rf"{where}.*resume the run in {tmp_path / 'run'} to go on"):
             fit(recipe, tmp_path / "run", progress=False)
+    with pytest.raises(TrainingError, match=r"run holds a run already"):
+        fit(recipe, tmp_path / "run", progress=False)
     fit(recipe, tmp_path / "run", resume=True, progress=False)
     assert same_tensors(tmp_path / "run" / LAST, tmp_path / "whole" / LAST)
 

@@ -15,6 +15,7 @@ from qvit.errors import RecipeError, TrainingError
 from qvit.training.checkpoint import LAST, read_checkpoint
 from qvit.training.engine import fit
 from qvit.training.memory import DeviceMemory, fitting_batch, fitting_half, is_full, rounded
+from qvit.training.objective import Objective
 from qvit.training.recipe import Recipe
 
 from .test_targets import CACHED
@@ -76,7 +77,7 @@ def test_a_full_gpu_is_one_sentence_and_the_last_checkpoint_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = Fake(8_000_000, 100_000, image)
-    original = qvit.training.loop.TrainingLoop._losses
+    original = Objective.__call__
     steps: list[int] = []
 
     def losses(self: Any, images: torch.Tensor, *others: Any) -> Any:
@@ -87,7 +88,7 @@ def test_a_full_gpu_is_one_sentence_and_the_last_checkpoint_stays(
         steps.append(len(images))
         return original(self, images, *others)
 
-    monkeypatch.setattr(qvit.training.loop.TrainingLoop, "_losses", losses)
+    monkeypatch.setattr(Objective, "__call__", losses)
     monkeypatch.setattr(qvit.training.loop, "DeviceMemory", lambda: memory)
     recipe = tiny_recipe(**{"batch_size": 8} | changes | {"batch_size": 8, "log_every": 1})
     with pytest.raises(TrainingError, match=rf"memory is full at step 6 with batch_size=8: {advice}") as caught:
@@ -143,7 +144,7 @@ def test_a_full_machine_is_one_sentence_and_the_last_checkpoint_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Down to a single image, which mixup could not take."""
-    original = qvit.training.loop.TrainingLoop._losses
+    original = Objective.__call__
     steps: list[int] = []
 
     def losses(self: Any, images: torch.Tensor, *others: Any) -> Any:
@@ -152,7 +153,7 @@ def test_a_full_machine_is_one_sentence_and_the_last_checkpoint_stays(
             raise RuntimeError(HOST)
         return original(self, images, *others)
 
-    monkeypatch.setattr(qvit.training.loop.TrainingLoop, "_losses", losses)
+    monkeypatch.setattr(Objective, "__call__", losses)
     with pytest.raises(TrainingError, match=f"The machine's memory is full at step 6 with batch_size=8: {advice};"):
         fit(tiny_recipe(log_every=1, **changes), tmp_path, progress=False)
     assert steps[6:] == [8, 4, 2, 1]

@@ -21,11 +21,11 @@ def sensitivity_section(trained: PartSensitivity, images: int, calibrated: PartS
     Args:
         trained: of the model itself.
         images: that it was measured on.
-        calibrated: of the teacher, quantized and calibrated in the same way and not trained.
+        calibrated: of the float model that it came from, quantized and calibrated in the same way and not trained.
     """
     states = {"after training": trained} if calibrated is None else {"before training": calibrated, "after training": trained}
     before = (
-        "Before training: the float teacher, quantized like this model and calibrated on training images, as a run begins. "
+        "Before training: the float model that it came from, quantized like it and calibrated on training images. "
         if calibrated is not None
         else ""
     )

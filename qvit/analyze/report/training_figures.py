@@ -30,7 +30,7 @@ def training_section(logs: Mapping[str, Log], titles: Mapping[str, str]) -> Sect
     """The curves of ``student`` and, where there is one, ``baseline``.
 
     Args:
-        logs: role -> lines of ``metrics.jsonl`` (`qvit.training.logs.read_metrics`).
+        logs: role -> lines of ``metrics.jsonl`` (`qvit.training.cascade.read_stages`).
         titles: role -> what the page calls it.
     """
     panels = [_accuracy(logs)]
@@ -38,13 +38,16 @@ def training_section(logs: Mapping[str, Log], titles: Mapping[str, str]) -> Sect
     panels += [_curve(logs, name, *_TERMS[name]) for name in names]
     if any("lr" in line for log in logs.values() for line in log):
         panels.append(_curve(logs, "lr", *_RATE))
+    caption = (
+        "From the log of the run. Losses are means over the steps since the point before, on augmented training images; "
+        "top-1 is on the validation images, in fake quantization, as the log has it."
+    )
+    if _switches(logs):
+        caption += " Up to the dotted line it is the first stage of a cascade, with a student of more bits."
     return Section(
         id="training",
         title=TITLES["training"],
-        caption=(
-            "From the log of the run. Losses are means over the steps since the point before, on augmented training images; "
-            "top-1 is on the validation images, in fake quantization, as the log has it."
-        ),
+        caption=caption,
         keys=[Key(titles[role], theme.ROLES[role], "line") for role in logs],
         panels=[panel for panel in panels if panel is not None],
     )
@@ -60,7 +63,7 @@ def _accuracy(logs: Mapping[str, Log]) -> Panel | None:
         for role, values in points.items():
             x, y = zip(*values, strict=True)
             axes.plot(x, y, color=theme.light(theme.ROLES[role]), marker=theme.MARKERS[role])
-        _steps(axes)
+        _steps(axes, logs)
         axes.set_ylabel("top-1, %")
 
     description = "; ".join(f"{role}: {values[-1][1]:.2f} % at the end" for role, values in points.items())
@@ -75,7 +78,7 @@ def _curve(logs: Mapping[str, Log], name: str, title: str, unit: str) -> Panel:
         for role, values in points.items():
             x, y = zip(*values, strict=True)
             axes.plot(x, y, color=theme.light(theme.ROLES[role]), marker=theme.MARKERS[role] if len(x) == 1 else None)
-        _steps(axes)
+        _steps(axes, logs)
         axes.set_ylabel(unit)
         if name == "lr":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -84,7 +87,15 @@ def _curve(logs: Mapping[str, Log], name: str, title: str, unit: str) -> Panel:
     return draw(f"training-{name}", title, description, plot)
 
 
-def _steps(axes: Axes) -> None:
+def _switches(logs: Mapping[str, Log]) -> dict[str, int]:
+    """role -> the step after which the second stage of its cascade begins; without the roles that have one stage."""
+    first = {role: [line["step"] for line in log if line.get("first_stage")] for role, log in logs.items()}
+    return {role: max(steps) for role, steps in first.items() if steps}
+
+
+def _steps(axes: Axes, logs: Mapping[str, Log]) -> None:
+    for role, step in _switches(logs).items():
+        axes.axvline(step, color=theme.light(theme.ROLES[role]), linestyle=":", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("step")

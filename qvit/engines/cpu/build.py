@@ -178,8 +178,8 @@ def _margin(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray, row_scale: np.
     """How near to the boundary between two codes a float32 result is computed again in float64: its error stays below.
 
     Half a step and more, where steps are tiny beside the values: always. Kernels make it wider by ``margin / 4 * |mean| /
-    deviation`` (`row_margin` in `src/ops/quantize.h`), for the mean of the row meets the gain. It has a rounding (2^-24) for each
-    value that a lane adds up, half a one as sums are half as large as the last on average, and eight more; four vectors of at
+    deviation`` (`row_margin` in `src/ops/quantize.h`), for the mean of the row meets the gain. It has half a rounding (2^-24)
+    for each value that a lane adds up, as sums are half as large as the last on average, and eight more; four vectors of at
     least four lanes share out a row.
 
     Args:
