@@ -43,6 +43,7 @@ class TrainingResult:
         """The same of a run whose first stage ended as ``first``: epochs, steps and seconds of both."""
         return replace(
             self,
+            best_epoch=first.epochs + self.best_epoch,
             epochs=first.epochs + self.epochs,
             steps=first.steps + self.steps,
             train_seconds=first.train_seconds + self.train_seconds,

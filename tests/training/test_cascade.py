@@ -133,6 +133,7 @@ def test_a_cascade_is_both_runs_in_one(tiny_recipe: MakeRecipe, tmp_path: Path, 
     assert same_tensors(tmp_path / "run" / FIRST_STAGE / LAST, by_hand / "4" / LAST)
     assert same_tensors(tmp_path / "run" / LAST, by_hand / "2" / LAST)
     assert (result.epochs, result.steps) == (3, first.steps + second.steps)
+    assert result.best_epoch == 1 + second.best_epoch  # of the whole run's epochs, as `epochs` is
     assert result.train_seconds > 0
     assert result.output == tmp_path / "run"
     with pytest.raises(TrainingError, match=r"run holds a run already"):
