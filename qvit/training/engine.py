@@ -84,10 +84,17 @@ def fit(
     """
     if recipe.cascades:
         return _fit_cascade(recipe, Path(output), model, teacher, resume, progress)
+    if recipe.quantized and recipe.cascade.share and recipe.quant.start_from is None:
+        _say(f"note: no first stage, since the student has no fewer bits than cascade.bits={recipe.cascade.bits}", progress)
     with _out_of_memory():
         loop = open_loop(recipe, output, model=model, teacher=teacher, resume=resume, progress=progress)
         with RunLog(loop.output, loop.step, loop.total_steps, loop.accelerator.is_main_process, progress) as log:
             return loop.run(log)
+
+
+def _say(line: str, progress: bool) -> None:
+    if progress and os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def _fit_cascade(
@@ -98,9 +105,7 @@ def _fit_cascade(
         raise RecipeError("A cascade starts from a float model, and this one is quantized: set cascade.share to 0.")
     _checkpoint_of(output, resume)
     begins, ends = cascade_stages(recipe, output)
-    if progress and os.environ.get("RANK", "0") == "0":
-        epochs = f"{begins.schedule.epochs} of {recipe.schedule.epochs} epochs"
-        Console(stderr=True).print(f"first stage: {recipe.cascade.bits} bits, {epochs}", highlight=False)
+    _say(f"first stage: {recipe.cascade.bits} bits, {begins.schedule.epochs} of {recipe.schedule.epochs} epochs", progress)
     try:
         first = fit(begins, output / FIRST_STAGE, model=model, teacher=teacher, resume=resume, progress=progress)
     except TrainingInterrupted:
