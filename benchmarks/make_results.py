@@ -51,7 +51,8 @@ def render(folder: Path) -> str:
         "# Results",
         "Written by `python benchmarks/make_results.py` from the files in `benchmarks/results`: change those, not this page. "
         "Accuracies are top-1 in percent. Float is the accuracy of the very model that the student starts from, on the same "
-        "images; graph is the fake-quantized training graph, integers the frozen file on the reference engine.",
+        "images; graph is the fake-quantized training graph with scales, offsets and norms rounded to float16, as freezing "
+        "leaves them, and integers the frozen file on the reference engine.",
     ]
     sections = (
         ("ablation-", ablation),

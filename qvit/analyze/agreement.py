@@ -40,12 +40,15 @@ class Agreement:
         top1: percentage of images with the same most likely class.
         logits: largest difference of a logit over the standard deviation of all logits.
         images: compared.
+        trained_top1: percentage of images with the same most likely class as the student had before it was rounded; ``None``
+            where that was not asked. No part of the contract: rounding moves codes that lie on the edge of two.
     """
 
     codes: dict[str, float]
     top1: float
     logits: float
     images: int
+    trained_top1: float | None = None
 
     @property
     def worst_point(self) -> str:
@@ -64,11 +67,13 @@ class Agreement:
 
     def to_row(self) -> dict[str, Any]:
         """The fields of a result file's row: ``agreement`` is that of the top-1."""
+        trained = {} if self.trained_top1 is None else {"agreement_before_rounding": self.trained_top1}
         return {
             "agreement": self.top1,
             "codes_agreement": self.worst_codes,
             "worst_point": self.worst_point,
             "logits_difference": self.logits,
+            **trained,
         }
 
 
@@ -77,6 +82,7 @@ def agreement(
     student: nn.Module,
     engine: CodeEngine,
     images: Iterable[torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]],
+    trained: nn.Module | None = None,
 ) -> Agreement:
     """Runs both on the same images and counts equal codes; memory does not grow with the number of images.
 
@@ -84,6 +90,7 @@ def agreement(
         student: the fake-quantized model, rounded as `qvit.freeze` does (`qvit.integer.freeze.round_to_half`).
         engine: of the frozen model.
         images: batches [B, C, H, W], normalised, or tuples that begin with one (a data loader).
+        trained: the student before it was rounded, in evaluation mode and on the same device, for ``trained_top1``.
 
     Raises:
         InputError: there are no images.
@@ -92,7 +99,7 @@ def agreement(
     device = next(student.parameters()).device
     equal: dict[str, int] = {}
     total: dict[str, int] = {}
-    same = count = values = 0
+    same = as_trained = count = values = 0
     largest = first = second = 0.0
     training = student.training
     student.eval()
@@ -111,6 +118,8 @@ def agreement(
                 equal[name] = equal.get(name, 0) + int((code == codes[name].to(device)).sum())
                 total[name] = total.get(name, 0) + code.numel()
             same += int((wanted.argmax(-1) == logits.argmax(-1)).sum())
+            if trained is not None:
+                as_trained += int((trained(x.to(device)).argmax(-1) == logits.argmax(-1)).sum())
             count += len(x)
             values += wanted.numel()
             difference = float((wanted - logits).abs().max())
@@ -127,4 +136,5 @@ def agreement(
         top1=100 * same / count,
         logits=largest / spread if spread else (math.inf if largest else 0.0),
         images=count,
+        trained_top1=None if trained is None else 100 * as_trained / count,
     )

@@ -162,8 +162,9 @@ def _prepare(
     usable = []
     for peer in peers:
         if missing := missing_packages(peer):
+            are = "is" if len(missing) == 1 else "are"
             extra = "pip install 'qvit[bench]'"
-            note(f"{peer.name} is left out, since {' and '.join(missing)} is not installed: {extra}.")
+            note(f"{peer.name} is left out, since {' and '.join(missing)} {are} not installed: {extra}.")
         else:
             usable.append(peer)
     made: list[tuple[AnyPeer, int, Path]] = []

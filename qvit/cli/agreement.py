@@ -18,5 +18,12 @@ def show_agreement(measured: Agreement) -> None:
             "codes": f"{measured.worst_codes:.3f} % equal at the worst point, {measured.worst_point}",
             "logits": f"differ by at most {measured.logits:.2g} of their spread",
             "same top-1": f"{measured.top1:.2f} % of {measured.images} images",
+            **_as_trained(measured),
         }
     )
+
+
+def _as_trained(measured: Agreement) -> dict[str, str]:
+    if measured.trained_top1 is None:
+        return {}
+    return {"as trained": f"{measured.trained_top1:.2f} %, before scales, offsets and norms were rounded to the file's float16"}

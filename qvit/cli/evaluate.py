@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -147,5 +148,6 @@ def _compare(runner: Runner, checkpoint: Path, batches: Any, device: str) -> Any
     from qvit.training.checkpoint import load_student
 
     student, _ = load_student(checkpoint)
+    trained = copy.deepcopy(student).eval()
     round_to_half(student)
-    return agreement(student.to(device), runner.engine, batches)
+    return agreement(student.to(device), runner.engine, batches, trained.to(device))

@@ -156,12 +156,14 @@ def command(
         bits_shown = f"mixed, mostly {spec.weight_bits}; first and last layer {spec.edge_bits}"
         row |= {"budget_mb": budget_mb, "budget_bops": budget_bops, "damage": plan.damage}
         row |= {"bit_operations": plan.bit_operations, **{f"bits of {unit}": width for unit, width in plan.widths.items()}}
+    # A checkpoint holds float weights: it is as large as they are.
+    smaller = f" ({4 * parameters / size:.1f} x smaller than float32)" if output.suffix == INTEGER_SUFFIX else ""
     show_facts(
         {
             "model": row["model"],
             "bits": bits_shown,
             "calibrated": f"on {len(drawn)} images of {row['data']} in {seconds:.1f} s",
-            "file": f"{output}, {count(size)} bytes ({4 * parameters / size:.1f} x smaller than float32)",
+            "file": f"{output}, {count(size)} bytes{smaller}",
         }
     )
     write_results(json, [row])

@@ -72,12 +72,13 @@ def command(
         budget = {"budget_mb": described.quant.budget_mb, "budget_bops": described.quant.budget_bops}
         row |= {key: value for key, value in budget.items() if value is not None} | show_chosen(student)
     epochs = "1 epoch" if result.epochs == 1 else f"{result.epochs} epochs"
+    rate = f", {result.train_images_per_s:.0f} images/s" if result.train_images_per_s else ""  # a finished run, resumed
     show_facts(
         {
             "run": result.output,
             "top-1": f"{result.top1:.2f} % of {result.images} images after {epochs}",
             "best": f"{result.best_top1:.2f} % after epoch {result.best_epoch}",
-            "trained": f"{result.train_seconds:.1f} s, {result.train_images_per_s:.0f} images/s",
+            "trained": f"{result.train_seconds:.1f} s{rate}",
         }
     )
     write_results(json, [row])

@@ -83,6 +83,8 @@ def fit(
         TrainingError: the loss is not a number, or disk or GPU memory is full; the last good checkpoint is kept.
         TrainingInterrupted: Ctrl-C; the state is saved.
     """
+    if recipe.quantized and recipe.cascade.share and not recipe.cascades and recipe.quant.start_from is None:
+        _say(f"note: no first stage, since the student has no fewer bits than cascade.bits={recipe.cascade.bits}", progress)
     fit_stages = _fit_cascade if recipe.cascades else _fit_stage
     return fit_stages(recipe, Path(output), model, teacher, resume, progress)
 
@@ -105,6 +107,11 @@ def _fit_stage(
             return loop.run(log)
 
 
+def _say(line: str, progress: bool) -> None:
+    if progress and os.environ.get("RANK", "0") == "0":
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+
 def _fit_cascade(
     recipe: Recipe, output: Path, model: nn.Module | None, teacher: nn.Module | None, resume: bool, progress: bool
 ) -> TrainingResult:
@@ -122,9 +129,7 @@ def _fit_cascade(
         with _out_of_memory():
             _check_place(output)
             spec = spec_of_budget(recipe, _accelerator(recipe), model, progress)
-    if progress and os.environ.get("RANK", "0") == "0":
-        epochs = f"{begins.schedule.epochs} of {recipe.schedule.epochs} epochs"
-        Console(stderr=True).print(f"first stage: {recipe.cascade.bits} bits, {epochs}", highlight=False)
+    _say(f"first stage: {recipe.cascade.bits} bits, {begins.schedule.epochs} of {recipe.schedule.epochs} epochs", progress)
     try:
         first = _fit_stage(begins, first_output, model, teacher, resume, progress)
     except TrainingInterrupted:

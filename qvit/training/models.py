@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,15 +47,27 @@ def build_model(section: ModelSection, data: DataSection) -> tuple[nn.Module, Pr
                 f"timm's pretrained weights of {section.name!r} cannot be loaded ({message}): check the network, or name a "
                 "file of weights as the checkpoint."
             ) from None
-        raise RecipeError(f"timm cannot make the model {section.name!r} with {section.args}: {message}.") from None
+        if not timm.is_model(section.name):
+            raise RecipeError(_unknown(section.name)) from None
+        raise RecipeError(f"timm cannot make the model {_shown(section)}: {message}.") from None
     preprocessing = None
     if section.checkpoint is not None:
         if is_checkpoint(section.checkpoint):
             preprocessing = read_checkpoint(section.checkpoint).metadata.preprocessing
         load_weights(model, section.checkpoint)
     preprocessing = preprocessing or preprocessing_of(model)
-    _check_shape(model, f"{section.name!r} with {section.args}")
+    _check_shape(model, _shown(section))
     return model, adjusted(preprocessing, data)
+
+
+def _shown(section: ModelSection) -> str:
+    return f"{section.name!r} with {section.args}" if section.args else repr(section.name)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=1)
+    known = f"did you mean {near[0]!r}?" if near else "timm.list_models() has them all."
+    return f"timm has no model {name!r}: {known}"
 
 
 def _check_shape(model: Any, what: str) -> None:

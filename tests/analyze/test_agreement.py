@@ -115,3 +115,22 @@ def test_thresholds_and_row() -> None:
     assert not Agreement({"a": 99.89}, 100, 0, 1).holds
     assert not Agreement({"a": 100}, 99.4, 0, 1).holds
     assert not Agreement({"a": 100}, 100, 0.011, 1).holds
+
+
+def test_what_rounding_changed_is_said_and_no_part_of_the_contract(pair: tuple[Any, ReferenceEngine]) -> None:
+    student, engine = pair
+
+    class Trained(torch.nn.Module):
+        """The student before it was rounded, as if that had changed the answer to the first image of every batch."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = student(images).clone()
+            logits[0, logits[0].argmin()] = logits[0].max() + 1
+            return logits
+
+    batches = _batches(2, 2, 1)
+    measured = agreement(student, engine, batches, Trained())
+    assert (measured.trained_top1, measured.top1, measured.holds) == (40.0, 100.0, True)
+    assert measured.to_row()["agreement_before_rounding"] == 40.0
+    assert agreement(student, engine, batches, student).trained_top1 == 100.0
+    assert "agreement_before_rounding" not in agreement(student, engine, batches).to_row()

@@ -120,7 +120,7 @@ def test_a_peer_that_is_not_installed_is_left_out(frozen_file: Path, tmp_path: P
         qvit.bench.run, "missing_packages", lambda peer: ["nncf", "openvino"] if peer.name == "openvino" else []
     )
     rows, notes = run(frozen_file, tmp_path, ["openvino", "onnxruntime"])
-    assert notes == ["openvino is left out, since nncf and openvino is not installed: pip install 'qvit[bench]'."]
+    assert notes == ["openvino is left out, since nncf and openvino are not installed: pip install 'qvit[bench]'."]
     assert [row.get("peer") for row in rows] == [None, "onnxruntime"]
 
 

@@ -104,7 +104,7 @@ def test_mistakes(cli: Cli, frozen_file: Path, tmp_path: Path) -> None:
     cli("bench", frozen_file, "--rounds", 0).refused("--rounds 0 is out of range")
     cli("bench", tmp_path / "none.qvit", "--vs", "none").refused("No such file")
     cli("bench", frozen_file, "--engine", "warp", "--vs", "none").refused("engine warp cannot be measured", "no engine 'warp'")
-    cli("bench", "no_such_model", "--vs", "none").refused("cannot be made with 4 bits: timm cannot make the model")
+    cli("bench", "no_such_model", "--vs", "none").refused("cannot be made with 4 bits: timm has no model 'no_such_model'")
     cli("bench", frozen_file, "--vs", "none", "--bits", 4).refused("is quantized already: leave out --bits")
     frozen_file.write_bytes(frozen_file.read_bytes()[:300])
     cli("bench", frozen_file, "--vs", "none").refused("truncated or damaged")

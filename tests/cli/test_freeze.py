@@ -5,18 +5,35 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import qvit
 import qvit.engines
+from qvit.cli.images import as_tensors, open_evaluation
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import InputError
+from qvit.integer.freeze import round_to_half
+from qvit.training.checkpoint import load_student
 
 Cli = Callable[..., Any]
+
+
+def _as_before_rounding(checkpoint: Path, limit: int) -> float:
+    """Percentage of ``limit`` digits on which rounding to float16 leaves a checkpoint's top-1 as it was."""
+    student, metadata = load_student(checkpoint)
+    _, batches = open_evaluation(["digits"], metadata.classes, metadata.preprocessing, limit, limit, 0)
+    ((images, _),) = as_tensors(batches, metadata.preprocessing)
+    with torch.no_grad():
+        before = student.eval()(images).argmax(-1)
+        round_to_half(student)
+        after = student(images).argmax(-1)
+    return 100 * (before == after).float().mean().item()
 
 
 def test_with_verification(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
@@ -25,8 +42,10 @@ def test_with_verification(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
     done = cli("freeze", checkpoints / "quantized.safetensors", "-o", output, *data, "--json", report)
     assert (done.status, done.err) == (0, "")
     assert "kept" in done.out
+    assert re.search(r"as trained +[0-9.]+ %, before scales, offsets and norms were rounded to the file's float16", done.out)
     (row,) = json.loads(report.read_text())["rows"]
     assert (row["agreement"], row["codes_agreement"], row["images"], row["method"]) == (100, 100, 20, "qvit")
+    assert row["agreement_before_rounding"] == _as_before_rounding(checkpoints / "quantized.safetensors", 20)
     assert (row["fake_top1"], row["weight_bits"], row["file_bytes"]) == (12.5, 4, output.stat().st_size)
 
 

@@ -161,7 +161,7 @@ def test_batch_threads_and_other_ceilings(cli: Cli, frozen_file: Path, tmp_path:
         (("FILE", "--ceiling", "cpu.pairs=-1"), "use a positive number"),
         (("FILE", "--batch", 0), "A batch of 0 is out of range"),
         (("FILE", "--threads", 0), "0 threads are out of range"),
-        (("deit_imaginary",), "timm cannot make the model 'deit_imaginary'"),
+        (("deit_imaginary",), "timm has no model 'deit_imaginary'"),
         (("runs/imaginary",), "There is no file or folder runs/imaginary: check the path"),
         (("resnet18",), "ResNet is not supported"),
         (("deit_tiny_patch16_224", "--bits", 9), "bits=9 is out of range"),

@@ -56,6 +56,9 @@ def test_the_road_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
     weights = ("--checkpoint", checkpoints / "float.safetensors", "--teacher", checkpoints / "state.safetensors")
     done = cli("train", recipe, *weights, "--set", "quant.bits=3", "-o", run, "--json", report)
     assert done.status == 0, done.err
+    assert "images/s" in done.out
+    again = cli("train", recipe, *weights, "--set", "quant.bits=3", "-o", run, "--resume")
+    assert (again.status, "images/s" in again.out) == (0, False)  # nothing was left to train
     (row,) = json.loads(report.read_text())["rows"]
     assert (row["method"], row["weight_bits"], row["act_bits"], row["epochs"], row["data"]) == ("qvit", 3, 3, 1, "digits")
     assert row["images"] == 360

@@ -212,6 +212,17 @@ def test_a_cascade_goes_on_where_it_was_stopped(
     assert same_tensors(tmp_path / "run" / LAST, tmp_path / "whole" / LAST)
 
 
+def test_a_cascade_that_has_no_first_stage_says_so(
+    tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for share in (0.5, 0.0):
+        cascade = {"share": share, "bits": 2}
+        recipe = tiny_recipe(quant={"bits": 4}, schedule={"epochs": 1, "warmup_epochs": 0}, cascade=cascade)
+        fit(recipe, tmp_path / str(share))
+        said = "no first stage, since the student has no fewer bits than cascade.bits=2" in capsys.readouterr().err
+        assert said is (share > 0)
+
+
 def test_a_quantized_model_cannot_cascade(start: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"set cascade.share to 0"):
         fit(tiny_recipe(**CASCADE), tmp_path / "run", model=load_student(start)[0], progress=False)

@@ -167,3 +167,20 @@ def test_pretrained_weights_that_cannot_be_downloaded(monkeypatch: pytest.Monkey
         WeightsError, match=r"^timm's pretrained weights of .* cannot be loaded \(no network\): check the network"
     ):
         build_model(pretrained, DataSection())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deit_tiny_patch16_22", r"^timm has no model 'deit_tiny_patch16_22': did you mean 'deit_tiny_patch16_224'\?$"),
+        ("no such thing at all", r"^timm has no model 'no such thing at all': timm.list_models\(\) has them all\.$"),
+    ],
+)
+def test_a_name_that_timm_does_not_know(name: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        build_model(ModelSection(name=name), DataSection())
+
+
+def test_arguments_are_shown_only_where_there_are_some() -> None:
+    with pytest.raises(RecipeError, match=rf"^timm cannot make the model '{NAME}' with {{'num_heads': 0}}: "):
+        build_model(ModelSection(name=NAME, args={"num_heads": 0}), DataSection())
