@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -82,14 +83,33 @@ def round_to_half(student: nn.Module) -> None:
 
     A tensor stays float32 where float16 could not hold it: magnitudes above 65504, or scales below 2^-14.
     """
-    weights = {m.weight for m in student.modules() if isinstance(m, (QuantLinear, QuantPatchProjection))}
-    for name, parameter in student.named_parameters():
-        if parameter in weights:
-            continue
+    for name, parameter in _vectors(student):
         if name.endswith("_quantizer.scale"):
             parameter.clamp_(min=1e-8)
         if _fits_half(parameter, name):
             parameter.copy_(parameter.half().to(parameter.dtype))
+
+
+@contextmanager
+def rounded_to_half(student: nn.Module, keep: bool = False) -> Iterator[None]:
+    """Within it, a student is what its frozen file will be (`round_to_half`); with ``keep`` it remains so, but for an error."""
+    before = [(parameter, parameter.detach().clone()) for _, parameter in _vectors(student)]
+    done = False
+    try:
+        round_to_half(student)
+        yield
+        done = True
+    finally:
+        if not (keep and done):
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+
+
+def _vectors(student: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters but for the weights of linear layers, with their names."""
+    weights = {m.weight for m in student.modules() if isinstance(m, (QuantLinear, QuantPatchProjection))}
+    return ((name, parameter) for name, parameter in student.named_parameters() if parameter not in weights)
 
 
 def _fits_half(x: torch.Tensor, name: str) -> bool:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from qvit.errors import InputError, TrainingError
+from qvit.integer.freeze import rounded_to_half
 from qvit.kernels.switch import fused
 from qvit.training.annealing import Annealing
 from qvit.training.averaging import average_gradients
@@ -298,17 +299,21 @@ class TrainingLoop:
         if watch.images:
             self.log.write("epoch", self.step, epoch, {"images_per_s": rate, "loader_idle": watch.idle})
         line = f"epoch {epoch}/{self.recipe.schedule.epochs}: {rate:.0f} images/s, {watch.idle:.0%} waiting for images"
+        last = epoch == self.recipe.schedule.epochs
         improved = False
-        if epoch % self.recipe.eval_every == 0 or epoch == self.recipe.schedule.epochs:
-            top1, improved = self._evaluate(epoch)
-            line += f", top-1 {top1:.2f}"
-        self.epochs = epoch
-        if self.targets is not None:
-            self.targets.share()
-        self._check_weights()
-        self.writer.wait()  # one epoch's copies at a time
-        if improved:
-            self._save(BEST)
+        with ExitStack() as stack:
+            if epoch % self.recipe.eval_every == 0 or last:
+                if self.recipe.quantized:  # what is measured, and kept as the best and at the end, is what freezing gives
+                    stack.enter_context(rounded_to_half(self.model, keep=last))
+                top1, improved = self._evaluate(epoch)
+                line += f", top-1 {top1:.2f}"
+            self.epochs = epoch
+            if self.targets is not None:
+                self.targets.share()
+            self._check_weights()
+            self.writer.wait()  # one epoch's copies at a time
+            if improved:
+                self._save(BEST)
         # The last one last: a run that is killed before it evaluates this epoch again, and writes the best one again.
         self._save(LAST, self.optimizer)
         self.log.print(line)

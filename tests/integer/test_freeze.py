@@ -13,7 +13,7 @@ import torch
 
 import qvit
 from qvit.errors import InputError, NotCalibratedError, UnsupportedModelError
-from qvit.integer.freeze import freeze, round_to_half
+from qvit.integer.freeze import freeze, round_to_half, rounded_to_half
 from qvit.integer.model import IntegerModel
 from qvit.layers.linear import QuantLinear
 from qvit.layers.points import quantization_points
@@ -147,3 +147,25 @@ def test_file_sizes(bits: int, make_student: Factory, tmp_path: Path) -> None:
     vectors = 2 * sum(p.numel() for n, p in vit.named_parameters() if p.dim() == 1 or "pos" in n or "token" in n)
     # What a float file takes for the same vectors, and 16 bits for each scale and offset beside them.
     assert packed + vectors < size < packed + vectors + 2 * depth * 30 * width + 12_000
+
+
+def test_a_student_is_rounded_for_a_while_or_for_good(student: Any) -> None:
+    def state() -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+
+    def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    before = state()
+    with rounded_to_half(student):
+        within = state()
+        round_to_half(student)
+        assert same(state(), within)
+    assert same(state(), before)
+    assert not same(within, before)
+    with pytest.raises(KeyError), rounded_to_half(student, keep=True):
+        raise KeyError
+    assert same(state(), before)
+    with rounded_to_half(student, keep=True):
+        pass
+    assert same(state(), within)

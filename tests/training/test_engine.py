@@ -29,7 +29,7 @@ from qvit.errors import InputError, RecipeError, TrainingError, WeightsError
 from qvit.integer.freeze import freeze
 from qvit.sources import open_source
 from qvit.training.checkpoint import BEST, LAST, load_model, load_student, read_checkpoint
-from qvit.training.data import evaluation_loader
+from qvit.training.data import evaluation_loader, open_split
 from qvit.training.engine import fit, train
 from qvit.training.evaluate import evaluate
 from qvit.training.interrupt import TrainingInterrupted
@@ -400,3 +400,20 @@ def test_without_a_teacher_the_labels_are_enough(tiny_recipe: MakeRecipe, tmp_pa
     recipe = tiny_recipe(method="irm", distill={"label": 1, "hard": 0}, schedule={"epochs": 1})
     fit(recipe, tmp_path, model=student, progress=False)
     assert "hard" not in metrics(tmp_path, "train")[0]
+
+
+def test_what_a_run_measures_and_keeps_is_what_freezing_gives(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe(quant={"bits": 2}, schedule={"epochs": 4}, optim={"lr": 5e-3}, eval_every=1)
+    result = fit(recipe, tmp_path / "often", progress=False)
+    for path in (tmp_path / "often" / LAST, tmp_path / "often" / BEST):
+        student, _ = load_student(path)
+        state = {name: value.clone() for name, value in student.state_dict().items()}
+        model = freeze(student)
+        assert all(torch.equal(state[name], value) for name, value in student.state_dict().items()), "freezing rounds nothing"
+        if path.name == LAST:
+            val = open_split(recipe.data, "val")
+            images = evaluation_loader(val, model.preprocessing, 16)
+            assert evaluate(ReferenceEngine(model).forward, images, torch.device("cpu")).top1 == result.top1
+    # Only then: what is rounded to be measured goes on as it was.
+    fit(recipe.override("eval_every=4"), tmp_path / "once", progress=False)
+    assert same_tensors(tmp_path / "once" / LAST, tmp_path / "often" / LAST)
