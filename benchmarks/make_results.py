@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -39,7 +40,8 @@ Row = dict[str, Any]
 Report = dict[str, Any]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)  # for --help, and against mistaken arguments
     PAGE.write_text(render(RESULTS), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}", file=sys.stderr)
 
@@ -96,9 +98,12 @@ def ablation(name: str, report: Report) -> list[str]:
         levers = [row for row in rows if row["variant"] not in (*ABLATION, "float")]
         if main_rows:
             images = ", ".join(sorted({f"{row['images']:,}" for row in main_rows}))
+            paper = any(row["variant"] in PAPER_METHODS for row in main_rows)
+            what = "The paper's ablation, ours beside it," if paper else "Ours,"
+            losses = f" {', '.join(TITLES[m] for m in PAPER_METHODS)}: the paper's loss." if paper else ""
             parts.append(
-                f"The paper's ablation, ours beside it, on all {images} validation images; means over seeds ± standard "
-                f"deviation. {', '.join(TITLES[m] for m in PAPER_METHODS)}: the paper's loss.\n\n{_accuracies(main_rows)}"
+                f"{what} on all {images} validation images; means over seeds ± standard deviation.{losses}"
+                f"\n\n{_accuracies(main_rows)}"
             )
         if levers:
             parts.append(f"One thing each, on top of Q-ViT with soft teacher logits.\n\n{_accuracies(levers)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import make_results
+import pytest
 
 HEAD: dict[str, Any] = {
     "schema": 1,
@@ -121,3 +122,14 @@ def test_steps_transfer_and_scaling(tmp_path: Path) -> None:
     for assumed in ("1,281,167 images", "the model is vit at 2 bits", "reading images keeps up", "hosts of 8 GPUs", "50 GB/s"):
         assert assumed in page
     assert lines_with(page, "| 64 | 64 | 4,096 |")[0][3:5] == ["105.5", "3.1"]
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("page.md", 2)])
+def test_nothing_is_written_but_when_run_as_it_is_meant_to(
+    argument: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_results, "PAGE", tmp_path / "results.md")
+    with pytest.raises(SystemExit) as stopped:
+        make_results.main([argument])
+    assert stopped.value.code == status
+    assert not list(tmp_path.iterdir())
