@@ -109,7 +109,6 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_parts(models: Callabl
     model = models(4)
     engine = CudaEngine(model)
     size = model.preprocessing.input_size
-    expected = engine.forward(pixels_for(size, 4))
     total = torch.cuda.get_device_properties(0).total_memory
     images = pixels_for(size, 4096).cpu()
     torch.cuda.empty_cache()
@@ -118,7 +117,7 @@ def test_a_batch_that_memory_does_not_hold_goes_through_in_parts(models: Callabl
         with pytest.warns(SlowerWarning, match=r"does not hold the buffers of 4096 images at once: .* parts of 2048, which"):
             logits = engine.forward(images)
         assert torch.equal(engine.forward(images), logits), "without asking for the whole memory again"
-        assert torch.equal(engine.forward(pixels_for(size, 4)), expected)
+        assert torch.equal(engine.forward(images[:4]), logits[:4])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert torch.equal(logits, torch.cat([CudaEngine(model).forward(part) for part in images.split(256)]))
