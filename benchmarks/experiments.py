@@ -60,6 +60,8 @@ _IMAGENETTE: dict[str, str | list[str]] = {
     "data.train": ["imagenette224-train-0.tar", "imagenette224-train-1.tar"],
     "data.val": "imagenette224-val.tar",
 }
+# What these networks were trained with: the recipe's later settings did no better (DeiT-T) or were not tried (Swin-T).
+_FEATURES_ONCE = ["optim.lr=2.0e-4", "distill.feature=1"]
 _VIT_SMALL = "vit_small_patch14_224_imagenette.safetensors"
 
 
@@ -68,17 +70,14 @@ DATA_SETS = {
         recipe="imagenette",
         files=_IMAGENETTE,
         teacher=_VIT_SMALL,
-        by_bits={
-            2: ["optim.lr=3.0e-4", "distill.feature=30", "cascade.share=0.25"],
-            3: ["optim.lr=3.0e-4", "distill.feature=30"],
-        },
+        by_bits={2: ["cascade.share=0.25"]},
     ),
     "imagenette-deit-tiny": DataSet(
         recipe="imagenette",
         files=_IMAGENETTE,
         float_recipe="imagenette_deit_tiny_float",
         float_teacher=_VIT_SMALL,
-        changes=["model.name=deit_tiny_patch16_224", "model.args={num_classes: 10}"],
+        changes=["model.name=deit_tiny_patch16_224", "model.args={num_classes: 10}", *_FEATURES_ONCE],
         by_bits={2: ["optim.lr=5.0e-4", "schedule.epochs=80"], 4: ["schedule.epochs=40"]},
     ),
     "imagenette-swin-tiny": DataSet(
@@ -86,7 +85,7 @@ DATA_SETS = {
         files=_IMAGENETTE,
         float_recipe="imagenette_swin_float",
         float_teacher=_VIT_SMALL,
-        changes=["model.name=swin_tiny_patch4_window7_224", "model.args={num_classes: 10}"],
+        changes=["model.name=swin_tiny_patch4_window7_224", "model.args={num_classes: 10}", *_FEATURES_ONCE],
         by_bits={2: ["optim.lr=5.0e-4", "schedule.epochs=24"]},
     ),
     "cifar10": DataSet(recipe="cifar10", files={"data.train": "cifar10.tar"}, float_recipe="cifar10_float"),

@@ -40,7 +40,9 @@ _SOFT = ["method=qvit", *_PLAIN, *SOFT]
 _FEATURES = [*_SOFT, "distill.feature=1", "distill.feature_blocks=all"]
 _CASCADE = ["cascade.share=0.25", "cascade.bits=4"]
 _MIXED = ["data.mixup=0.8", "data.cutmix=1.0"]
-_EACH_INPUT, _EACH_WEIGHT = '"blocks.*.input"', '"blocks.*.weight"'
+_PER_TOKEN = 'quant.overrides={"blocks.*.input": {scale: per_token}}'
+_V_PER_HEAD = 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'
+_GROUPS = 'quant.overrides={{"blocks.*.input": {{scale: per_group_{0}}}, "blocks.*.weight": {{scale: per_group_{0}}}}}'
 # One thing each, on top of Q-ViT with soft teacher logits.
 VARIANTS: dict[str, list[str]] = METHODS | {
     "soft": _SOFT,
@@ -55,38 +57,28 @@ VARIANTS: dict[str, list[str]] = METHODS | {
     "statsq-anneal": [*_SOFT, "quant.weight_quantizer=statsq", "anneal.share=0.1"],
     "cascade": [*_SOFT, *_CASCADE],
     "no-equalise": [*_SOFT, "quant.equalise=false"],
-    "per-token": [*_SOFT, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
-    "v-per-head": [*_SOFT, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
-    "groups-64": [
-        *_SOFT,
-        f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_64}}, {_EACH_WEIGHT}: {{scale: per_group_64}}}}",
-    ],
-    "groups-128": [
-        *_SOFT,
-        f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_128}}, {_EACH_WEIGHT}: {{scale: per_group_128}}}}",
-    ],
+    "per-token": [*_SOFT, _PER_TOKEN],
+    "v-per-head": [*_SOFT, _V_PER_HEAD],
+    "groups-64": [*_SOFT, _GROUPS.format(64)],
+    "groups-128": [*_SOFT, _GROUPS.format(128)],
+    "features-30": [*_FEATURES, "distill.feature=30"],
 }
-# The same on top of feature matching of all blocks.
+# The same on top of what the recipe says, for the bits at hand.
 VARIANTS |= {
-    "all-3": [*_FEATURES, "distill.feature=3"],
-    "all-10": [*_FEATURES, "distill.feature=10"],
-    "all-no-dgd": [*_FEATURES, "distill.dgd=0"],
-    "all-no-irm": [*_FEATURES, "method=dgd"],
-    "all-mixed": [*_FEATURES, *_MIXED],
-    "all-double-lr": [*_FEATURES, "optim.lr=1.0e-3"],
-    "all-half-batch": [*_FEATURES, "batch_size=64"],
-    "all-3-double-lr": [*_FEATURES, "distill.feature=3", "optim.lr=1.0e-3"],
-    "all-3-mixed": [*_FEATURES, "distill.feature=3", *_MIXED],
-    "all-3-mixed-double-lr": [*_FEATURES, "distill.feature=3", *_MIXED, "optim.lr=1.0e-3"],
-    "all-statsq": [*_FEATURES, "quant.weight_quantizer=statsq"],
-    "all-cascade": [*_FEATURES, *_CASCADE],
-    "all-no-equalise": [*_FEATURES, "quant.equalise=false"],
-    "all-per-token": [*_FEATURES, f"quant.overrides={{{_EACH_INPUT}: {{scale: per_token}}}}"],
-    "all-v-per-head": [*_FEATURES, 'quant.overrides={"blocks.*.attn.v": {scale: per_head, offset: per_head}}'],
-    "all-groups-64": [
-        *_FEATURES,
-        f"quant.overrides={{{_EACH_INPUT}: {{scale: per_group_64}}, {_EACH_WEIGHT}: {{scale: per_group_64}}}}",
-    ],
+    "ours-no-irm": ["method=dgd"],
+    "ours-no-dgd": ["distill.dgd=0"],
+    "ours-no-cascade": ["cascade.share=0"],
+    "ours-cascade": ["cascade.share=0.25"],
+    "ours-no-equalise": ["quant.equalise=false"],
+    "ours-statsq": ["quant.weight_quantizer=statsq"],
+    "ours-anneal": ["anneal.share=0.1"],
+    "ours-oscillation": ["oscillation.weight=0.01"],
+    "ours-activations-first": ["activations_first.epochs=2"],
+    "ours-mixed": _MIXED,
+    "ours-double-lr": ["optim.lr=6.0e-4"],
+    "ours-per-token": [_PER_TOKEN],
+    "ours-v-per-head": [_V_PER_HEAD],
+    "ours-groups-64": [_GROUPS.format(64)],
 }
 TITLES = {
     "float": "float",
@@ -111,22 +103,21 @@ TITLES = {
     "v-per-head": "soft, v scaled per head",
     "groups-64": "soft, groups of 64 channels",
     "groups-128": "soft, groups of 128 channels",
-    "all-3": "all blocks, features weigh 3",
-    "all-10": "all blocks, features weigh 10",
-    "all-no-dgd": "all blocks, no DGD",
-    "all-no-irm": "all blocks, no IRM",
-    "all-mixed": "all blocks, mixup and cutmix",
-    "all-double-lr": "all blocks, twice the learning rate",
-    "all-half-batch": "all blocks, half the batch",
-    "all-3-double-lr": "all blocks, features weigh 3, twice the learning rate",
-    "all-3-mixed": "all blocks, features weigh 3, mixup and cutmix",
-    "all-3-mixed-double-lr": "all blocks, features weigh 3, mixup and cutmix, twice the learning rate",
-    "all-statsq": "all blocks, StatsQ weights",
-    "all-cascade": "all blocks, first a quarter of the epochs at 4 bits",
-    "all-no-equalise": "all blocks, not equalised",
-    "all-per-token": "all blocks, inputs scaled per token",
-    "all-v-per-head": "all blocks, v scaled per head",
-    "all-groups-64": "all blocks, groups of 64 channels",
+    "features-30": "soft + feature matching, all blocks, weight 30",
+    "ours-no-irm": "ours, without IRM",
+    "ours-no-dgd": "ours, without DGD",
+    "ours-no-cascade": "ours, without a first stage at 4 bits",
+    "ours-cascade": "ours, first a quarter of the epochs at 4 bits",
+    "ours-no-equalise": "ours, not equalised",
+    "ours-statsq": "ours, StatsQ weights",
+    "ours-anneal": "ours + annealing",
+    "ours-oscillation": "ours + oscillation regularisation",
+    "ours-activations-first": "ours + activations first",
+    "ours-mixed": "ours + mixup and cutmix",
+    "ours-double-lr": "ours, twice the learning rate",
+    "ours-per-token": "ours, inputs scaled per token",
+    "ours-v-per-head": "ours, v scaled per head",
+    "ours-groups-64": "ours, groups of 64 channels",
 }
 
 

@@ -96,6 +96,7 @@ def ablation(name: str, report: Report) -> list[str]:
         parts.append(f"## {title[0].upper()}{title[1:]}\n\n{_source(name, report)}")
         main_rows = [row for row in rows if row["variant"] in ABLATION]
         levers = [row for row in rows if row["variant"] not in (*ABLATION, "float")]
+        own = [row for row in levers if row["variant"].startswith("ours-")]
         if main_rows:
             images = ", ".join(sorted({f"{row['images']:,}" for row in main_rows}))
             paper = any(row["variant"] in PAPER_METHODS for row in main_rows)
@@ -105,10 +106,17 @@ def ablation(name: str, report: Report) -> list[str]:
                 f"{what} on all {images} validation images; means over seeds ± standard deviation.{losses}"
                 f"\n\n{_accuracies(main_rows)}"
             )
-        if levers:
-            parts.append(f"One thing each, on top of Q-ViT with soft teacher logits.\n\n{_accuracies(levers)}")
+        if others := [row for row in levers if row not in own]:
+            parts.append(f"One thing each, on top of Q-ViT with soft teacher logits.\n\n{_accuracies(others)}")
+        if own:
+            same = [row for row in rows if row["variant"] == "ours" and _alike(row, own)]
+            parts.append(f"One thing each, on top of ours, as many epochs.\n\n{_accuracies([*same, *own])}")
         parts.append(f"<details><summary>Every run</summary>\n\n{_runs(rows)}\n\n</details>")
     return parts
+
+
+def _alike(row: Row, levers: Sequence[Row]) -> bool:
+    return any(all(row[key] == lever[key] for key in ("weight_bits", "epochs")) for lever in levers)
 
 
 def _accuracies(rows: Sequence[Row]) -> str:

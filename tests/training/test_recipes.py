@@ -53,7 +53,8 @@ def test_it_says_how_it_is_launched_and_what_to_expect(name: str) -> None:
     help_text = CliRunner().invoke(build(), ["train", "--help"], env={"COLUMNS": "200"}).output
     assert {word for word in arguments if word.startswith("-")} <= {*re.findall(r"--[a-z-]+", help_text), "-o"}
     overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
-    assert Recipe.load(name, overrides).method == ("float" if name.endswith("_float") else "qvit")
+    method = "float" if name.endswith("_float") else {"cifar10": "irm"}.get(name, "qvit")
+    assert Recipe.load(name, overrides).method == method
     if "nproc-per-node" in commands[0]:
         assert words[0] == "torchrun"
 
