@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qvit.architecture import Architecture
+from qvit.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 _CALIBRATION_IMAGES = 2
 
 
-def write_random_model(name: str, bits: int, path: Path) -> None:
+def write_random_model(name: str, bits: int, path: Path, overrides: Mapping[str, Any] | None = None) -> None:
     """Quantizes timm's model of that name with random weights, calibrates it on noise and writes its integers.
 
     Time and memory of an engine do not depend on the values, so this stands for a trained model of the same architecture.
@@ -22,10 +24,11 @@ def write_random_model(name: str, bits: int, path: Path) -> None:
         name: timm's name.
         bits: of weights and activations.
         path: the .qvit file to write.
+        overrides: of single quantization points, as in `qvit.spec.ModelSpec`.
 
     Raises:
         RecipeError: timm has no such model.
-        UnsupportedModelError, SpecError: qvit cannot quantize it, or not at this width.
+        UnsupportedModelError, SpecError: qvit cannot quantize it, or not at this width, or not as the overrides say.
     """
     import torch
 
@@ -35,7 +38,8 @@ def write_random_model(name: str, bits: int, path: Path) -> None:
 
     torch.manual_seed(0)
     model, preprocessing = build_model(ModelSection(name=name, pretrained=False), DataSection())
-    student = qvit.quantize(model.eval(), bits=bits, preprocessing=preprocessing)
+    spec = ModelSpec.of_bits(bits, overrides=overrides or {})
+    student = qvit.quantize(model.eval(), spec=spec, preprocessing=preprocessing)
     pixels = torch.randint(0, 256, (_CALIBRATION_IMAGES, *preprocessing.input_size), dtype=torch.uint8)
     images = torch.from_numpy(preprocessing.normalise(pixels.numpy()))
     qvit.calibrate(student, [images], images=_CALIBRATION_IMAGES)

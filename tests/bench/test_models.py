@@ -22,11 +22,12 @@ def test_random_integers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     # Noise needs no careful search. (`qvit.calibration.calibrate` is the function; its module has the same name.)
     monkeypatch.setattr(importlib.import_module("qvit.calibration.calibrate"), "_VALUES_PER_POINT", 1 << 12)
     path = tmp_path / "model.qvit"
-    write_random_model("vit_tiny_patch16_224", 3, path)
+    write_random_model("vit_tiny_patch16_224", 3, path, {"blocks.0.mlp.fc1.weight": 4})
     runner = qvit.load(path)
     assert runner.model.block_bits() == (3, 3)
     assert runner.model.blocks[0].attention.rectify_q is not None
     assert [layer.weight.spec.bits for layer in runner.model.linears()[:2]] == [8, 3]
+    assert [block.fc1.weight.spec.bits for block in runner.model.blocks[:2]] == [4, 3]
     logits = np.asarray(runner(np.random.default_rng(0).integers(0, 256, (1, 3, 224, 224), dtype=np.uint8)))
     assert logits.shape == (1, 1000)
     assert logits.std() > 0
