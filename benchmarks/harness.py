@@ -62,6 +62,7 @@ VARIANTS: dict[str, list[str]] = METHODS | {
     "groups-64": [*_SOFT, _GROUPS.format(64)],
     "groups-128": [*_SOFT, _GROUPS.format(128)],
     "features-30": [*_FEATURES, "distill.feature=30"],
+    "features-30-cascade": [*_FEATURES, "distill.feature=30", *_CASCADE],
 }
 # The same on top of what the recipe says, for the bits at hand.
 VARIANTS |= {
@@ -104,6 +105,7 @@ TITLES = {
     "groups-64": "soft, groups of 64 channels",
     "groups-128": "soft, groups of 128 channels",
     "features-30": "soft + feature matching, all blocks, weight 30",
+    "features-30-cascade": "soft + feature matching, all blocks, weight 30, first a quarter of the epochs at 4 bits",
     "ours-no-irm": "ours, without IRM",
     "ours-no-dgd": "ours, without DGD",
     "ours-no-cascade": "ours, without a first stage at 4 bits",

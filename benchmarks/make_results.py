@@ -56,14 +56,14 @@ def render(folder: Path) -> str:
         "images; graph is the fake-quantized training graph with scales, offsets and norms rounded to float16, as freezing "
         "leaves them, and integers the frozen file on the reference engine.",
     ]
+    parts += ablations({name: report for name, report in reports.items() if name.startswith("ablation-")})
+    found = len(parts) > 2
     sections = (
-        ("ablation-", ablation),
         ("digits-levers", digits_levers),
         ("train_step-", training_steps),
         ("transfer-", transfer),
         ("train_scaling-", scaling),
     )
-    found = False
     for prefix, section in sections:
         for name, report in reports.items():
             if name.startswith(prefix) and report["rows"]:
@@ -87,31 +87,50 @@ def published() -> str:
     )
 
 
-def ablation(name: str, report: Report) -> list[str]:
-    """Tables of one data set and machine: the paper's ablation, single levers, and every run with its command."""
+def ablations(reports: dict[str, Report]) -> list[str]:
+    """A section for each data set; in it the file with the paper's methods, or else the float model, comes first."""
     parts = []
-    for data in dict.fromkeys(row["data"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["data"] == data]
+    found = dict.fromkeys(row["data"] for report in reports.values() for row in report["rows"])
+    for data in sorted(found, key=lambda data: [*DATA, data].index(data)):
         title = DATA.get(data, data)
-        parts.append(f"## {title[0].upper()}{title[1:]}\n\n{_source(name, report)}")
-        main_rows = [row for row in rows if row["variant"] in ABLATION]
-        levers = [row for row in rows if row["variant"] not in (*ABLATION, "float")]
-        own = [row for row in levers if row["variant"].startswith("ours-")]
-        if main_rows:
-            images = ", ".join(sorted({f"{row['images']:,}" for row in main_rows}))
-            paper = any(row["variant"] in PAPER_METHODS for row in main_rows)
-            what = "The paper's ablation, ours beside it," if paper else "Ours,"
-            losses = f" {', '.join(TITLES[m] for m in PAPER_METHODS)}: the paper's loss." if paper else ""
-            parts.append(
-                f"{what} on all {images} validation images; means over seeds ± standard deviation.{losses}"
-                f"\n\n{_accuracies(main_rows)}"
-            )
-        if others := [row for row in levers if row not in own]:
-            parts.append(f"One thing each, on top of Q-ViT with soft teacher logits.\n\n{_accuracies(others)}")
-        if own:
-            same = [row for row in rows if row["variant"] == "ours" and _alike(row, own)]
-            parts.append(f"One thing each, on top of ours, as many epochs.\n\n{_accuracies([*same, *own])}")
-        parts.append(f"<details><summary>Every run</summary>\n\n{_runs(rows)}\n\n</details>")
+        parts.append(f"## {title[0].upper()}{title[1:]}")
+        rows = {name: [row for row in report["rows"] if row["data"] == data] for name, report in reports.items()}
+        for number, name in enumerate(sorted((name for name in rows if rows[name]), key=lambda name: _rank(rows[name]))):
+            if number:
+                parts.append(f"### Further runs: `{name.removesuffix('.json')}`")
+            parts += ablation(name, reports[name], rows[name])
+    return parts
+
+
+def _rank(rows: Sequence[Row]) -> tuple[bool, bool, bool]:
+    """Orders a data set's files: the paper's methods before a float model's students, ours before single levers."""
+    variants = {row["variant"] for row in rows}
+    return variants.isdisjoint(PAPER_METHODS), "float" not in variants, "ours" not in variants
+
+
+def ablation(name: str, report: Report, rows: Sequence[Row]) -> list[str]:
+    """Tables of one data set and file: the paper's ablation, single levers, and every run with its command."""
+    parts = [_source(name, report)]
+    if note := report.get("notes", {}).get(rows[0]["data"]):
+        parts.append(note)
+    main_rows = [row for row in rows if row["variant"] in ABLATION]
+    levers = [row for row in rows if row["variant"] not in (*ABLATION, "float")]
+    own = [row for row in levers if row["variant"].startswith("ours-")]
+    if main_rows:
+        images = ", ".join(sorted({f"{row['images']:,}" for row in main_rows}))
+        paper = any(row["variant"] in PAPER_METHODS for row in main_rows)
+        what = "The paper's ablation, ours beside it," if paper else "Ours,"
+        losses = f" {', '.join(TITLES[m] for m in PAPER_METHODS)}: the paper's loss." if paper else ""
+        parts.append(
+            f"{what} on all {images} validation images; means over seeds ± standard deviation.{losses}"
+            f"\n\n{_accuracies(main_rows)}"
+        )
+    if others := [row for row in levers if row not in own]:
+        parts.append(f"On top of Q-ViT with soft teacher logits.\n\n{_accuracies(others)}")
+    if own:
+        same = [row for row in rows if row["variant"] == "ours" and _alike(row, own)]
+        parts.append(f"One thing each, on top of ours, as many epochs.\n\n{_accuracies([*same, *own])}")
+    parts.append(f"<details><summary>Every run</summary>\n\n{_runs(rows)}\n\n</details>")
     return parts
 
 

@@ -1,6 +1,6 @@
 """Do quantized features transfer? Nearest neighbours on CIFAR-10, which the model has never seen.
 
-    python benchmarks/transfer_knn.py --model runs/ablation/imagenette-ours-w4a4-seed0-*.qvit --model-overrides-of imagenette \\
+    python benchmarks/transfer_knn.py --model runs/ablation/imagenette-ours-w4a4-seed0-*.qvit \\
         --json benchmarks/results/transfer-h100.json
 
 The features of an image are what the classification head reads: the pooled output of the last LayerNorm. CIFAR-10's images are

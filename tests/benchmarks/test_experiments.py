@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import lzma
+import shlex
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from harness import TITLES, VARIANTS
 import qvit
 from qvit.errors import InputError
 from qvit.training.recipe import Recipe
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "float"])
@@ -54,6 +59,24 @@ def test_the_papers_methods_are_without_what_is_beyond_the_paper() -> None:
         )
         assert recipe.activations_first.epochs == 0
         assert (recipe.distill.label, recipe.distill.hard, recipe.distill.soft, recipe.distill.dgd) == (0.5, 0.5, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "file", sorted(RESULTS.glob("ablation-*.json")) + sorted(RESULTS.glob("mixed-*.json")), ids=lambda p: p.stem
+)
+def test_the_commands_of_committed_rows_still_mean_what_was_measured(file: Path) -> None:
+    """Defaults of a recipe may change; a row's command then has to name what they were."""
+    for row in json.loads(file.read_text())["rows"]:
+        words = shlex.split(row["command"])
+        changes = [change for flag, change in pairwise(words) if flag == "--set"]
+        assert (words[:3], " ".join(changes)) == (["qvit", "train", row["recipe"]], row["overrides"])
+        recipe = Recipe.load(row["recipe"], changes)
+        assert (recipe.schedule.epochs, recipe.batch_size, recipe.seed) == (row["epochs"], row["batch"], row["seed"])
+        assert recipe == recipe.override(*VARIANTS[row["variant"]]), f"{words[-1]} is not {row['variant']}"
+        if row["variant"] != "float":
+            assert (recipe.quant.bits, recipe.model.name if recipe.model else None) == (row["weight_bits"], row["model"])
+        if row["variant"] != "ours":
+            assert recipe.method == row["method"]
 
 
 def test_names_and_commands_tell_experiments_apart() -> None:

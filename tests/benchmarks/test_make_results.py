@@ -26,8 +26,8 @@ def run(variant: str, bits: int, seed: int, top1: float | None, **more: Any) -> 
     return row | more
 
 
-def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    (folder / name).write_text(json.dumps(HEAD | {"rows": rows}))
+def write(folder: Path, name: str, rows: list[dict[str, Any]], **head: Any) -> None:
+    (folder / name).write_text(json.dumps(HEAD | head | {"rows": rows}))
 
 
 def lines_with(page: str, text: str) -> list[list[str]]:
@@ -66,6 +66,31 @@ def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     write(tmp_path, "ablation-imagenette-g100.json", rows)
     shown = lines_with(make_results.render(tmp_path), " 11.42 |")
     assert [(line[2], line[3], line[6]) for line in shown] == [("0, 1", "3", "90.50 ± 0.71"), ("0", "9", "70.00")]
+
+
+def test_the_main_table_of_a_data_set_comes_first_and_further_files_say_what_they_are(tmp_path: Path) -> None:
+    write(tmp_path, "ablation-a.json", [run("features", 2, 0, 70.0)], notes={"imagenette": "Earlier settings."})
+    write(tmp_path, "ablation-b.json", [run("ours", 3, 0, 96.0), run("ours", 2, 0, 60.0, data="cifar10")])
+    tiny = {"data": "imagenette-deit-tiny"}
+    write(tmp_path, "ablation-c.json", [run("ours", 2, 1, 90.0), run("qvit", 2, 0, 80.0), run("ours", 2, 0, 85.0, **tiny)])
+    write(tmp_path, "ablation-d.json", [run("float", 32, 0, None, **tiny), run("ours", 4, 0, 92.0, **tiny)])
+    page = make_results.render(tmp_path)
+    assert [line for line in page.splitlines() if line.startswith("#") or "](../" in line or line == "Earlier settings."] == [
+        "# Results",
+        *("## Imagenette, ViT-S/14 at 224 from a DINOv2 teacher", source("c")),
+        *("### Further runs: `ablation-b`", source("b")),
+        *("### Further runs: `ablation-a`", source("a"), "Earlier settings."),
+        *("## Imagenette, DeiT-T at 224, float model from our own recipe and the same teacher", source("d")),
+        *("### Further runs: `ablation-c`", source("c")),
+        *("## CIFAR-10, DeiT-T's shape with patches of 4 at 32 x 32, float model from our own recipe", source("b")),
+        "## Published, ImageNet-1k",
+    ]
+    assert page.index("| 80.00 |") < page.index("### Further runs: `ablation-b`") < page.index("| 96.00 |")
+
+
+def source(name: str) -> str:
+    file = f"ablation-{name}.json"
+    return f"8 x G100; python 3.12, torch 2.11. `python benchmarks/x.py`; [`{file}`](../benchmarks/results/{file})."
 
 
 def test_levers_on_digits(tmp_path: Path) -> None:
