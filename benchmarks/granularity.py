@@ -1,9 +1,9 @@
-"""What finer scales cost the integers: one network with scales of several granularities, in turns on one engine.
+"""What finer scales cost the integers: one network with scales of several granularities, in turns on the CPU engine.
 
     python benchmarks/granularity.py --json benchmarks/results/granularity-epyc-zen4-2cores.json
 
-What they gain is in the ablation (variants ``ours-per-token``, ``ours-v-per-head``, ``ours-groups-64``). Weights are random. By
-default the CPU engine, one image at a time on one thread; the CUDA engine runs neither scales per token nor per group.
+What they gain is in the ablation (variants ``ours-per-token``, ``ours-v-per-head``, ``ours-groups-64``). Weights are random;
+one image at a time, on one thread. The CUDA engine runs neither scales per token nor per group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import TITLES, VARIANTS
+from harness import TITLES, VARIANTS, public
 
 from qvit.bench.models import write_random_model
 from qvit.bench.run import Settings, compare
@@ -28,19 +28,20 @@ GRANULARITIES = ("per-token", "v-per-head", "groups-64", "groups-128")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _options(arguments)
     rows: list[dict[str, Any]] = []
     for bits in options.bits:
         rows += _measured(bits, options)
         if options.json:
-            command = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
-            write_report(options.json, rows, ["python", "benchmarks/granularity.py", *command])
+            write_report(options.json, rows, ["python", "benchmarks/granularity.py", *public(arguments)])
+    default = {row["weight_bits"]: row["ms_median"] for row in reversed(rows)}  # the first of each width
     lines = [
         (
             f"{row['weight_bits']}/{row['act_bits']}",
             row["granularity"],
             f"{row['ms_median']:.2f} ({row['ms_p10']:.2f} to {row['ms_p90']:.2f})",
-            f"{row['ms_median'] / row['ms_default']:.2f}",
+            f"{row['ms_median'] / default[row['weight_bits']]:.2f}",
             f"{row['file_bytes'] / 1e6:.2f}",
         )
         for row in rows
@@ -55,11 +56,10 @@ def _measured(bits: int, options: argparse.Namespace) -> list[dict[str, Any]]:
         for granularity in names:
             paths.append(Path(name) / f"{granularity}.qvit")
             write_random_model(options.model, bits, paths[-1], overrides_of(granularity))
-        settings = Settings(options.engine, rounds=options.rounds)
+        settings = Settings("cpu", rounds=options.rounds)
         rows = compare(paths, [], settings, Path(name), _quietly, lambda note: print(f"note: {note}", file=sys.stderr))
     titles = ["the default", *(TITLES[granularity].removeprefix("soft, ") for granularity in GRANULARITIES)]
-    default = rows[0]["ms_median"]
-    return [row | {"granularity": title, "ms_default": default} for title, row in zip(titles, rows, strict=True)]
+    return [row | {"granularity": title} for title, row in zip(titles, rows, strict=True)]
 
 
 def overrides_of(granularity: str) -> dict[str, Any]:
@@ -78,7 +78,6 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224", help="timm's name")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2], help="of weights and activations")
-    parser.add_argument("--engine", default="cpu")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each")
     parser.add_argument("--json", type=Path, help="result file to write")
     return parser.parse_args(arguments)

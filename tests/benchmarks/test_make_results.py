@@ -71,7 +71,7 @@ def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
 def test_the_main_table_of_a_data_set_comes_first_and_further_files_say_what_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(make_results, "NOTES", {("ablation-a.json", "imagenette"): "Earlier settings."})
+    monkeypatch.setattr(make_results, "NOTES", {"ablation-a.json": {"imagenette": "Earlier settings."}})
     write(tmp_path, "ablation-a.json", [run("features", 2, 0, 70.0)])
     write(tmp_path, "ablation-b.json", [run("ours", 3, 0, 96.0), run("ours", 2, 0, 60.0, data="cifar10")])
     tiny = {"data": "imagenette-deit-tiny"}
