@@ -38,8 +38,8 @@ DATA = {
 NOTES: dict[str, dict[str, str]] = {
     "ablation-h100x4.json": {
         "imagenette": "The main table. Learning rates: the paper's methods 5e-4, at 4 bits 2e-4; ours 3e-4.",
-        "imagenette-deit-tiny": "Features that weigh 30, a learning rate of 3e-4 and at 2 bits a first stage at 4 bits, in half "
-        "of the epochs above.",
+        "imagenette-deit-tiny": "Features that weigh 30, a learning rate of 3e-4 and at 2 bits a first stage at 4 bits, in "
+        "half of the epochs above.",
     },
     "ablation-imagenette-h100.json": {
         "imagenette": "Earlier settings: features of all blocks weigh 1, and no first stage at 4 bits."
