@@ -125,9 +125,9 @@ def _gemm(launch: Launch) -> Work:
     if launch.defines["EPILOGUE"] == 3:  # the codes beside the floats
         moved += m * n // (4 if launch.defines["OUT_BITS"] else 1)
     if "norm" in values:  # floats come in, and no codes
-        moved += 3 * m * k
+        moved += m * k * (values["norm"]["x"].element_size() - 1)
     if values.get("residual") is not None:
-        moved += 4 * m * n
+        moved += m * n * out
     if values.get("position") is not None:
         moved += 4 * n * values["rows_in"]
     moved += _bytes(values.get("index"))
@@ -144,7 +144,7 @@ def _attention(launch: Launch) -> Work:
 
 def _norm(launch: Launch) -> Work:
     rows, channels = launch.values["rows"], launch.defines["CHANNELS"]
-    moved = rows * channels * (4 + launch.values["out"].element_size()) + _bytes(launch.values["index"])
+    moved = rows * channels * (launch.values["x"].element_size() + launch.values["out"].element_size()) + _bytes(launch.values["index"])
     return Work(f"{rows} x {channels}", 0, moved)
 
 

@@ -15,6 +15,7 @@ from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import chunks, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.products import Products
+from qvit.engines.cuda.steps import is_half
 from qvit.integer.model import IntegerModel
 
 _PIECE = 16  # bytes that a lane copies at a time
@@ -44,6 +45,7 @@ class Plan(Products, ABC):
         super().__init__(gpu, constants.patch.b.device, one_bit, poison, a.activation, may_be_late=not with_map)
         self.model, self.constants, self.batch = model, constants, batch
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
+        self._stream = getattr(torch, model.residual)  # type of the residual stream
         self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
         self.logits = self._floats(batch, a.num_classes)
         self._build(with_map)
@@ -105,7 +107,7 @@ class Plan(Products, ABC):
             x = tokens
         pooled = self._floats(self.batch, width)
         values = {"x": x, "out": pooled, "tokens": rows // self.batch, "first": first, "channels": width}
-        self._add(Launch("pool", {}, (self.batch, -(-width // 128), 1), 128, 0, values))
+        self._add(Launch("pool", {"X_HALF": is_half(x)}, (self.batch, -(-width // 128), 1), 128, 0, values))
         return pooled
 
     def _logits(self, x: torch.Tensor, apart: int) -> None:

@@ -36,20 +36,21 @@ class SwinPlan(Plan):
         self._logits(self._average(x, 0), x.shape[1])
 
     def _embed(self) -> torch.Tensor:
-        """Patches and their norm, float32 [B L, C]."""
+        """Patches and their norm, of the residual stream [B L, C]."""
         a, constants = self.model.architecture, self.constants
         rows, width = self.batch * a.num_patches, a.embed_dim
-        x = self._floats(rows, width)
-        self._linear(constants.patch, self._patches, x, rows)
+        patches = self._floats(rows, width)
+        x = patches if self._stream == patches.dtype else self._floats(rows, width, self._stream)
+        self._linear(constants.patch, self._patches, patches, rows)
         assert constants.norm_pre is not None
-        self._norm(constants.norm_pre, x, x, rows, width, width)
+        self._norm(constants.norm_pre, patches, x, rows, width, width)
         return x
 
     def _merge(self, x: torch.Tensor, merging: PatchMerging, norm: c.NormConstants, layer: c.LinearConstants) -> torch.Tensor:
         """2 x 2 neighbours become one token, [B L, C] -> [B L / 4, M]."""
         (height, width), rows = merging.map, len(x) // 4
         index = self._index(merging.map, partial(square_rows, merging.map, self.batch))
-        codes, out = self._codes(rows, layer.k), self._floats(rows, layer.m)
+        codes, out = self._codes(rows, layer.k), self._floats(rows, layer.m, self._stream)
         self._norm(norm, x, codes, rows, x.shape[1], chunks(layer.k), index=index)
         self._tap(f"{merging.reduction.name}.input", codes, (self.batch, height // 2, width // 2, layer.k), layer.signed)
         self._linear(layer, codes, out, rows)

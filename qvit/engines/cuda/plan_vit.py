@@ -24,7 +24,9 @@ class VitPlan(Plan):
         assert constants.embed is not None
         self._shape = Shape(batch, a.num_tokens, a.embed_dim, a.num_heads, a.mlp_hidden)
         rows, n, width = batch * a.num_tokens, a.num_tokens, a.embed_dim
-        first, x = self._floats(rows, width), self._floats(rows, width)
+        # What comes out of the patch embedding is of the stream unless a norm follows.
+        embedded = self._stream if constants.norm_pre is None else torch.float32
+        first, x = self._floats(rows, width, embedded), self._floats(rows, width, self._stream)
         one_bit = self._bits(constants.blocks[0]["proj"]) is not None
         self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, self._gpu.hopper, self._gpu.multiprocessors))
         # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
@@ -90,7 +92,7 @@ class VitPlan(Plan):
             block: its constants, see `ModelConstants`.
             following: the next block's first norm, and what reads its codes.
             attended: codes of proj's input.
-            source: what proj is added to, float32 [rows, C].
+            source: what proj is added to, of the residual stream [rows, C].
             x: where the sum goes, and fc2 is added.
             normed: codes of fc1's input.
             hidden: codes of fc2's input; of one chunk, where they are written again and again.

@@ -11,7 +11,7 @@ from qvit.engines.cuda import few_tiles
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
-from qvit.engines.cuda.steps import Steps
+from qvit.engines.cuda.steps import Steps, is_half
 from qvit.engines.cuda.tiles import (
     MOST_SHARED,
     HopperTile,
@@ -61,7 +61,8 @@ class Products(Steps):
                 values["norm"] = {**launch.values, "gain": norm.place_gain, "shift": norm.place_shift}
                 values["norm_margin"], values["norm_slope"] = norm.place_margins
                 values["norm_eps"] = norm.eps
-                defines = {"WIDE": int(norm.codes is not None and norm.codes.high - norm.codes.low > _MOST_NARROW)}
+                wide = norm.codes is not None and norm.codes.high - norm.codes.low > _MOST_NARROW
+                defines = {"WIDE": int(wide), "X_HALF": launch.defines["X_HALF"]}
             else:
                 self._add(launch)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
@@ -132,6 +133,7 @@ class Products(Steps):
             "SCATTER": int(index is not None),
             "HALVED": int(halved),
             "EVEN": int(layer.m % 2 == 0),
+            "OUT_HALF": is_half(out),
         }
         bits = isinstance(tile, HopperTile) and tile.bits
         few = None if bits else self._few(layer, a, rows, 8)
@@ -203,6 +205,7 @@ class Products(Steps):
             "SCATTER": 0 if index is None else 1 if gather is None else 2,
             "HALVED": 0,
             "EVEN": 1,
+            "OUT_HALF": is_half(out),
             "OUT_BITS": int(self._bits(reader) is not None),
         }
         self._gemm(layer, defines, a, values, tile)
@@ -353,6 +356,8 @@ class Products(Steps):
             "CHANNELS": width,
             "WARPS": warps,
             "OUT_FLOAT": int(codes is None),
+            "X_HALF": is_half(x),
+            "OUT_HALF": is_half(out),
             "IDENTITY": int(isinstance(norm, c.CodeConstants)),
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
             "GATHER": pieces,

@@ -20,6 +20,11 @@ HIGHEST = 256  # rows: no tile of a product has more
 Tap = Callable[[], torch.Tensor]
 
 
+def is_half(x: torch.Tensor) -> int:
+    """What kernels are compiled with for floats of the residual stream: 1 where they are float16; see ``src/stream.cuh``."""
+    return int(x.dtype == torch.float16)
+
+
 @dataclass(frozen=True, eq=False)
 class Step:
     """A launch, and the codes that can be seen after it: point -> how to read them (int16)."""
@@ -48,8 +53,8 @@ class Steps:
         """Room for a matrix of codes, in whole tiles: a product reads all rows of its last tile, wherever that begins."""
         return self._bytes(pad(rows, TILE_ROWS) + HIGHEST - TILE_ROWS, pad(columns, CHUNK))
 
-    def _floats(self, rows: int, columns: int) -> torch.Tensor:
-        out = torch.empty(rows, columns, dtype=torch.float32, device=self._device)
+    def _floats(self, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        out = torch.empty(rows, columns, dtype=dtype, device=self._device)
         return out.fill_(float("nan")) if self._poison else out
 
     def _add(self, launch: Launch) -> None:

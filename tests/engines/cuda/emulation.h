@@ -360,9 +360,37 @@ inline int byte_product(uint32_t a, uint32_t b) {
     return sum;
 }
 
+// float16 and back, in whole numbers: nearest even, as `cvt.rn.f16.f32`.
+inline unsigned to_half(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    const uint32_t sign = u >> 16 & 0x8000, size = u & 0x7FFFFFFF;
+    if (size >= 0x7F800000) {
+        return sign | (size > 0x7F800000 ? 0x7FFF : 0x7C00);
+    }
+    if (size >= 0x477FF000) {  // rounds to more than the largest
+        return sign | 0x7C00;
+    }
+    if (size < 0x38800000) {  // in steps of 2^-24
+        return sign | static_cast<unsigned>(nearbyintf(fabsf(x) * 16777216.0f));
+    }
+    const uint32_t rounded = size + 0xFFF + (size >> 13 & 1);
+    return sign | (rounded - 0x38000000) >> 13;
+}
+inline float from_half(unsigned h) {
+    const unsigned size = h & 0x7FFF;
+    uint32_t u = size >= 0x7C00 ? 0x7F800000 | (size & 0x3FF) << 13 : (size << 13) + 0x38000000;
+    float x;
+    memcpy(&x, &u, 4);
+    x = size < 0x400 ? static_cast<float>(size) * 0x1p-24f : x;
+    return h & 0x8000 ? -x : x;
+}
+inline uint32_t to_halves(float a, float b) { return to_half(a) | to_half(b) << 16; }
+inline void from_halves(uint32_t pair, float& a, float& b) { a = from_half(pair & 0xFFFF), b = from_half(pair >> 16); }
 inline void copy_async(void* to, const void* from, bool wanted) {
     wanted ? memcpy(to, from, 16) : memset(to, 0, 16);
 }
+inline void copy_eight_async(void* to, const void* from) { memcpy(to, from, 8); }
 inline void touch(void* to, const void* from) {
     memcpy(to, from, 4);
     emulation::touched_twice += !emulation::touched.insert(to).second;

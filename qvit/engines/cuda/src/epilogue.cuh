@@ -6,16 +6,17 @@
 
 #include "layout.cuh"
 #include "rounding.cuh"
+#include "stream.cuh"
 
 struct GemmArgs {
     const uint8_t* a;         // codes [M, K] as `layout.cuh` says, padded with anything
     const int8_t* b;          // codes [N, K], padded with zeros
     const float* scale;       // [N padded]: scale_x * scale_w
     const float* bias;        // [N padded]: folded bias
-    void* out;                // codes [M, N], floats [.., ldo], or q [B, H, N, D]
+    void* out;                // codes [M, N], floats (`Stream`) [.., ldo], or q [B, H, N, D]
     void* out_k;              // the same of k and v; codes, where floats and codes go out
     void* out_v;
-    const float* residual;    // floats, RESIDUAL: added; may be `out`
+    const Stream* residual;   // floats, RESIDUAL: added; may be `out`
     const float* gamma;       // floats, GAMMA: LayerScale [N]
     const float* position;    // floats, POSITION: added after all, [rows_out, N]
     const float* inverse;     // codes: 1 / step of the next input, or gain behind a standardisation [N]

@@ -27,7 +27,7 @@ __device__ __forceinline__ bool is_never(const GemmArgs& p) { return p.m < 0; }
 // held in registers for a case that is rare. All that it reads is on its way before anything is used.
 __device__ __noinline__ inline void codes_again(const GemmArgs& p, int r, int lane) {
     constexpr int kOwn = kWN / 32;  // columns a lane
-    const float* const from = static_cast<const float*>(p.out) + static_cast<size_t>(float_row(p, r)) * LDO + lane;
+    const Stream* const from = static_cast<const Stream*>(p.out) + static_cast<size_t>(float_row(p, r)) * LDO + lane;
     const float *const weights = p.weight + lane, *const affines = p.affine + lane, *const offsets = p.offset + lane;
     const float* const steps = p.step + lane;
     const float low = p.low, high = p.high;
@@ -37,7 +37,7 @@ __device__ __noinline__ inline void codes_again(const GemmArgs& p, int r, int la
     float x[kOwn], weight[kOwn], added[kOwn], offset[kOwn], step[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
-        x[i] = from[32 * i];
+        x[i] = value_of(from[32 * i]);
     }
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {

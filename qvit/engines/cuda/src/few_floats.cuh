@@ -13,7 +13,7 @@ struct Finish {
     const GemmArgs& p;
     float* beside;
     int row0, column0;
-    const float* residual[kTurns];  // RESIDUAL: what the thread adds, or null
+    const Stream* residual[kTurns];  // RESIDUAL: what the thread adds, or null
 
     // What no kernel writes is on its way.
     __device__ __forceinline__ Finish(const GemmArgs& p, unsigned char* beside, int row0, int column0)
@@ -53,7 +53,11 @@ struct Finish {
 #pragma unroll
             for (int i = 0; i < kTurns; i++) {
                 if (residual[i] != nullptr) {
-                    copy_async(added(task, 0, i), residual[i], true);
+                    if constexpr (OUT_HALF) {
+                        copy_eight_async(added(task, 0, i), residual[i]);
+                    } else {
+                        copy_async(added(task, 0, i), residual[i], true);
+                    }
                 }
             }
             copies_end_group();
@@ -71,10 +75,13 @@ struct Finish {
             if (const int to = place(task, i); to >= 0) {
                 int s[4];
                 sums.read(task.row(i), task.column, s);
-                const float4 first = kAdded > 0 ? four(added(task, 0, i)) : scales;
-                const float4 second = kAdded > 1 ? four(added(task, 1, i)) : first;
-                const float residual[4] = {first.x, first.y, first.z, first.w};
-                const float position[4] = {second.x, second.y, second.z, second.w};
+                float residual[4] = {}, position[4] = {};
+                if constexpr (RESIDUAL) {
+                    load_values(reinterpret_cast<const Stream*>(added(task, 0, i)), residual);
+                }
+                if constexpr (POSITION) {
+                    load_values(added(task, RESIDUAL, i), position);
+                }
                 float y[4];
 #pragma unroll
                 for (int e = 0; e < 4; e++) {  // in the reference engine's order
@@ -92,7 +99,7 @@ struct Finish {
                         y[e] *= 0.5f;
                     }
                 }
-                *reinterpret_cast<float4*>(static_cast<float*>(p.out) + at(task, to)) = {y[0], y[1], y[2], y[3]};
+                store_values(static_cast<Stream*>(p.out) + at(task, to), y);
             }
         }
     }

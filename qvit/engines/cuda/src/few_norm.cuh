@@ -29,7 +29,7 @@ struct FewArgs : GemmArgs {
 };
 
 // The codes in doubt of a row, as they are defined; `near`: its mean or nearly so, `doubts`: a bit for each of the lane's values.
-__device__ __noinline__ inline void codes_again(const NormArgs& p, const float* row, int lane, float near, uint32_t doubts,
+__device__ __noinline__ inline void codes_again(const NormArgs& p, const Source* row, int lane, float near, uint32_t doubts,
                                                 unsigned char* codes) {
     float x[kLanes];
     load_row([&](int c) { return row + c; }, lane, x);
@@ -50,7 +50,7 @@ __device__ __noinline__ inline void codes_again(const NormArgs& p, const float* 
         const int c = channel(__ffs(static_cast<int>(doubts)) - 1, lane);
         doubts &= doubts - 1;
         codes[code_in_line(c)] =
-            static_cast<unsigned char>(exact_code(exact_value(p, of, row[c], c), p.offset[c], p.step[c], p.low, p.high));
+            static_cast<unsigned char>(exact_code(exact_value(p, of, value_of(row[c]), c), p.offset[c], p.step[c], p.low, p.high));
     }
 }
 
@@ -108,7 +108,7 @@ struct Normer {
         }
     }
 
-    __device__ __forceinline__ void write(const float (&x)[kLanes], const float* from, unsigned char* line) const {
+    __device__ __forceinline__ void write(const float (&x)[kLanes], const Source* from, unsigned char* line) const {
         float sums[4] = {}, squares[4] = {};  // four of each, so that few roundings are one after the other
 #pragma unroll
         for (int i = 0; i < kLanes; i++) {  // zeros behind the last channel

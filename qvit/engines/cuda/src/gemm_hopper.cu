@@ -36,7 +36,7 @@ struct Behind {
 constexpr bool kHasLines = !COLUMN_STAGES && !((STAGED || DIRECT) && EPILOGUE == 0);
 
 #if !STAGED
-constexpr int kSlot = 0, kMovedRows = 0;
+constexpr int kSlotBytes = 0, kMovedRows = 0;
 #endif
 #if !DIRECT
 constexpr int kConstants = 0;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
 #if STAGED
-    unsigned char* const slots = behind.slots + warp * kSlots * kSlot;
+    unsigned char* const slots = behind.slots + warp * kSlotBytes;
     int* const moved = behind.moved + warp * kMovedRows;
     const auto place = [&](int tile) -> Place {
         const bool there = range.first <= tile && tile < range.last;
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     of.columns = of.stages + kStages * kStage;
     Behind behind;
     behind.slots = of.columns + COLUMN_STAGES * COLUMN_BYTES * kBN;
-    behind.constants = reinterpret_cast<float*>(behind.slots + (STAGED ? 4 * kGroups * kSlots * kSlot : 0));
+    behind.constants = reinterpret_cast<float*>(behind.slots + 4 * kGroups * kSlotBytes);
     behind.moved = reinterpret_cast<int*>(behind.constants + kConstants);
     behind.lines = reinterpret_cast<unsigned char*>(behind.moved + 4 * kGroups * kMovedRows);
     of.barriers = reinterpret_cast<Barriers*>(behind.lines + (kHasLines ? 4 * kGroups * kWM * kLine : 0));

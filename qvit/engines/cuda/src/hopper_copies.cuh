@@ -16,11 +16,11 @@ __device__ __forceinline__ void prefetch_residual(const GemmArgs& p, int row0, i
 #if STAGED || DIRECT
     if (PREFETCH && RESIDUAL && SCATTER != 1) {
         const int rows = p.m - row0 < kTileM ? p.m - row0 : kTileM, columns = p.n - column0 < kBN ? p.n - column0 : kBN;
-        const float* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
+        const Stream* const from = p.residual + static_cast<size_t>(row0) * p.ldo + column0;
         const int together = columns == p.ldo ? 16 : 1;
         for (int r = 0; r < rows; r += together) {
             const int count = rows - r < together ? rows - r : together;
-            prefetch(from + static_cast<size_t>(r) * p.ldo, count * columns * static_cast<int>(sizeof(float)));
+            prefetch(from + static_cast<size_t>(r) * p.ldo, count * columns * static_cast<int>(sizeof(Stream)));
         }
     }
 #endif

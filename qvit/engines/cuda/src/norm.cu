@@ -1,4 +1,4 @@
-// LayerNorm of float32 rows (or none, where IDENTITY), and the codes of what comes out; a warp a row.
+// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp a row.
 //
 // GATHER: a row is put together of so many rows of x, CHANNELS / GATHER wide each: one for the tokens of Swin's windows, four for
 // the neighbours that patch merging joins.
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     static_assert(CHANNELS % GATHER == 0 && kPiece % kVector == 0, "a lane's neighbours lie in one row");
     const auto at = [&](int c) { return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece; };
 #else
-    const float* const from = p.x + row * p.ldx;
+    const Source* const from = p.x + row * p.ldx;
     const auto at = [&](int c) { return from + c; };
 #endif
     float x[kLanes];
@@ -51,12 +51,12 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     }
 #elif OUT_FLOAT
     const Moments of = exact_moments(x, lane, p.eps);
-    float* out = static_cast<float*>(p.out) + row * p.ldo;
+    Stream* out = static_cast<Stream*>(p.out) + row * p.ldo;
 #pragma unroll
     for (int i = 0; i < kLanes; i++) {
         const int c = channel(i, lane);
         if (c < CHANNELS) {
-            out[c] = exact_value(p, of, x[i], c);
+            store_value(out + c, exact_value(p, of, x[i], c));
         }
     }
 #else

@@ -4,9 +4,10 @@
 
 #include "moments.cuh"
 #include "rounding.cuh"
+#include "stream.cuh"
 
 struct NormArgs {
-    const float* x;       // rows, ldx apart
+    const Source* x;      // rows, ldx apart
     const float* weight;  // [C]
     const float* bias;
     const float* gain;    // [C]: weight / step, and (bias - offset) / step
@@ -31,14 +32,15 @@ __device__ __forceinline__ void load_row(const At& at, int lane, float (&x)[kLan
 #pragma unroll
     for (int i = 0; i < kLanes; i += kVector) {
         const int c = channel(i, lane);
-        if constexpr (kVector == 4) {
-            const float4 four = *reinterpret_cast<const float4*>(at(c));
-            x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
-        } else if constexpr (kVector == 2) {
-            const float2 two = *reinterpret_cast<const float2*>(at(c));
-            x[i] = two.x, x[i + 1] = two.y;
+        if constexpr (kVector == 1) {
+            x[i] = c < CHANNELS ? value_of(*at(c)) : 0.0f;
         } else {
-            x[i] = c < CHANNELS ? *at(c) : 0.0f;
+            float values[kVector];
+            load_values(at(c), values);
+#pragma unroll
+            for (int e = 0; e < kVector; e++) {
+                x[i + e] = values[e];
+            }
         }
     }
 }

@@ -1,22 +1,24 @@
 // A row's floats behind a product: LayerScale, residual and position, added up and stored.
 #pragma once
 
-// Two neighbouring floats of a row; `both`: there are two. EVEN: there always are, and rows begin at even places.
-__device__ __forceinline__ void load_row_pair(const float* from, bool both, float (&to)[2]) {
+// Two neighbours of a row of floats; `both`: there are two. EVEN: there always are, and rows begin at even places.
+template <class T>
+__device__ __forceinline__ void load_row_pair(const T* from, bool both, float (&to)[2]) {
     if constexpr (EVEN) {
-        load_pair(from, to);
+        load_values(from, to);
     } else {
-        to[0] = from[0], to[1] = both ? from[1] : 0.0f;
+        to[0] = value_of(from[0]), to[1] = both ? value_of(from[1]) : 0.0f;
     }
 }
 
-__device__ __forceinline__ void store_row_pair(float* to, bool both, const float (&from)[2]) {
+template <class T>
+__device__ __forceinline__ void store_row_pair(T* to, bool both, const float (&from)[2]) {
     if constexpr (EVEN) {
-        *reinterpret_cast<float2*>(to) = {from[0], from[1]};
+        store_values(to, from);
     } else {
-        to[0] = from[0];
+        store_value(to, from[0]);
         if (both) {
-            to[1] = from[1];
+            store_value(to + 1, from[1]);
         }
     }
 }
@@ -46,5 +48,5 @@ __device__ __forceinline__ void add_up(const GemmArgs& p, int r, int c, float (&
     if constexpr (HALVED) {
         y[0] *= 0.5f, y[1] *= 0.5f;
     }
-    store_row_pair(static_cast<float*>(p.out) + at, both, y);
+    store_row_pair(static_cast<Stream*>(p.out) + at, both, y);
 }

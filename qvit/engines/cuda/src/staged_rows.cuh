@@ -2,12 +2,17 @@
 //
 // A warp's part [16, kBN] of a tile is cut into pieces of kPiece columns. What is added to them is copied into kSlots slots ahead of
 // its use, those of the next tile already while this one's last are worked on, so that the memory has something to do during
-// products too; sums are added to it in place and go out in whole lines. A row of a slot is 32 bytes longer than a piece: what
-// fragments touch at a time, eight bytes a lane, is then in different banks.
+// products too; sums are added to it in place and go out in whole lines. A row of a slot is eight values longer than a piece: what
+// fragments touch at a time, two values a lane, is then in different banks.
 #pragma once
 
-constexpr int kPieces = kBN / kPiece, kPieceLine = 4 * kPiece + 32, kSlot = 16 * kPieceLine;
-static_assert(kBN % kPiece == 0 && kPieces % kSlots == 0 && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
+// What is added comes as it lies in memory: values of the stream, or a position in float32. Of float16 there are as many bytes ahead,
+// so twice as many pieces.
+using Added = StreamOf<OUT_HALF && !POSITION>::type;
+constexpr int kValue = sizeof(Added), kPieces = kBN / kPiece;
+constexpr int kSlotCount = kValue == 4 || 2 * kSlots > kPieces ? kSlots : 2 * kSlots;
+constexpr int kPieceLine = kValue * kPiece + 8 * kValue, kSlot = 16 * kPieceLine, kSlotBytes = kSlotCount * kSlot;  // of a warp
+static_assert(kBN % kPiece == 0 && kPieces % kSlotCount == 0 && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
 constexpr bool kMoved = SCATTER == 1 || POSITION;  // rows go elsewhere than where they are in the product
@@ -19,7 +24,13 @@ struct Place {
     int* moved;
 };
 
-constexpr int kAcross = kPiece / 4, kAtOnce = 32 / kAcross;   // a lane moves 16 bytes; rows that a warp moves at once
+// A lane moves 16 bytes of values T.
+template <class T>
+constexpr int kWide = 16 / sizeof(T);
+template <class T>
+constexpr int kAcross = kPiece / kWide<T>;  // lanes of a row
+template <class T>
+constexpr int kRowsAtOnce = 32 / kAcross<T>;
 constexpr bool kFullColumns = LDO % kBN == 0;
 
 // Looks up where a part's rows go; a division or a load a row, so once.
@@ -36,32 +47,37 @@ __device__ __forceinline__ void move_rows(const GemmArgs& p, const Place& of, in
 }
 
 // Calls `each(i, row, c)` for this lane's units of a piece: the i-th of its rows, where it goes, and the column.
-template <class Each>
+template <class T, class Each>
 __device__ __forceinline__ void for_units(const GemmArgs& p, const Place& of, int piece, int lane, const Each& each) {
-    const int c = of.column + piece * kPiece + 4 * (lane % kAcross), first = of.row + lane / kAcross, left = p.m - first;
+    const int c = of.column + piece * kPiece + kWide<T> * (lane % kAcross<T>), first = of.row + lane / kAcross<T>, left = p.m - first;
     if (kFullColumns || c < p.n) {
 #pragma unroll
-        for (int i = 0; i < 16 / kAtOnce; i++) {
-            if (i * kAtOnce < left) {
-                each(i, kMoved ? of.moved[lane / kAcross + i * kAtOnce] : first, c);
+        for (int i = 0; i < 16 / kRowsAtOnce<T>; i++) {
+            if (i * kRowsAtOnce<T> < left) {
+                each(i, kMoved ? of.moved[lane / kAcross<T> + i * kRowsAtOnce<T>] : first, c);
             }
         }
     }
 }
 
-// Where a unit is in a matrix of floats: the row is that of `for_units`.
+// Where a unit is in a matrix of values: the row is that of `for_units`.
+template <class T>
 __device__ __forceinline__ size_t unit_at(int i, int row, int c) {
-    return static_cast<size_t>(row) * LDO + c + (kMoved ? 0 : i * kAtOnce * LDO);
+    return static_cast<size_t>(row) * LDO + c + (kMoved ? 0 : i * kRowsAtOnce<T> * LDO);
 }
 
 // Copies what is added to a piece into its slot; ends with its own group of copies, an empty one where there is nothing.
 __device__ __forceinline__ void fetch_piece(const GemmArgs& p, const Place& of, int piece, int lane, unsigned char* slots) {
-    unsigned char* const to = slots + piece % kSlots * kSlot + lane / kAcross * kPieceLine + 16 * (lane % kAcross);
+    unsigned char* const to = slots + piece % kSlotCount * kSlot + lane / kAcross<Added> * kPieceLine + 16 * (lane % kAcross<Added>);
     if constexpr (RESIDUAL || POSITION) {
-        for_units(p, of, piece, lane, [&](int i, int row, int c) {
-            const float* from = RESIDUAL ? p.residual + unit_at(i, row, c)
-                                         : p.position + static_cast<size_t>(of.moved[32 + lane / kAcross + i * kAtOnce]) * LDO + c;
-            copy_async(to + i * kAtOnce * kPieceLine, from, true);
+        for_units<Added>(p, of, piece, lane, [&](int i, int row, int c) {
+            const void* from;
+            if constexpr (RESIDUAL) {
+                from = p.residual + unit_at<Added>(i, row, c);
+            } else {
+                from = p.position + static_cast<size_t>(of.moved[32 + lane / kAcross<Added> + i * kRowsAtOnce<Added>]) * LDO + c;
+            }
+            copy_async(to + i * kRowsAtOnce<Added> * kPieceLine, from, true);
         });
         copies_end_group();
     }
@@ -70,7 +86,7 @@ __device__ __forceinline__ void fetch_piece(const GemmArgs& p, const Place& of, 
 // The pieces that a warp starts with.
 __device__ __forceinline__ void fetch_first(const GemmArgs& p, const Place& of, int lane, unsigned char* slots) {
 #pragma unroll
-    for (int piece = 0; piece < kSlots; piece++) {
+    for (int piece = 0; piece < kSlotCount; piece++) {
         fetch_piece(p, of, piece, lane, slots);
     }
 }
@@ -80,10 +96,10 @@ __device__ __forceinline__ void fetch_first(const GemmArgs& p, const Place& of, 
 template <class Give>
 __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of, const Place& next, int piece, int lane,
                                              unsigned char* slots, const Give& give) {
-    unsigned char* const slot = slots + piece % kSlots * kSlot;
-    unsigned char* const mine = slot + lane / 4 * kPieceLine + 8 * (lane % 4);
+    unsigned char* const slot = slots + piece % kSlotCount * kSlot;
+    unsigned char* const mine = slot + lane / 4 * kPieceLine + 2 * kValue * (lane % 4);
     if constexpr (RESIDUAL || POSITION) {
-        copies_wait<kSlots - 1>();
+        copies_wait<kSlotCount - 1>();
         __syncwarp();
     }
 #pragma unroll
@@ -101,10 +117,10 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
         give(j, y);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float* const at = reinterpret_cast<float*>(mine + 8 * half * kPieceLine + 32 * k);
+            unsigned char* const at = mine + 8 * half * kPieceLine + 8 * kValue * k;
             float other[2] = {0.0f, 0.0f};
             if constexpr (RESIDUAL || POSITION) {
-                load_pair(at, other);
+                load_values(reinterpret_cast<const Added*>(at), other);
             }
 #pragma unroll
             for (int e = 0; e < 2; e++) {
@@ -119,16 +135,23 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
                     one *= 0.5f;
                 }
             }
-            *reinterpret_cast<float2*>(at) = {y[2 * half], y[2 * half + 1]};
+            const float pair[2] = {y[2 * half], y[2 * half + 1]};
+            store_values(reinterpret_cast<Stream*>(at), pair);  // a pair of float16 in place of a position's: in its first half
         }
     }
     __syncwarp();
-    const unsigned char* const from = slot + lane / kAcross * kPieceLine + 16 * (lane % kAcross);
-    for_units(p, of, piece, lane, [&](int i, int row, int c) {
-        *reinterpret_cast<float4*>(static_cast<float*>(p.out) + unit_at(i, row, c)) =
-            *reinterpret_cast<const float4*>(from + i * kAtOnce * kPieceLine);
+    constexpr int kApart = kValue / sizeof(Stream);  // what is added, and so a place of the slot, may be twice as long as the sum
+    const unsigned char* const from = slot + lane / kAcross<Stream> * kPieceLine + kApart * 16 * (lane % kAcross<Stream>);
+    for_units<Stream>(p, of, piece, lane, [&](int i, int row, int c) {
+        const uint4* const sums = reinterpret_cast<const uint4*>(from + i * kRowsAtOnce<Stream> * kPieceLine);
+        uint4 out = sums[0];
+        if constexpr (kApart == 2) {
+            const uint4 more = sums[1];
+            out = {out.x, out.z, more.x, more.z};
+        }
+        *reinterpret_cast<uint4*>(static_cast<Stream*>(p.out) + unit_at<Stream>(i, row, c)) = out;
     });
     __syncwarp();  // all of the slot has been read
-    const int after = piece + kSlots;
+    const int after = piece + kSlotCount;
     fetch_piece(p, after < kPieces ? of : next, after % kPieces, lane, slots);
 }

@@ -65,6 +65,10 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool want
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(wanted ? 16 : 0)
                  : "memory");
 }
+// The same of eight bytes.
+__device__ __forceinline__ void copy_eight_async(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 // 4 bytes, for the first-level cache's sake: the kTouched bytes around `from`, the least that it takes, will soon be loaded. Nobody
 // reads `to`, which is yet no other copy's place: where two have one, racecheck reports it.
 __device__ __forceinline__ void touch(void* to, const void* from) {

@@ -10,20 +10,44 @@
 constexpr int kUnitsOfTile = kBN / 8;  // of a lane: even ones are of row lane / 4, odd ones of the row eight below
 static_assert(kAhead % 2 == 0 && kAhead <= kUnitsOfTile, "a batch is of both rows");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
+using Added = StreamOf<OUT_HALF && !POSITION>::type;  // a position is float32
 
-struct FourFloats {
-    float x[4];
+// As they were loaded; they become floats where they are used, so that nothing waits for them before.
+template <class T>
+struct FourOf {
+    uint32_t words[sizeof(T)];
+
+    __device__ __forceinline__ void get(float (&x)[4]) const {
+        if constexpr (sizeof(T) == 4) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                x[e] = __int_as_float(static_cast<int>(words[e]));
+            }
+        } else {
+            from_halves(words[0], x[0], x[1]);
+            from_halves(words[1], x[2], x[3]);
+        }
+    }
 };
 
 // Loads stay where they are among other loads and waits.
-__device__ __forceinline__ FourFloats load_four(const float* from) {
-    FourFloats to;
+__device__ __forceinline__ FourOf<float> load_four(const float* from) {
+    FourOf<float> to;
 #ifdef QVIT_EMULATION
-    memcpy(to.x, from, sizeof to.x);
+    memcpy(to.words, from, sizeof to.words);
 #else
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(to.x[0]), "=f"(to.x[1]), "=f"(to.x[2]), "=f"(to.x[3])
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.words[0]), "=r"(to.words[1]), "=r"(to.words[2]), "=r"(to.words[3])
                  : "l"(from));
+#endif
+    return to;
+}
+__device__ __forceinline__ FourOf<Half> load_four(const Half* from) {
+    FourOf<Half> to;
+#ifdef QVIT_EMULATION
+    memcpy(to.words, from, sizeof to.words);
+#else
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(to.words[0]), "=r"(to.words[1]) : "l"(from));
 #endif
     return to;
 }
@@ -31,9 +55,9 @@ __device__ __forceinline__ FourFloats load_four(const float* from) {
 // A lane's part of a tile: four neighbours of every sixteen columns of rows `row` and `row + 8`.
 struct Part {
     int row, rows;
-    const float* from[2];  // what is added; of a row that is there in any case
-    float* to[2];
-    FourFloats ahead[kAhead];
+    const Added* from[2];  // what is added; of a row that is there in any case
+    Stream* to[2];
+    FourOf<Added> ahead[kAhead];
 
     // Loads come under way. The part of a warp whose first row is row0.
     __device__ __forceinline__ void begin(const GemmArgs& p, int row0, int lane) {
@@ -43,10 +67,12 @@ struct Part {
             const int r = min(row + 8 * half, p.m - 1), c = 4 * (lane % 4);
             const int inside = POSITION ? p.row_first + r % p.rows_in : 0;
             const int moved = POSITION ? r / p.rows_in * p.rows_out + inside : float_row(p, r);
-            to[half] = static_cast<float*>(p.out) + static_cast<size_t>(moved) * LDO + c;
-            from[half] = POSITION   ? p.position + static_cast<size_t>(inside) * LDO + c
-                         : RESIDUAL ? p.residual + static_cast<size_t>(moved) * LDO + c
-                                    : nullptr;
+            to[half] = static_cast<Stream*>(p.out) + static_cast<size_t>(moved) * LDO + c;
+            if constexpr (POSITION) {
+                from[half] = p.position + static_cast<size_t>(inside) * LDO + c;
+            } else {
+                from[half] = RESIDUAL ? p.residual + static_cast<size_t>(moved) * LDO + c : nullptr;
+            }
         }
         fetch(0);
     }
@@ -66,20 +92,25 @@ struct Part {
             __syncwarp();
         }
     }
-    // y of a unit, the layer's output, becomes the sum, and goes out.
+    // y of a unit, the layer's output, becomes the sum as it goes out.
     __device__ __forceinline__ void add_up(int unit, float (&y)[4]) const {
+        float other[4] = {};
+        if constexpr (RESIDUAL || POSITION) {
+            ahead[unit % kAhead].get(other);
+        }
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             if constexpr (RESIDUAL || POSITION) {
-                y[e] = __fadd_rn(ahead[unit % kAhead].x[e], y[e]);
+                y[e] = __fadd_rn(other[e], y[e]);
             }
             if constexpr (HALVED) {
                 y[e] *= 0.5f;
             }
         }
         if (is_there(unit % 2)) {
-            *reinterpret_cast<float4*>(to[unit % 2] + unit / 2 * 16) = {y[0], y[1], y[2], y[3]};
+            store_values(to[unit % 2] + unit / 2 * 16, y);
         }
+        round_to_stream(y);
     }
 };
 
