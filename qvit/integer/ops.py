@@ -15,7 +15,7 @@ against. Sums are exact integers, so engines agree bit for bit up to the float s
     attention         codes of q, k, v -> float [B, N, C]                 see `Attention`; proj's input is quantized next
     windows           float [B, L, C] <-> float [B W, N, C]               see `Windows`; around attention, in Swin alone
     merge             float [B, L, C] -> float [B, L / 4, M]              see `PatchMerging`; in Swin alone
-    stream            float [B, N, C] -> float [B, N, C]                  x, or half(x) in a model with residual float16; see `Block`
+    stream            float [B, N, C] -> float [B, N, C]                  x, or half(x) with residual float16; see `Block`
 
 Codes are round-half-to-even: that is what PyTorch's and NumPy's ``round``, C's ``nearbyint`` and CUDA's ``rintf`` do.
 All arrays here are NumPy; float vectors are float32, whatever they were stored as.
