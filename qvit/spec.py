@@ -314,6 +314,7 @@ def _known(extent: int | None, granularity: object) -> int:
 Override = Mapping[str, Any]
 
 WEIGHT_QUANTIZERS = ("lsq", "statsq")
+RESIDUALS = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -328,13 +329,15 @@ class ModelSpec:
             RepQ-ViT); the float function does not change.
         weight_quantizer: of the blocks' weights: ``lsq`` learns its steps; ``statsq`` derives them from the weights and has
             levels at odd half steps (`qvit.quantizers.statsq`). The edge layers' weights are always ``lsq``.
+        residual: of the residual stream, ``float32``, or ``float16``, to which it is then rounded wherever it is written
+            (`qvit.integer.ops.Block`).
         overrides: pattern -> fields of `QuantSpec` to change (``bits``, ``signed``, ``scale``, ``offset``; granularities by
             name), or a number of bits alone. A pattern is a shell pattern over the names of quantization points
             (``blocks.0.attn.qkv.weight``, ``blocks.0.attn.qkv.input``, ``blocks.0.attn.q``, ..) or of the modules that hold
             them (``blocks.0``, ``*.mlp.fc2``). Later patterns win.
 
     Raises:
-        SpecError: bits out of range, or an override with an unknown field.
+        SpecError: bits out of range, an unknown name, or an override with an unknown field.
     """
 
     weight_bits: int = 4
@@ -343,6 +346,7 @@ class ModelSpec:
     rectify: bool = True
     equalise: bool = True
     weight_quantizer: str = "lsq"
+    residual: str = "float32"
     overrides: Mapping[str, int | Override] = field(default_factory=dict)
 
     _DEFAULTS: ClassVar[dict[Operand, tuple[bool, Granularity, OffsetGranularity]]] = {
@@ -365,6 +369,8 @@ class ModelSpec:
                 raise SpecError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         if self.weight_quantizer not in WEIGHT_QUANTIZERS:
             raise SpecError(f"weight_quantizer={self.weight_quantizer!r} is unknown: use {' or '.join(WEIGHT_QUANTIZERS)}.")
+        if self.residual not in RESIDUALS:
+            raise SpecError(f"residual={self.residual!r} is unknown: use {' or '.join(RESIDUALS)}.")
         if not isinstance(self.overrides, Mapping):
             raise SpecError(f"overrides={self.overrides!r} is no mapping of name patterns to bits or to fields of a QuantSpec.")
         for pattern, change in self.overrides.items():

@@ -227,6 +227,15 @@ def test_default_bits_of_blocks_and_edges() -> None:
     assert spec.with_bits(4) == ModelSpec(weight_bits=4, act_bits=4, edge_bits=7)
 
 
+def test_residual_is_one_of_two_types_and_float32_where_nothing_is_said() -> None:
+    spec, plain = ModelSpec(residual="float16"), ModelSpec()
+    assert plain.residual == "float32"
+    assert ModelSpec.from_dict(spec.to_dict()) == spec != plain
+    assert ModelSpec.from_dict({k: v for k, v in plain.to_dict().items() if k != "residual"}) == plain
+    with pytest.raises(SpecError, match="residual='bfloat16' is unknown: use float32 or float16"):
+        ModelSpec(residual="bfloat16")
+
+
 def test_statsq_gives_the_blocks_weights_half_steps_and_leaves_all_else() -> None:
     spec, plain = ModelSpec(weight_quantizer="statsq"), ModelSpec()
     assert spec.resolve("blocks.0.mlp.fc1.weight", Operand.WEIGHT) == QuantSpec(

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 _CALIBRATION_IMAGES = 2
 
 
-def write_random_model(name: str, bits: int, path: Path, overrides: Mapping[str, Any] | None = None) -> None:
+def write_random_model(
+    name: str, bits: int, path: Path, overrides: Mapping[str, Any] | None = None, residual: str = "float32"
+) -> None:
     """Quantizes timm's model of that name with random weights, calibrates it on noise and writes its integers.
 
     Time and memory of an engine do not depend on the values, so this stands for a trained model of the same architecture.
@@ -25,6 +27,7 @@ def write_random_model(name: str, bits: int, path: Path, overrides: Mapping[str,
         bits: of weights and activations.
         path: the .qvit file to write.
         overrides: of single quantization points, as in `qvit.spec.ModelSpec`.
+        residual: of the residual stream, as there.
 
     Raises:
         RecipeError: timm has no such model.
@@ -38,7 +41,7 @@ def write_random_model(name: str, bits: int, path: Path, overrides: Mapping[str,
 
     torch.manual_seed(0)
     model, preprocessing = build_model(ModelSection(name=name, pretrained=False), DataSection())
-    spec = ModelSpec.of_bits(bits, overrides=overrides or {})
+    spec = ModelSpec.of_bits(bits, overrides=overrides or {}, residual=residual)
     student = qvit.quantize(model.eval(), spec=spec, preprocessing=preprocessing)
     pixels = torch.randint(0, 256, (_CALIBRATION_IMAGES, *preprocessing.input_size), dtype=torch.uint8)
     images = torch.from_numpy(preprocessing.normalise(pixels.numpy()))

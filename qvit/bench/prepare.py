@@ -37,7 +37,7 @@ def _prepare(request: dict[str, Any]) -> None:
 
     path = Path(request["path"])
     if "name" in request:
-        write_random_model(request["name"], request["bits"], path)
+        write_random_model(request["name"], request["bits"], path, residual=request.get("residual", "float32"))
         return
     from qvit.bench.peers import peer_named
     from qvit.integer.model import IntegerModel

@@ -48,13 +48,13 @@ class Settings:
     starts: int = 3
 
 
-def make_random_model(name: str, bits: int, path: Path) -> None:
+def make_random_model(name: str, bits: int, path: Path, residual: str = "float32") -> None:
     """`qvit.bench.models.write_random_model` in a process of its own; raises `InputError` where it fails."""
     for package in ("torch", "timm"):
         if not is_installed(package):
             raise MissingDependencyError(f"Making {name} with random weights needs {package}: pip install 'qvit[train]'.")
     try:
-        with Child("qvit.bench.prepare", {"name": name, "bits": bits, "path": str(path)}):
+        with Child("qvit.bench.prepare", {"name": name, "bits": bits, "path": str(path), "residual": residual}):
             pass
     except ChildError as error:
         raise InputError(f"{name} cannot be made with {bits} bits: {error}") from None

@@ -112,6 +112,10 @@ class ReferenceEngine:
         """The activation between fc1 and fc2."""
         return exact_float.activation(x, self.model.architecture.activation)
 
+    def stream(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream as blocks and norms read it, float32 [B, N, C] (`qvit.integer.ops.Block`)."""
+        return x.half().float() if self.model.residual == "float16" else x
+
     def rectify(self, x: torch.Tensor, rectify: ops.Rectify | None) -> torch.Tensor:
         """IRM, float [B, H, N, D]."""
         if rectify is None:
@@ -215,7 +219,7 @@ class ReferenceEngine:
         std = torch.tensor(model.preprocessing.std, device=self.device).repeat_interleave(ph * pw)
         x = self._linear(x * std, model.patch, taps)
         if isinstance(a, SwinArchitecture):
-            return self.norm(x, model.norm_pre)
+            return self.stream(self.norm(x, model.norm_pre))
         prefix = [
             self._tensor(token).expand(b, -1, -1)
             for token in (model.cls_token, model.dist_token, model.reg_token)
@@ -228,22 +232,22 @@ class ReferenceEngine:
         else:
             x = torch.cat([*prefix, x], dim=1)
             x = x if position is None else x + position
-        return self.norm(x, model.norm_pre)
+        return self.stream(self.norm(x, model.norm_pre))
 
     def _merge(self, x: torch.Tensor, merging: ops.PatchMerging, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         """2 x 2 neighbours become one token, [B, L, C] -> [B, L / 4, M]."""
         (rows, columns), c = merging.map, x.shape[-1]
         squares = x.reshape(len(x), rows // 2, 2, columns // 2, 2, c)
         neighbours = torch.cat([squares[:, :, down, :, right] for right in (0, 1) for down in (0, 1)], dim=-1)
-        return self._linear(self.norm(neighbours, merging.norm), merging.reduction, taps).flatten(1, 2)
+        return self.stream(self._linear(self.norm(neighbours, merging.norm), merging.reduction, taps).flatten(1, 2))
 
     def _block(self, x: torch.Tensor, block: ops.Block, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         """One transformer block, [B, N, C] -> [B, N, C]."""
         y = self._attention(self.norm(x, block.norm1), block, taps)
-        x = x + (y if block.ls1 is None else y * self._tensor(block.ls1))
+        x = self.stream(x + (y if block.ls1 is None else y * self._tensor(block.ls1)))
         y = self._linear(self.norm(x, block.norm2), block.fc1, taps)
         y = self._linear(self.gelu(y), block.fc2, taps)
-        return x + (y if block.ls2 is None else y * self._tensor(block.ls2))
+        return self.stream(x + (y if block.ls2 is None else y * self._tensor(block.ls2)))
 
     def _attention(self, x: torch.Tensor, block: ops.Block, taps: dict[str, torch.Tensor]) -> torch.Tensor:
         """Attention with its linear layers, [B, N, C] -> [B, N, C], in windows where it has some."""

@@ -4,8 +4,9 @@ Tensors of a linear layer ``X``: ``X.weight`` (uint8, packed codes), ``X.weight_
 ``X.input_offset``; of attention ``Y``: ``Y.q_scale`` and so on, ``Y.rectify_q.weight``; the rest as timm names them. Float
 vectors are float16 where the student was rounded to it (`qvit.integer.freeze`), else float32.
 
-Header: ``format`` (version), ``checksum`` (CRC-32 of the next, written as JSON with sorted keys, and of all tensors in the
-order of their names: name, type, shape and contents), ``qvit`` (the header of `IntegerModel`, with equal specs stored once).
+Header: ``format`` (version, see `FORMAT`), ``checksum`` (CRC-32 of the next, written as JSON with sorted keys, and of all
+tensors in the order of their names: name, type, shape and contents), ``qvit`` (the header of `IntegerModel`, with equal specs
+stored once).
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from safetensors.numpy import save
 from qvit.errors import FileFormatError, InputError
 from qvit.files import write_atomically
 
-FORMAT = 1
+# The highest version that is read. A file has the lowest that says what it holds, so that an older qvit reads it if it can:
+#   1   all that is not below
+#   2   a residual stream that is rounded (``residual``), which a reader of version 1 would pass over
+FORMAT = 2
 _KEY = "qvit"
 _LARGEST_FILE = 4 << 30
 
@@ -43,7 +47,8 @@ def encode(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> byte
         points[point] = names.setdefault(json.dumps(spec, sort_keys=True), len(names))
     stored = json.loads(json.dumps({**header, "specs": [json.loads(spec) for spec in names], "points": points}))
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    document = {"format": FORMAT, "checksum": _checksum(stored, arrays), "qvit": stored}
+    version = 1 if stored.get("residual", "float32") == "float32" else 2
+    document = {"format": version, "checksum": _checksum(stored, arrays), "qvit": stored}
     return save(arrays, metadata={_KEY: json.dumps(document, separators=(",", ":"))})
 
 

@@ -74,6 +74,8 @@ def freeze(
         "classes": names,
         "provenance": dict(provenance or {}),
     }
+    if info.spec.residual != "float32":
+        header["residual"] = info.spec.residual
     return IntegerModel.from_tensors(header, tensors)
 
 

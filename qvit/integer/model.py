@@ -27,9 +27,10 @@ class IntegerModel:
     Attributes:
         header: what the file says about the model: ``architecture``, ``specs`` (point -> `QuantSpec`), ``rectify_eps``,
             ``preprocessing``, ``classes``, ``provenance`` (top-1 of the float parent and of the student and on what data,
-            recipe, library versions).
+            recipe, library versions), and ``residual`` where it is not float32.
         tensors: name -> array as it lies in the file; see `qvit.integer.file`.
         architecture, preprocessing, specs, classes, provenance: parsed from the header.
+        residual: what the residual stream is rounded to, ``float32`` or ``float16`` (`qvit.integer.ops.Block`).
         patch: the patch embedding as a linear layer over pixel codes [B, N, C * ph * pw].
         cls_token, dist_token, reg_token: float32 [1, 1 or R, C] or ``None``.
         pos_embed: float32 [1, N, C] (or patches only) or ``None``.
@@ -45,6 +46,7 @@ class IntegerModel:
     specs: Mapping[str, QuantSpec]
     classes: tuple[str, ...]
     provenance: Mapping[str, Any]
+    residual: str
     patch: Linear
     cls_token: np.ndarray | None
     dist_token: np.ndarray | None
@@ -67,7 +69,8 @@ class IntegerModel:
         a = reader.architecture
         parts = swin_parts(reader, a) if isinstance(a, SwinArchitecture) else vit_parts(reader, a)
         reader.finish()
-        return cls(header, tensors, a, reader.preprocessing, reader.specs, reader.classes, reader.provenance, **parts)
+        parsed = a, reader.preprocessing, reader.specs, reader.classes, reader.provenance, reader.residual
+        return cls(header, tensors, *parsed, **parts)
 
     @classmethod
     def load(cls, path: str | Path) -> IntegerModel:

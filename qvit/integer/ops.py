@@ -15,6 +15,7 @@ against. Sums are exact integers, so engines agree bit for bit up to the float s
     attention         codes of q, k, v -> float [B, N, C]                 see `Attention`; proj's input is quantized next
     windows           float [B, L, C] <-> float [B W, N, C]               see `Windows`; around attention, in Swin alone
     merge             float [B, L, C] -> float [B, L / 4, M]              see `PatchMerging`; in Swin alone
+    stream            float [B, N, C] -> float [B, N, C]                  x, or half(x) with residual float16; see `Block`
 
 Codes are round-half-to-even: that is what PyTorch's and NumPy's ``round``, C's ``nearbyint`` and CUDA's ``rintf`` do.
 All arrays here are NumPy; float vectors are float32, whatever they were stored as.
@@ -223,6 +224,15 @@ class Block:
     """``x + ls1 * proj(attention(qkv(norm1(x))))``, then ``x + ls2 * fc2(gelu(fc1(norm2(x))))``; x float32 [B, N, C].
 
     In Swin attention and its two linear layers see windows (`Windows`), the MLP sees the map.
+
+    In a model with ``residual`` float16 the residual stream is rounded to float16 before anything reads it:
+
+        half(what enters the first block)        a ViT's tokens, all of them, behind norm_pre; a Swin's behind patch_embed.norm
+        half(x + ls1 * proj(..)), half(x + ls2 * fc2(..))                        of every block; the sum is of float32
+        half(reduction(..))                                                      of every `PatchMerging`
+
+    ``half`` is IEEE's: to the nearest, ties to even, subnormal numbers kept, infinity from 65520 on. Nothing else is rounded:
+    what norms, pooling and heads compute of the rounded stream is float32.
 
     Attributes:
         name: its path in the timm model, ``blocks.0`` or ``layers.0.blocks.0``.

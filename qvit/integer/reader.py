@@ -12,7 +12,7 @@ from qvit.errors import FileFormatError, SpecError
 from qvit.integer.ops import Attention, LayerNorm, Linear, Quantizer, Rectify, Weight, Windows
 from qvit.integer.packing import packed_size
 from qvit.preprocessing import Preprocessing
-from qvit.spec import Dims, Operand, PerChannel, PerGroup, PerTensor, QuantSpec
+from qvit.spec import RESIDUALS, Dims, Operand, PerChannel, PerGroup, PerTensor, QuantSpec
 
 
 class Reader:
@@ -26,6 +26,7 @@ class Reader:
             self.classes = _class_names(header["classes"])
             self.provenance = dict(header["provenance"])
             self.rectify_eps = _eps(header["rectify_eps"])
+            self.residual = _residual(header.get("residual", "float32"))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, FileFormatError):
                 raise
@@ -167,3 +168,9 @@ def _eps(value: Any) -> float | None:
     if value is not None and not (isinstance(value, (int, float)) and 0 <= value < 1):
         raise FileFormatError(f"The header's rectify_eps is {value!r}, not a small number: the file is damaged.")
     return None if value is None else float(value)
+
+
+def _residual(value: Any) -> str:
+    if value not in RESIDUALS:
+        raise FileFormatError(f"The header's residual is {value!r}, not {' or '.join(RESIDUALS)}: the file is damaged.")
+    return value

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from qvit.bench.run import make_random_model
 from qvit.integer.model import IntegerModel
 
 
@@ -21,6 +22,13 @@ def test_a_random_model(tmp_path: Path) -> None:
     path = tmp_path / "model.qvit"
     assert _prepare(name="deit_tiny_patch16_224", bits=2, path=str(path)) == (0, {})
     assert IntegerModel.load(path).block_bits() == (2, 2)
+    assert IntegerModel.load(path).residual == "float32"
+
+
+def test_a_random_model_with_a_rounded_residual_stream(tmp_path: Path) -> None:
+    path = tmp_path / "model.qvit"
+    make_random_model("deit_tiny_patch16_224", 2, path, residual="float16")
+    assert IntegerModel.load(path).residual == "float16"
 
 
 def test_a_peers_model(frozen_file: Path, tmp_path: Path) -> None:

@@ -290,3 +290,49 @@ def test_features_are_what_timm_gives_before_the_head(
     assert features.shape == (3, 24)
     # timm averages tokens in float32, the integer model in float64.
     torch.testing.assert_close(features, expected, rtol=0.0, atol=1e-6 if options else 0.0)
+
+
+# --- a residual stream of float16 ----------------------------------------------------------------------------------------
+
+
+class _Recorder(ReferenceEngine):
+    """Keeps what enters every LayerNorm over the residual stream."""
+
+    def norm(self, x: torch.Tensor, norm: ops.LayerNorm | None) -> torch.Tensor:
+        if norm is not None and norm is not self.model.norm_pre:
+            self.__dict__.setdefault("read", []).append(x)
+        return super().norm(x, norm)
+
+
+def _is_half(x: torch.Tensor) -> bool:
+    return np.array_equal(x.numpy(), x.numpy().astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("residual", ["float32", "float16"])
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_what_reads_the_residual_stream_reads_it_rounded(
+    family: str, residual: str, frozen: IntegerModel, frozen_swin: IntegerModel
+) -> None:
+    model = frozen if family == "vit" else frozen_swin
+    model = IntegerModel.from_tensors({**model.header, "residual": residual}, model.tensors)
+    engine = _Recorder(model)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *model.preprocessing.input_size), dtype=np.uint8)
+    images = torch.from_numpy(model.preprocessing.normalise(pixels))
+    logits = engine.forward(images)
+    read = engine.__dict__["read"]
+    assert len(read) == 2 * len(model.blocks) + 1 + sum(stage.merging is not None for stage in model.stages)
+    assert [_is_half(x) for x in read] == [residual == "float16"] * len(read)
+    assert not _is_half(logits)
+    features = engine.features(images)
+    assert not _is_half(features)  # what norm and pooling make of it is not rounded
+    plain = ReferenceEngine(IntegerModel.from_tensors({**model.header, "residual": "float32"}, model.tensors))
+    assert torch.equal(plain.forward(images), logits) == (residual == "float32")
+
+
+def test_half_is_ieees(frozen: IntegerModel) -> None:
+    engine = ReferenceEngine(IntegerModel.from_tensors({**frozen.header, "residual": "float16"}, frozen.tensors))
+    values = np.array(
+        [0.0, -0.0, 1 + 2**-11, 1 + 3 * 2**-11, 2**-24, 2**-25, 3 * 2**-26, 65504.0, 65519.0, 65520.0, -1e9], np.float32
+    )
+    expected = np.array([0, 0, 1, 1 + 2**-9, 2**-24, 0, 2**-24, 65504, 65504, np.inf, -np.inf], np.float32)
+    assert np.array_equal(engine.stream(torch.from_numpy(values)).numpy(), expected)

@@ -43,9 +43,7 @@ def test_round_trip(frozen: IntegerModel, tmp_path: Path) -> None:
 
 
 def test_header_holds_equal_specs_once(frozen_file: Path) -> None:
-    data = frozen_file.read_bytes()
-    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    stored = json.loads(header["__metadata__"]["qvit"])["qvit"]
+    stored = _document(frozen_file)["qvit"]
     assert len(stored["specs"]) == len({json.dumps(spec, sort_keys=True) for spec in stored["specs"]})
     assert len(stored["specs"]) < len(stored["points"])
 
@@ -149,6 +147,13 @@ def test_oversized_file_is_not_even_opened(tmp_path: Path) -> None:
     assert "more than any .qvit file" in _refused(path)
 
 
+def _document(path: Path) -> dict[str, Any]:
+    """The JSON document of a file."""
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return json.loads(header["__metadata__"]["qvit"])
+
+
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Changes the JSON document of a file and nothing else; the checksum is left as it is."""
     data = path.read_bytes()
@@ -168,7 +173,21 @@ def test_rewriting_alone_changes_nothing(frozen: IntegerModel, frozen_file: Path
 
 
 def test_newer_format(frozen_file: Path) -> None:
-    _rewrite(frozen_file, lambda document: document.update(format=2))
+    _rewrite(frozen_file, lambda document: document.update(format=3))
+    assert "is of format 3 and this qvit reads up to 2: upgrade" in _refused(frozen_file)
+
+
+def test_only_a_rounded_residual_stream_takes_the_second_format(
+    frozen: IntegerModel, frozen_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "residual" not in frozen.header
+    assert _document(frozen_file)["format"] == 1
+    IntegerModel.from_tensors({**frozen.header, "residual": "float32"}, frozen.tensors).save(frozen_file)
+    assert _document(frozen_file)["format"] == 1
+    IntegerModel.from_tensors({**frozen.header, "residual": "float16"}, frozen.tensors).save(frozen_file)
+    assert _document(frozen_file)["format"] == 2
+    assert IntegerModel.load(frozen_file).residual == "float16"
+    monkeypatch.setattr(qvit_file, "FORMAT", 1)  # what a qvit of before says
     assert "is of format 2 and this qvit reads up to 1: upgrade" in _refused(frozen_file)
 
 
@@ -213,4 +232,4 @@ def test_full_disk_leaves_the_old_file(
 
 def test_errors_of_the_format_are_errors_of_qvit() -> None:
     assert issubclass(FileFormatError, QvitError)
-    assert qvit_file.FORMAT == 1
+    assert qvit_file.FORMAT == 2

@@ -82,6 +82,8 @@ def test_float16_vectors_arrive_as_float32(frozen: IntegerModel) -> None:
         (_with("blocks.0.mlp.fc1.input_scale", lambda x: x.repeat(2)), r"input_scale is float16\[2\]"),
         (_with("blocks.0.mlp.fc1.weight", lambda x: x[:-1]), "at 3 bits takes 216 bytes"),
         (_with("blocks.0.mlp.fc1.weight", lambda x: x.view(np.int8)), "at 3 bits takes 216 bytes"),
+        (_header("residual", value="bfloat16"), "residual is 'bfloat16', not float32 or float16"),
+        (_header("residual", value=None), "residual is None"),
         (_header("classes", value=["a", "b"]), "names 2 classes for 10 outputs"),
         (_header("classes", value="0123456789"), "no list of names"),
         (_header("classes", value=list(range(10))), "no list of names"),
