@@ -68,11 +68,13 @@ struct Part {
             const int inside = POSITION ? p.row_first + r % p.rows_in : 0;
             const int moved = POSITION ? r / p.rows_in * p.rows_out + inside : float_row(p, r);
             to[half] = static_cast<Stream*>(p.out) + static_cast<size_t>(moved) * LDO + c;
-            if constexpr (POSITION) {
-                from[half] = p.position + static_cast<size_t>(inside) * LDO + c;
-            } else {
-                from[half] = RESIDUAL ? p.residual + static_cast<size_t>(moved) * LDO + c : nullptr;
+            const void* other = nullptr;
+            if (POSITION) {
+                other = p.position + static_cast<size_t>(inside) * LDO + c;
+            } else if (RESIDUAL) {
+                other = p.residual + static_cast<size_t>(moved) * LDO + c;
             }
+            from[half] = static_cast<const Added*>(other);
         }
         fetch(0);
     }
