@@ -10,6 +10,8 @@ import pytest
 
 import qvit
 from qvit.engines.cuda import CudaEngine, plan_vit, tiles
+from qvit.engines.cuda.tiles import HopperTile, MmaTile
+from qvit.engines.cuda.tuned import Choice, Tuned
 from qvit.integer.model import IntegerModel
 from qvit.spec import ModelSpec
 from tests.engines.cuda.emulator import open_gpu
@@ -73,13 +75,33 @@ def test_rows_stay(gpu: Any, small: Callable[..., IntegerModel], monkeypatch: py
     assert (fc2["kBN"], fc2["RESIDENT"], fc2["OVERLAP"]) == (128, 1, 0)
 
 
-def test_rows_stay_for_wide_tiles(gpu: Any, small: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles of 256 k, row blocks that follow each other, two tiles of columns."""
+def test_rows_stay_for_wide_tiles(gpu: Any, small: Callable[..., IntegerModel]) -> None:
+    """As a file of measured tiles may say: several tiles of 256 k, row blocks that follow each other, two tiles of columns.
+
+    Those of proj, which are bytes, stay too.
+    """
     staying = replace(tiles._FLOATS[0], stages=3, slots=2, keeps_rows=True)
-    monkeypatch.setattr(tiles, "_FLOATS", (staying, *tiles._FLOATS))
+    gpu.tuned = Tuned(Choice("floats", 5 * 27, 384, k, False, staying) for k in (384, 768))
     gpu.multiprocessors = 1
-    (fc2,) = check_packed(small(384, 4, 768), gpu, 27)
+    model = small(384, 4, 768)
+    (fc2,) = check_packed(model, gpu, 27)
     assert (fc2["kBN"], fc2["RESIDENT"], fc2["kStages"], fc2["kSlots"]) == (192, 1, 3, 2)
+    (proj,) = (one for one in CudaEngine(model, gpu).launches(27) if one.defines.get("DEPTH") == 384 and one.values["n"] == 384)
+    assert (proj.defines["kStages"], proj.defines["RESIDENT"], proj.defines["A_NIBBLES"]) == (3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "tuned", [("codes", 768, 384, MmaTile(64, 64, 64, 4, 4, 1)), ("floats", 384, 768, HopperTile(2, 384, 4, direct=True))]
+)
+def test_measured_tiles_that_do_not_know_how(
+    tuned: tuple[str, int, int, Any], gpu: Any, small: Callable[..., IntegerModel]
+) -> None:
+    """Of fc1 or of fc2: codes are bytes."""
+    kind, n, k, tile = tuned
+    model = small(384, 4, 768)
+    assert [len(one) for one in between(model, gpu, 27)] == [1, 1]
+    gpu.tuned = Tuned([Choice(kind, 5 * 27, n, k, False, tile)])
+    assert between(model, gpu, 27) == ([], [])
 
 
 def test_tables_are_cut_narrow(gpu: Any, small: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch) -> None:
