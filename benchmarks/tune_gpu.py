@@ -103,6 +103,7 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
             rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2)]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
             streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4)]
+            stays = [True] if bn < 192 or site.bits else [False, True] if bn == 192 else [False]
             tiles += [
                 replace(
                     base,
@@ -111,8 +112,9 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                     piece=piece,
                     slots=slots,
                     overlaps=overlaps,
-                    keeps_rows=bn < 192 or site.bits,
+                    keeps_rows=keeps_rows,
                 )
+                for keeps_rows in stays
                 for stages, row_stages in streams
                 for piece, slots in rings
                 for overlaps in ((False, True) if bn <= 192 else (False,))

@@ -121,7 +121,10 @@ def _gemm(launch: Launch) -> Work:
     values = launch.values
     m, n, k = values["m"], values["n"], values["k"]
     bits, out = bool(launch.defines.get("BITS")), values["out"].element_size()
-    moved = (m * k + n * k) // (4 if bits else 1) + m * n * out // (4 if launch.defines.get("OUT_BITS") and out == 1 else 1)
+    packed = 4 if launch.defines.get("OUT_BITS") else 2 if launch.defines.get("OUT_NIBBLES") else 1  # codes a byte
+    moved = (m * k + n * k) // (4 if bits else 1) + m * n * out // (packed if out == 1 else 1)
+    if launch.defines.get("A_NIBBLES"):
+        moved -= m * k // 2
     if launch.defines["EPILOGUE"] == 3:  # the codes beside the floats
         moved += m * n // (4 if launch.defines["OUT_BITS"] else 1)
     if "norm" in values:  # floats come in, and no codes

@@ -16,9 +16,10 @@ from qvit.analyze.cost import model_cost
 from qvit.bench import kernels
 from qvit.bench.ceilings import Ceilings
 from qvit.bench.kernels import kernel_rows, work_of
-from qvit.engines.cuda import CudaEngine
+from qvit.engines.cuda import CudaEngine, plan_vit, tiles
 from qvit.engines.cuda.arguments import ARGUMENTS, Launch
 from qvit.engines.cuda.tuned import Tuned
+from qvit.spec import ModelSpec
 
 EMULATOR = Path(__file__).parents[1] / "engines" / "cuda" / "emulator.py"
 CEILINGS = Ceilings(gb_per_s=1000.0, bf16_tflops=1.0, int8_tops=2.0)
@@ -40,8 +41,8 @@ class Silent:
 
 @pytest.fixture
 def make_engine(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> Callable[..., CudaEngine]:
-    def make(device: Any, **options: Any) -> CudaEngine:
-        return CudaEngine(qvit.freeze(make_student(small_vit(**SMALL | options))), device)
+    def make(device: Any, bits: int = 4, **options: Any) -> CudaEngine:
+        return CudaEngine(qvit.freeze(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))), device)
 
     return make
 
@@ -72,6 +73,21 @@ def test_the_work_is_the_architectures(make_engine: Callable[..., CudaEngine]) -
         * 2,
         4 * 3 * 64 + 5 * 64 + 4 * 3 * 5,
     ]
+
+
+def test_codes_two_a_byte_are_half_the_bytes(make_engine: Callable[..., CudaEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Silent()
+    device.hopper, device.multiprocessors, device.most_shared = True, 1, tiles.MOST_SHARED
+    monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 0)
+    monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 0)
+    moved = []
+    for bits in (8, 4):
+        engine = make_engine(device, bits, embed_dim=128, depth=1)
+        launches = [one for one in engine.launches(27) if one.kernel == "gemm_hopper"]
+        moved.append([work_of(one).bytes for one in launches if 512 in (one.values["n"], one.values["k"])])
+    rows = 270
+    fc1, fc2 = rows * 128 + 128 * 512 + rows * 512, rows * 512 + 128 * 512 + 8 * rows * 128
+    assert moved == [[fc1, fc2], [fc1 - rows * 256, fc2 - rows * 256]]
 
 
 def test_the_work_of_swin_is_the_architectures(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:

@@ -17,7 +17,7 @@ import tune_gpu
 
 import qvit
 from qvit.engines.cuda import CudaEngine, tuned
-from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile, choose, choose_bits
+from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile, choose, choose_bits, with_nibbles
 from qvit.engines.cuda.tuned import Choice, Tuned, tuned_for
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -251,3 +251,14 @@ def test_what_the_rules_choose_for_codes_is_tried(bits: int, machine: Machine, f
             assert rule in {choice.tile for choice in choices}
             seen += 1
     assert seen == 2
+
+
+def test_rows_of_wide_tiles_may_stay() -> None:
+    """Those of fc2 of DeiT-S, whose codes lie two a byte."""
+    site = tune_gpu.Site("floats", 384, 1536, False)
+    staying = HopperTile(2, 192, 3, row_stages=3, piece=32, slots=2, overlaps=True, keeps_rows=True)
+    found = {tile for tile in tune_gpu.candidates(site) if tune_gpu.fits(tile, site, 256 * 197, 132)}
+    assert {staying, replace(staying, keeps_rows=False)} <= found
+    packed = with_nibbles(staying, site.k)
+    assert packed is not None
+    assert packed.defines(site.k)["RESIDENT"] == 1

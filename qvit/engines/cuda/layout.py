@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 TILE_ROWS, CHUNK = 64, 128
+NIBBLE_CHUNK = 2 * CHUNK  # columns of a tile of codes that lie two a byte
 _PIECES = torch.arange(8) ^ torch.arange(TILE_ROWS)[:, None] % 8  # [line, place] -> piece, and the other way round
 
 
@@ -39,6 +40,34 @@ def from_planes(memory: torch.Tensor, columns: int) -> torch.Tensor:
     groups = memory.reshape(len(memory), -1, 2, 32, 1) >> torch.arange(8, device=memory.device) & 1
     codes = 2 * groups[:, :, 0] + groups[:, :, 1]
     return codes.reshape(len(memory), -1)[:, :columns].to(torch.uint8)
+
+
+def nibble_chunks(columns: int) -> int:
+    """Tiles that a row of ``columns`` codes has, a multiple of 256, two a byte."""
+    return columns // NIBBLE_CHUNK
+
+
+def nibbles(codes: torch.Tensor) -> torch.Tensor:
+    """Codes from 0 to 15, uint8 [rows, columns] -> uint8 [rows, columns / 2]; of eight neighbours four bytes."""
+    groups = codes.reshape(len(codes), -1, 2, 4)
+    return (groups[:, :, 0] | groups[:, :, 1] << 4).reshape(len(codes), -1)
+
+
+def from_nibbles(memory: torch.Tensor) -> torch.Tensor:
+    """The inverse of `nibbles`."""
+    bytes_ = memory.reshape(len(memory), -1, 1, 4)
+    return torch.cat([bytes_ & 15, bytes_ >> 4], dim=2).reshape(len(memory), -1)
+
+
+def nibble_order(columns: int) -> torch.Tensor:
+    """The column at each place of k that a product has of codes two a byte, int64 [columns].
+
+    Of 256 columns a lane of four has 64 neighbours in 32 bytes (``src/hopper_products.cuh``). Of every 32 places of k it holds
+    four and, 16 further, four more: the halves of one word of its codes.
+    """
+    place = torch.arange(columns)
+    step, half, lane = place % 256 // 32, place % 32 // 16, place % 16 // 4
+    return place - place % 256 + 64 * lane + 8 * step + 4 * half + place % 4
 
 
 def tiled(codes: torch.Tensor) -> torch.Tensor:

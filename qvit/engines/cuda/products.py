@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from qvit.engines.cuda.tiles import (
     choose_floats,
     choose_norm_behind,
     with_columns,
+    with_nibbles,
 )
 
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
+_MOST_PACKED = 15  # code of which two fit a byte
 _MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 
 
@@ -67,7 +70,11 @@ class Products(Steps):
                 self._add(launch)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         direct = isinstance(tile, HopperTile) and tile.direct
+        packed = isinstance(tile, HopperTile) and tile.nibbles
+        assert packed == (layer in self._packed)
         b, planes = (layer.b_by_fours, layer.b_planes_by_fours) if direct else (layer.b, layer.b_planes)
+        if packed:
+            b = layer.b_by_fours_and_nibbles if direct else layer.b_by_nibbles
         values = {
             "a": a,
             "b": planes if bits else b,
@@ -80,6 +87,8 @@ class Products(Steps):
         }
         defines |= {
             "OUT_BITS": 0,
+            "OUT_NIBBLES": 0,
+            "A_NIBBLES": 0,
             **tile.defines(layer.k),
             "A_SIGNED": int(layer.signed),
             "W_HALF": int(layer.half),
@@ -143,10 +152,8 @@ class Products(Steps):
             tile = few.with_spread(few.beside_floats(arrays, added)) if few_tiles.SPREAD and fours else few
         elif self._gpu.hopper and not (residual is not None and position is not None):
             # Tiles are measured in passes of so many rows, all their chunks with one; what adds to its input is of a block.
-            whole = rows if residual is None else self._shape.rows
-            choice = self._gpu.tuned.find("floats", whole, layer.m, layer.k, bits)
-            found = choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
-            tile = found or tile
+            tile = self._of_floats(layer, rows, rows if residual is None else self._shape.rows, bits) or tile
+            tile = with_nibbles(tile, layer.k) if layer in self._packed else tile
         self._gemm(layer, defines, a, values, tile)
 
     def _linear_norm(
@@ -217,7 +224,29 @@ class Products(Steps):
         bits = self._bits(layer) is not None
         choice = self._gpu.tuned.find("rows", self._shape.rows, layer.m, layer.k, bits)
         rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
-        return rule if choice is None else choice.tile
+        found = rule if choice is None else choice.tile
+        return with_nibbles(found, layer.k) if layer in self._packed else found
+
+    def _of_floats(self, layer: c.LinearConstants, rows: int, whole: int, bits: bool) -> Tile | None:
+        """How a product of floats is computed on Hopper, of a pass of ``whole`` rows; ``None`` where there is no such tile."""
+        choice = self._gpu.tuned.find("floats", whole, layer.m, layer.k, bits)
+        return choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+
+    def _pack(self, block: dict[str, Any], counts: Iterable[int]) -> None:
+        """Lets codes between fc1 and fc2 of a block lie two a byte, if all its launches of so many rows know how."""
+        fc1, fc2, codes, table = block["fc1"], block["fc2"], block["fc2_codes"], block["activation"].permuted
+        if not self._gpu.hopper or table is None or self._bits(fc2) is not None:
+            return
+        if codes.low < 0 or codes.high > _MOST_PACKED:
+            return
+        nowhere = self._bytes(0)  # where no LayerNorm has been put off
+        for rows in counts:
+            writes, _ = self._tile(fc1, nowhere, 32, table.column_bytes, rows)
+            reads = self._few(fc2, nowhere, rows, 8) or self._of_floats(fc2, rows, self._shape.rows, False)
+            behind = self._norm_behind(fc2, rows) or reads
+            if not isinstance(writes, HopperTile) or None in (with_nibbles(reads, fc2.k), with_nibbles(behind, fc2.k)):
+                return
+        self._packed.add(fc2)
 
     def _activation(self, block: dict[str, Any], a: torch.Tensor, out: torch.Tensor, rows: int | None = None) -> None:
         """fc1 of a block, and the codes that fc2 reads; ``rows`` of a chunk, or all."""
@@ -240,6 +269,7 @@ class Products(Steps):
             "ACTIVATION": _ACTIVATIONS.index(self._activation_name),
             "CELLS": activation.cells,
             "OUT_BITS": int(self._bits(block["fc2"]) is not None),
+            "OUT_NIBBLES": int(block["fc2"] in self._packed),
         }
         column_bytes = 0 if activation.permuted is None else activation.permuted.column_bytes
         tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
@@ -250,6 +280,7 @@ class Products(Steps):
                 width = 8  # columns in their own order
                 tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
+        assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int, rows: int) -> tuple[Tile, bool]:

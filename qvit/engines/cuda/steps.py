@@ -11,7 +11,17 @@ import torch
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
-from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, from_planes, pad, untiled
+from qvit.engines.cuda.layout import (
+    CHUNK,
+    TILE_ROWS,
+    bit_chunks,
+    chunks,
+    from_nibbles,
+    from_planes,
+    nibble_chunks,
+    pad,
+    untiled,
+)
 from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.tiles import HopperTile, choose_bits
 
@@ -43,6 +53,7 @@ class Steps:
     def __init__(self, gpu: Device, device: torch.device, one_bit: bool, poison: bool) -> None:
         self._gpu, self._device, self._one_bit, self._poison = gpu, device, one_bit, poison
         self.steps: list[Step] = []
+        self._packed: set[c.LinearConstants] = set()  # layers that read codes two a byte
         self._shape: Shape  # of the blocks that launches are made for
 
     def _bytes(self, *shape: int) -> torch.Tensor:
@@ -73,6 +84,15 @@ class Steps:
     def _tap_input(self, name: str, codes: torch.Tensor, layer: c.LinearConstants, *rows: int) -> None:
         """The codes that a layer of a block reads, as [*rows, K]."""
         shape = (*rows, layer.k)
+        if layer in self._packed:
+
+            def read_packed() -> torch.Tensor:
+                columns = nibble_chunks(layer.k) * CHUNK
+                memory = codes.reshape(-1)[: len(codes) * columns].reshape(len(codes), columns)
+                return from_nibbles(untiled(memory)[: math.prod(rows)]).to(torch.int16).reshape(shape)
+
+            self.steps[-1].taps[name] = read_packed
+            return
         if self._bits(layer) is None:
             self._tap(name, codes, shape, layer.signed)
             return
@@ -104,4 +124,6 @@ class Steps:
 
     def _chunks(self, layer: c.LinearConstants) -> int:
         """Tiles that a row of what a layer of a block reads has."""
+        if layer in self._packed:
+            return nibble_chunks(layer.k)
         return chunks(layer.k) if self._bits(layer) is None else bit_chunks(layer.k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, pad
+from qvit.engines.cuda.layout import CHUNK, NIBBLE_CHUNK, TILE_ROWS, bit_chunks, chunks, nibble_chunks, pad
 
 MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
@@ -95,7 +95,8 @@ class HopperTile:
         stages: buffers for b: tiles of 128 bytes of k of as many columns as an instruction has (192 of 384, else ``bn``), or
             tiles of all of k where products are of bits.
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
-        keeps_rows: all of k of the rows stays where k is short, for several tiles of columns.
+        keeps_rows: all of k of the rows stays where it is at most six such buffers, for several tiles of columns.
+        nibbles: rows' codes lie two a byte, 256 of k in such a buffer; where ``bn`` is of one instruction.
         twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
@@ -120,6 +121,7 @@ class HopperTile:
     slots: int = 1
     overlaps: bool = False
     keeps_rows: bool = True
+    nibbles: bool = False
     twice: bool = False
     column_stages: int = 2
     column_bytes: int = 0
@@ -133,8 +135,12 @@ class HopperTile:
     def _chunks(self, k: int) -> int:
         return bit_chunks(k) if self.bits else chunks(k)
 
+    def _row_chunks(self, k: int) -> int:
+        """Tiles that a row of codes has."""
+        return nibble_chunks(k) if self.nibbles else self._chunks(k)
+
     def _resident(self, k: int) -> bool:
-        return (self.keeps_rows or self.bits) and self._chunks(k) <= _RESIDENT
+        return (self.keeps_rows or self.bits) and self._row_chunks(k) <= _RESIDENT
 
     def _part(self) -> int:
         """Columns of one instruction."""
@@ -146,14 +152,14 @@ class HopperTile:
 
     def shared(self, k: int) -> int:
         """Rows, b, floats and codes on their way, constants, barriers."""
-        rows = (self._chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
+        rows = (self._row_chunks(k) if self._resident(k) else self.row_stages) * TILE_ROWS * self.groups * CHUNK
         stage = self._chunks(k) * self.bn * CHUNK if self.bits else self._part() * CHUNK
         floats = 4 * self.groups * (self.slots * 16 * (4 * self.piece + 32) + 256) if self.piece else 0
         out = 64 if self.direct else 0 if self.piece or self.column_bytes else self.bn
         columns = self.column_stages * (self.column_bytes * self.bn + 16) if self.column_bytes else 0
         codes = 4 * self.groups * 16 * (out + 16) if out else 0
         constants = 16 * self.bn if self.direct else 0
-        barriers = 16 * (self.stages + self.groups * max(self._chunks(k) if self._resident(k) else 0, self.row_stages))
+        barriers = 16 * (self.stages + self.groups * max(self._row_chunks(k) if self._resident(k) else 0, self.row_stages))
         return rows + self.stages * stage + columns + floats + codes + constants + barriers
 
     def defines(self, k: int) -> dict[str, int]:
@@ -167,6 +173,7 @@ class HopperTile:
             "RESIDENT": int(self._resident(k)),
             "B_STAYS": int(self.direct and self.stages == self._all_of_b(k)),
             "BITS": int(self.bits),
+            "A_NIBBLES": int(self.nibbles),
             "STAGED": int(self.piece > 0),
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
@@ -213,6 +220,7 @@ _FLOATS_OF_BITS = (
     HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
     HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True),
 )
+_NIBBLE_STAGES = 3  # buffers of codes that lie two a byte, at most: each has twice as many k
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
 # rows of 192 gain at 2 bits; rows of 384 lose, as narrow tiles and a launch for LayerNorm are faster than tiles of that width.
@@ -262,6 +270,17 @@ def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
             if wider.shared(k) <= MOST_SHARED:
                 return wider
     return tile
+
+
+def with_nibbles(tile: Tile | None, k: int) -> HopperTile | None:
+    """The tile as it reads codes that lie two a byte; ``None`` where it does not know how.
+
+    Rows that were to stay do so where a block has room for all of them, which are longer than those of bytes may be.
+    """
+    if not isinstance(tile, HopperTile) or tile.bits or tile.bn > 192 or k % NIBBLE_CHUNK:
+        return None
+    packed = replace(tile, nibbles=True, row_stages=min(tile.row_stages, _NIBBLE_STAGES))
+    return next((one for one in (packed, replace(packed, keeps_rows=False)) if one.shared(k) <= MOST_SHARED), None)
 
 
 def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool) -> HopperTile | None:

@@ -50,10 +50,41 @@ template <int kCount>
 inline void registers_down() {}
 template <int N>
 inline void settle(int (&)[N]) {}
+inline void settle(uint32_t&, uint32_t&) {}
 inline void products_begin() {}
-inline void products_end_group() {}
+
+// Operands of a thread's products under way, group by group: what is in its registers stays until it has been waited for.
+struct Held {
+    const uint32_t* at;
+    uint32_t words[4];
+};
+inline std::vector<std::vector<std::vector<Held>>> held_groups;
+inline std::vector<std::vector<Held>>& held() {
+    if (static_cast<int>(held_groups.size()) < emulation::threads) {
+        held_groups.resize(emulation::threads);
+    }
+    auto& groups = held_groups[emulation::current];
+    if (groups.empty()) {
+        groups.emplace_back();
+    }
+    return groups;
+}
+inline void products_end_group() { held().emplace_back(); }
 template <int kLeft>
-inline void products_wait() {}
+inline void products_wait() {
+    auto& groups = held();
+    for (const auto& group : groups) {  // none has been touched so far
+        for (const Held& one : group) {
+            if (memcmp(one.at, one.words, sizeof one.words) != 0) {
+                fprintf(stderr, "registers of a product under way have been changed\n");
+                abort();
+            }
+        }
+    }
+    while (static_cast<int>(groups.size()) > kLeft + 1) {
+        groups.erase(groups.begin());
+    }
+}
 
 template <int N, class Product>
 inline void emulate_product(int (&d)[N / 2], Operand a, Operand b, bool add, const Product& product) {
@@ -72,6 +103,34 @@ inline void warpgroup_multiply(int (&d)[N / 2], Operand a, Operand b, bool add) 
     emulate_product<N>(d, a, b, add, [](unsigned char x, unsigned char y) {
         return (kSigned ? static_cast<int>(static_cast<int8_t>(x)) : static_cast<int>(x)) * static_cast<int8_t>(y);
     });
+}
+// a is in registers: each lane of a quad has two words of two rows, which the others need, too.
+template <int N>
+inline void warpgroup_multiply_held(int (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+    Four own;
+    memcpy(own.x, a, sizeof own);
+    held().back().push_back({a, {a[0], a[1], a[2], a[3]}});
+    const int lane = emulation::current % 32;
+    uint32_t words[2][8];  // of both rows
+    for (int t = 0; t < 4; t++) {
+        const Four other = emulation::together<Four, Four>(own, [&](const Four* in, Four* out) {
+            for (int i = 0; i < 32; i++) {
+                out[i] = in[i / 4 * 4 + t];
+            }
+        });
+        for (int i = 0; i < 4; i++) {
+            words[i % 2][4 * (i / 2) + t] = other.x[i];
+        }
+    }
+    for (int i = 0; i < N / 2; i++) {
+        const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+        int sum = add ? d[i] : 0;
+        for (int k = 0; k < 32; k++) {
+            const int x = static_cast<uint8_t>(words[i / 2 % 2][k / 4] >> (8 * (k % 4)));
+            sum += x * static_cast<int8_t>(byte_of(b, column, k));
+        }
+        d[i] = sum;
+    }
 }
 template <int N>
 inline void warpgroup_multiply_bits(int (&d)[N / 2], Operand a, Operand b, bool add) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,22 @@ def test_hoppers_products_compile(make_launches: Callable[..., list[Launch]], mo
     assert (attention.defines["RING"], attention.defines["WARPS"]) == (5, 12)
     assert attention.shared <= 227 * 1024
     assert compile_kernel("attention", attention.defines, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_codes_two_a_byte_compile(make_launches: Callable[..., list[Launch]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """fc1 writes them, fc2 reads them."""
+    launches = make_launches("deit_small_patch16_224", 384, 14, 1, hopper=True)
+    writes, reads = (next(one for one in launches if one.defines.get(key)) for key in ("OUT_NIBBLES", "A_NIBBLES"))
+    assert (writes.defines["EPILOGUE"], reads.defines["EPILOGUE"], reads.defines["kBN"]) == (1, 0, 192)
+    staying = replace(tiles._FLOATS[0], stages=3, slots=2, keeps_rows=True)
+    monkeypatch.setattr(tiles, "_FLOATS", (staying, *tiles._FLOATS))
+    launches = make_launches("deit_small_patch16_224", 384, 14, 1, hopper=True)
+    stays = next(one for one in launches if one.defines.get("A_NIBBLES"))
+    assert (reads.defines["RESIDENT"], stays.defines["RESIDENT"], stays.defines["kBN"]) == (0, 1, 192)
+    for launch in (writes, reads, stays):
+        assert launch.shared <= 227 * 1024
+        assert compile_kernel("gemm_hopper", launch.defines, "sm_90a").startswith(b"\x7fELF")
 
 
 @pytest.mark.usefixtures("nvrtc")

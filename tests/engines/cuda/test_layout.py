@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, bit_chunks, chunks, from_planes, planes, tiled, untiled
+from qvit.engines.cuda.layout import (
+    CHUNK,
+    TILE_ROWS,
+    bit_chunks,
+    chunks,
+    from_nibbles,
+    from_planes,
+    nibble_chunks,
+    nibble_order,
+    nibbles,
+    planes,
+    tiled,
+    untiled,
+)
 
 
 def _code_at(row: int, column: int, columns: int) -> int:
@@ -37,6 +50,31 @@ def test_planes(columns: int) -> None:
     signed = codes.to(torch.int8) - 2
     assert torch.equal(from_planes(planes(signed), columns), signed.view(torch.uint8) & 3)
     assert from_planes(planes(torch.full_like(codes, 3)), bit_chunks(columns) * 512)[:, columns:].sum() == 0
+
+
+def test_nibbles() -> None:
+    codes = torch.randint(0, 16, (3, 512), dtype=torch.uint8)
+    memory = nibbles(codes)
+    assert memory.shape == (3, nibble_chunks(512) * CHUNK)
+    for column in (0, 3, 4, 7, 8, 255, 256, 510):
+        byte = column // 8 * 4 + column % 4
+        assert torch.equal(memory[:, byte] >> (4 if column % 8 >= 4 else 0) & 15, codes[:, column])
+    assert torch.equal(from_nibbles(memory), codes)
+
+
+def test_k_of_weights_is_in_the_order_in_which_a_lane_unpacks_codes() -> None:
+    order = nibble_order(512)
+    assert torch.equal(order.sort().values, torch.arange(512))
+    words = nibbles(torch.arange(512).remainder(16).to(torch.uint8)[None]).view(torch.int32)[0]
+    for block in (0, 256):
+        for lane in range(4):
+            for step in range(8):
+                word = (block + 64 * lane + 8 * step) // 8
+                for half in (0, 1):  # of the 32 places of a step, fragments have four from 4 lane and 16 + 4 lane on
+                    places = block + 32 * step + 16 * half + 4 * lane + torch.arange(4)
+                    unpacked = (words[word] >> (4 * half) & 0x0F0F0F0F).reshape(1).view(torch.uint8)
+                    assert torch.equal(order[places] % 16, unpacked.long())
+                    assert (order[places] // 8 == word).all()
 
 
 def test_tiles_of_a_row() -> None:

@@ -11,7 +11,7 @@ import torch
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.folded.arrays import Constants
 from qvit.engines.cuda.folded.linear import LinearConstants
-from qvit.engines.cuda.layout import bit_chunks, chunks, planes, tiled
+from qvit.engines.cuda.layout import bit_chunks, chunks, nibbles, planes, tiled
 from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.steps import HIGHEST, Steps
 from qvit.engines.cuda.tiles import HopperTile, choose_bits
@@ -95,6 +95,22 @@ def test_inputs_are_seen_whether_bytes_or_planes(one_bit: bool) -> None:
     steps._tap_input("input", memory, layer, 2, 256)
     assert torch.equal(taps["input"](), wanted)
     assert steps._chunks(layer) == (bit_chunks(288) if one_bit else chunks(288)) == (1 if one_bit else 3)
+
+
+def test_inputs_are_seen_two_a_byte() -> None:
+    steps, layer, rows = steps_of(), linear(k=512, bits=4), 70
+    steps._packed.add(layer)
+    wanted = torch.randint(0, 16, (2, 35, 512), dtype=torch.int16)
+    memory = steps._codes(rows, 512)
+    codes = torch.zeros(len(memory), 512, dtype=torch.uint8)
+    codes[:rows] = wanted.reshape(rows, 512).to(torch.uint8)
+    packed = tiled(nibbles(codes)).reshape(-1)
+    memory.reshape(-1)[: len(packed)] = packed
+    taps = added(steps)
+    steps._tap_input("input", memory, layer, 2, 35)
+    assert torch.equal(taps["input"](), wanted)
+    assert steps._chunks(layer) == 2
+    assert steps._chunks(linear(k=512, bits=4)) == 4
 
 
 def test_where_products_are_of_bits() -> None:

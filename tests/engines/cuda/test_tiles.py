@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qvit.engines.cuda.tiles import (
@@ -14,6 +16,7 @@ from qvit.engines.cuda.tiles import (
     choose_norm_behind,
     choose_whole_rows,
     with_columns,
+    with_nibbles,
 )
 
 MULTIPROCESSORS = 132
@@ -65,6 +68,35 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
     assert choose_whole_rows(85 * 197, 384, 1536, MULTIPROCESSORS, bits=False) == tile
     assert choose_floats(256 * 197, 1001, 384, MULTIPROCESSORS, bits=False) is None  # rows do not begin at 16 bytes
     assert choose_floats(256 * 197, 384, 1536, MULTIPROCESSORS, bits=False) is not None
+
+
+def test_codes_two_a_byte_take_half_the_buffers() -> None:
+    for n, k, rows in ((192, 768, 256 * 197), (384, 1536, 256 * 197), (768, 3072, 256 * 197), (128, 512, 64 * 197)):
+        for tile in (
+            choose_floats(rows, n, k, MULTIPROCESSORS, bits=False),
+            choose_whole_rows(rows, n, k, MULTIPROCESSORS, False),
+        ):
+            packed = with_nibbles(tile, k)
+            if packed is None:
+                assert tile is None or n == 384  # whole rows of more columns than an instruction has
+                continue
+            assert isinstance(tile, HopperTile)
+            assert packed.shared(k) <= min(tile.shared(k), MOST_SHARED)
+            assert packed.defines(k)["A_NIBBLES"] == 1
+            assert packed.defines(k)["B_STAYS"] == tile.defines(k)["B_STAYS"]
+    assert HopperTile(2, 128, 4, nibbles=True).defines(1536)["RESIDENT"] == 1  # six tiles of 256 columns
+    wide = HopperTile(3, 128, 4, piece=32, slots=2)
+    assert with_nibbles(wide, 1280) == HopperTile(3, 128, 4, piece=32, slots=2, nibbles=True, keeps_rows=False)
+    wide = HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, keeps_rows=False)
+    staying = replace(wide, stages=3, slots=2, keeps_rows=True)
+    for tile, k, resident in ((wide, 1536, 0), (staying, 1536, 1), (staying, 3072, 0)):
+        packed = with_nibbles(tile, k)
+        assert packed is not None
+        assert (packed.row_stages, packed.defines(k)["RESIDENT"]) == (3, resident)
+        assert packed.shared(k) <= MOST_SHARED
+    none = (HopperTile(2, 128, 4, bits=True), HopperTile(2, 384, 5, direct=True), MmaTile(64, 64, 64, 4, 4, 1), None)
+    assert [with_nibbles(tile, 1536) for tile in none] == [None] * 4
+    assert with_nibbles(HopperTile(2, 128, 4), 640) is None
 
 
 def test_rows_stay_where_k_is_short() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from qvit.engines.cuda.folded.arrays import COLUMN_PAD, Constants
-from qvit.engines.cuda.layout import CHUNK, pad, planes, tiled, untiled
+from qvit.engines.cuda.layout import CHUNK, nibble_order, pad, planes, tiled, untiled
 from qvit.engines.cuda.step_tables import StepTable, column_bytes, packed, slots
 from qvit.integer import ops
 
@@ -49,6 +49,16 @@ class LinearConstants:
     def b_planes_by_fours(self) -> torch.Tensor | None:
         """``b_planes`` with columns permuted that way."""
         return None if self.b_planes is None else _by_fours(self.b_planes)
+
+    @cached_property
+    def b_by_nibbles(self) -> torch.Tensor:
+        """``b`` with k in the order in which a kernel has codes that lie two a byte, for a multiple of 256 of them."""
+        return tiled(untiled(self.b)[:, nibble_order(self.k).to(self.b.device)])
+
+    @cached_property
+    def b_by_fours_and_nibbles(self) -> torch.Tensor:
+        """Both: columns permuted, and k."""
+        return _by_fours(self.b_by_nibbles)
 
     @classmethod
     def of(cls, layer: ops.Linear, to: Constants, behind_norm: bool = False) -> LinearConstants:

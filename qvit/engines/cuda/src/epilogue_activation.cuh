@@ -9,6 +9,7 @@
 // codes go out from registers, a group of fragments at a time. As planes of bits, the two groups take turns: their bits of 2 x 2
 // codes a byte end up in the order of the columns.
 constexpr int kGroup = OUT_BITS ? kColumns / 2 : kColumns < 8 ? kColumns : 8;
+constexpr int kTogether = OUT_BITS ? 2 : OUT_NIBBLES ? kColumns / kGroup : 1;  // groups that go out together
 static_assert(kWN % 32 == 0 && kColumns % kGroup == 0 && (!OUT_BITS || kWN >= 64), "a lane has whole words of codes, or of bits");
 
 // What `packed` in `qvit/engines/cuda/step_tables.py` makes of kWN columns: factors and addends, then tables of eight columns each.
@@ -70,12 +71,14 @@ struct Out {
 
     __device__ __forceinline__ Out(const GemmArgs& p, int row0, int column0, int lane) {
         static_assert(kTileRows % kWM == 0 && kChunk % kWN == 0, "a warp's part is in one tile");
-        constexpr int kAcross = OUT_BITS ? 4 * kChunk : kChunk;  // columns of a tile
+        constexpr int kAcross = OUT_BITS ? 4 * kChunk : OUT_NIBBLES ? kNibbleChunk : kChunk;  // columns of a tile
         const size_t index = static_cast<size_t>(row0 / kTileRows) * p.ldo + column0 / kAcross;
         const int column = kAcross == kWN ? 0 : column0 % kAcross;
         tile = static_cast<unsigned char*>(p.out) + index * kTileBytes + row0 % kTileRows * kChunk;
         line = lane / 4;
-        byte = OUT_BITS ? bit_at(column, 1) + lane % 4 * (kWN / 32) : column + lane % 4 * (kWN / 4);
+        byte = OUT_BITS      ? bit_at(column, 1) + lane % 4 * (kWN / 32)
+               : OUT_NIBBLES ? column / 2 + lane % 4 * (kWN / 8)
+                             : column + lane % 4 * (kWN / 4);
     }
     // `more`: bytes from the lane's first one on.
     __device__ __forceinline__ unsigned char* at(int row, int half, int more) const {
@@ -112,6 +115,27 @@ __device__ __forceinline__ void store(const Out& out, int row, int half, int fir
     store_plane(out.at(row, half, bit_at(0, 1)), plane_of(codes[0] >> 1, codes[1]));
     store_plane(out.at(row, half, bit_at(0, 0)), plane_of(codes[0], codes[1] << 1));
 }
+#elif OUT_NIBBLES
+// Codes two a byte, of all of a lane's groups: of eight neighbours the last four above the first four.
+__device__ __forceinline__ void store(const Out& out, int row, int half, int, const Words (&groups)[kTogether]) {
+    constexpr int kWords = kTogether * kGroup / 4;
+    static_assert(kWords == 4 || kWords == 2 || kWords == 1, "a lane's codes leave at once");
+    uint32_t pairs[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; i++) {
+        const Words& of = groups[i / (kGroup / 4)];
+        const int q = 2 * (i % (kGroup / 4));
+        pairs[i] = of.at[q] + (of.at[q + 1] << 4);
+    }
+    unsigned char* const to = out.at(row, half, 0);
+    if constexpr (kWords == 4) {
+        *reinterpret_cast<uint4*>(to) = {pairs[0], pairs[1 % kWords], pairs[2 % kWords], pairs[kWords - 1]};
+    } else if constexpr (kWords == 2) {
+        *reinterpret_cast<uint2*>(to) = {pairs[0], pairs[kWords - 1]};
+    } else {
+        *reinterpret_cast<uint32_t*>(to) = pairs[0];
+    }
+}
 #else
 __device__ __forceinline__ void store(const Out& out, int row, int half, int first, const Words (&groups)[1]) {
     unsigned char* to = out.at(row, half, 2 * kGroup * first);
@@ -131,7 +155,6 @@ __device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int 
     const Out out(p, row0, column0, lane);
     const int4* numbers = reinterpret_cast<const int4*>(columns) + t;
     const Tables<kStaged> tables(columns, t);
-    constexpr int kTogether = OUT_BITS ? 2 : 1;  // groups that go out together
 #pragma unroll
     for (int first = 0; first < kColumns / kGroup; first += kTogether) {
         Words words[kRows][2][kTogether];

@@ -45,7 +45,8 @@ constexpr int kConstants = 0;
 // A warpgroup's products and what follows them.
 __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, const Behind& behind, Range range,
                                         const Tiles& tiles, int team, int warp, int lane) {
-    Reader reader = {of, operand(of.rows + warp / 4 * kTileBytes), operand(of.stages), team, lane, false};
+    Reader reader = {of, operand(of.rows + warp / 4 * kTileBytes), operand(of.stages), lines_of(of.rows, warp, lane),
+                     team, lane, false};
     const int own = warp % (4 * kGroups / kTeams);  // which of the team's warps
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;
@@ -70,6 +71,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
     for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile;
         reader.fresh = tile == range.first || walk.column0 == 0;
+        reader.last = walk.last_of_rows();
         reader.rows_phase ^= static_cast<int>(reader.fresh);
 #if STAGED
         move_rows(p, place(tile + 1 - OVERLAP), lane);
@@ -91,7 +93,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #else
         multiply_all(reader, sums, [](int) {});
 #endif
-        if (RESIDENT && walk.last_of_rows()) {
+        if (RESIDENT && !A_NIBBLES && reader.last) {
             reader.release_rows(0);
         }
 #if DIRECT

@@ -11,13 +11,15 @@ constexpr int kBytesB = (BITS ? kBN : kPart) * kChunk;
 constexpr int kStage = (BITS ? kChunks : 1) * kBytesB;
 static_assert(RESIDENT || !BITS, "rows of one-bit products stay");
 static_assert(!B_STAYS || kStages == (BITS ? 1 : kChunks * kUnits), "all of b has its place");
-constexpr int kRowBuffers = RESIDENT ? kChunks : kRowStages;
+constexpr int kRowChunks = A_NIBBLES ? kChunks / 2 : kChunks;  // tiles of a row of a, where each may have twice as many k
+static_assert(!A_NIBBLES || (DEPTH % kNibbleChunk == 0 && kUnits == 1 && !BITS), "two tiles of b meet one of a");
+constexpr int kRowBuffers = RESIDENT ? kRowChunks : kRowStages;
 constexpr int kTeams = B_STAYS ? kGroups : 1;  // warpgroups that have tiles of their own
 constexpr int kTileM = kBM / kTeams;           // rows of such a tile
 
 struct Barriers {
     Barrier full[kStages], empty[kStages];
-    Barrier rows_full[kTeams][kRowBuffers], rows_empty[kTeams][kRowBuffers];  // of the last the first alone, where RESIDENT
+    Barrier rows_full[kTeams][kRowBuffers], rows_empty[kTeams][kRowBuffers];  // of the last the first alone, where bytes stay
 #if COLUMN_STAGES
     Barrier columns_full[COLUMN_STAGES], columns_empty[COLUMN_STAGES];
 #endif

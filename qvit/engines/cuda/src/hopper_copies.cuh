@@ -3,10 +3,11 @@
 
 #include "hopper_tiles.cuh"
 
-// Chunk `chunk` of `rows` rows from `row0` on, tile by tile.
-__device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, int row0, int rows, int chunk, Barrier* barrier) {
+// Chunk `chunk` of `chunks` of `rows` rows from `row0` on, tile by tile.
+__device__ __forceinline__ void copy_rows(unsigned char* to, const void* from, int row0, int rows, int chunk, Barrier* barrier,
+                                          int chunks = kChunks) {
     for (int r = 0; r < rows; r += kTileRows) {
-        copy_tile(to + r * kChunk, static_cast<const unsigned char*>(from) + code_at(row0 + r, chunk * kChunk, kChunks), kTileBytes,
+        copy_tile(to + r * kChunk, static_cast<const unsigned char*>(from) + code_at(row0 + r, chunk * kChunk, chunks), kTileBytes,
                   barrier);
     }
 }
@@ -53,17 +54,18 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
         const int tile = walk.tile, row0 = walk.row0, column0 = walk.column0;
         const bool fresh = tile == range.first || column0 == 0;
         for (int chunk = 0; chunk < kChunks; chunk++) {
-            if (!RESIDENT || fresh) {
+            if ((!RESIDENT || fresh) && (!A_NIBBLES || chunk % 2 == 0)) {
                 // The first round finds its buffers empty: it waits for the phase before the first.
                 if (!RESIDENT) {
                     barrier_wait(&barriers->rows_empty[team][row_cursor.at], row_cursor.phase ^ 1);
-                } else if (chunk == 0 && tile != range.first) {
-                    barrier_wait(&barriers->rows_empty[team][0], rows_phase);
-                    rows_phase ^= 1;
+                } else if (tile != range.first && (A_NIBBLES || chunk == 0)) {
+                    barrier_wait(&barriers->rows_empty[team][row_cursor.at], rows_phase);
+                    rows_phase ^= static_cast<int>(!A_NIBBLES || row_cursor.at == kRowChunks - 1);
                 }
                 Barrier* full = &barriers->rows_full[team][row_cursor.at];
                 barrier_expect(full, kBytesA / kTeams);
-                copy_rows(of.rows + row_cursor.at * kBytesA + team * kTileBytes, p.a, row0, kTileM, chunk, full);
+                copy_rows(of.rows + row_cursor.at * kBytesA + team * kTileBytes, p.a, row0, kTileM, chunk * kRowChunks / kChunks, full,
+                          kRowChunks);
                 row_cursor.next();
             }
             if (chunk == 0) {

@@ -24,3 +24,7 @@ __device__ __forceinline__ size_t code_at(int row, int column, int chunks) {
 // The byte of a column's bit:
 __device__ __forceinline__ int bit_at(int column, int plane) { return column / 256 * 64 + (1 - plane) * 32 + column % 256 / 8; }
 
+// Codes of up to four bits may lie two a byte: of eight columns four bytes, the first four in their lower halves, the others in
+// their higher ones. A tile then has so many columns:
+constexpr int kNibbleChunk = 2 * kChunk;
+

@@ -12,7 +12,7 @@ import torch
 
 from qvit.engines.cuda.folded.arrays import Constants
 from qvit.engines.cuda.folded.linear import MOST_NORMED_PLANES, CodeConstants, LinearConstants, Permuted
-from qvit.engines.cuda.layout import from_planes, untiled
+from qvit.engines.cuda.layout import from_planes, nibble_order, untiled
 from qvit.engines.cuda.step_tables import StepTable, slots
 from qvit.engines.reference import ReferenceEngine
 from qvit.integer.model import IntegerModel
@@ -30,6 +30,13 @@ def layer_of(m: int, k: int, bits: int = 2, input_bits: int = 2, signed: bool = 
     codes = np.random.default_rng(0).integers(spec.qn, spec.qp + 1, (m, k), dtype=np.int8)
     weight = Weight(spec, (m, k), pack(codes, bits), np.linspace(0.5, 1.5, m, dtype=F32)[:, None])
     return Linear("layer", Quantizer(QuantSpec(input_bits, signed), np.array([0.25], F32), None), weight, None)
+
+
+def test_k_in_the_order_of_codes_two_a_byte() -> None:
+    layer = LinearConstants.of(layer_of(32, 512, 4, 4), TO)
+    order = nibble_order(512)
+    assert torch.equal(untiled(layer.b_by_nibbles), untiled(layer.b)[:, order])
+    assert torch.equal(untiled(layer.b_by_fours_and_nibbles), untiled(layer.b_by_fours)[:, order])
 
 
 @pytest.mark.parametrize("changes", [{}, {"weight_quantizer": "statsq"}])
