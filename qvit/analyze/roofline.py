@@ -20,8 +20,8 @@ ESTIMATE_DEFINITION = (
     "softmax, GELU, quantization and waiting are left out"
 )
 BYTES_DEFINITION = (
-    "packed weights once a batch; for each image the codes that products read and write, a byte each, and the residual stream; "
-    "attention's scores and maps never leave the processor"
+    "packed weights once a batch; for each image the codes that products read and write, a byte each, and the residual "
+    "stream, 4 bytes a value (2 on the GPU where it is float16); attention's scores and maps never leave the processor"
 )
 
 
@@ -60,7 +60,7 @@ class Hardware:
         ceilings: the first that takes a product is the one it runs on.
         bandwidth: bytes read or written a second, of the whole machine.
         bandwidth_source: where that number comes from.
-        stream_bytes: of one value of the residual stream.
+        halves_stream: values of a residual stream of float16 are moved in 2 bytes, as 4 are of any other.
         per_core: the ceilings are those of one core, not of the whole device.
     """
 
@@ -69,7 +69,7 @@ class Hardware:
     ceilings: tuple[Ceiling, ...]
     bandwidth: float
     bandwidth_source: str
-    stream_bytes: int
+    halves_stream: bool
     per_core: bool = False
 
     def names(self) -> list[str]:
@@ -89,7 +89,7 @@ CPU = Hardware(
     ),
     bandwidth=18.0e9,
     bandwidth_source="copy, read and write counted: benchmarks/results/bandwidth-epyc-zen4-2cores.json",
-    stream_bytes=4,
+    halves_stream=False,
     per_core=True,
 )
 _TENSOR_CORES = "one H100 SXM, operands in registers and shared memory, an operation being half a multiply-accumulate"
@@ -102,7 +102,7 @@ GPU = Hardware(
     ),
     bandwidth=2.97e12,
     bandwidth_source="copy on one H100 SXM, read and write counted",
-    stream_bytes=2,
+    halves_stream=True,
 )
 _GIVEN = "given"  # source of a number that the user replaced
 HARDWARE: dict[str, Hardware] = {hardware.engine: hardware for hardware in (CPU, GPU)}
@@ -144,7 +144,7 @@ class Estimate:
         return "multiplies" if self.compute_seconds >= self.memory_seconds else "memory"
 
 
-def estimate(cost: ModelCost, hardware: Hardware, batch: int = 1, threads: int = 1) -> Estimate:
+def estimate(cost: ModelCost, hardware: Hardware, batch: int = 1, threads: int = 1, residual: str = "float32") -> Estimate:
     """Estimates the time of one batch.
 
     Args:
@@ -152,6 +152,7 @@ def estimate(cost: ModelCost, hardware: Hardware, batch: int = 1, threads: int =
         hardware: ceilings and bandwidth.
         batch: images computed at once; they share one reading of the weights.
         threads: cores of a CPU, each with the ceilings of one; all share the bandwidth.
+        residual: what the model's residual stream is rounded to (`qvit.spec.ModelSpec`).
 
     Raises:
         InputError: ``batch`` or ``threads`` is out of range.
@@ -162,7 +163,8 @@ def estimate(cost: ModelCost, hardware: Hardware, batch: int = 1, threads: int =
         raise InputError(f"{threads} threads are out of range: use 1 or more.")
     threads = threads if hardware.per_core else 0
     per_image = sum(p.multiplies / ceiling_of(p, hardware).multiplies_per_s for p in cost.products)
-    traffic = sum(p.product.codes + p.product.floats * hardware.stream_bytes for p in cost.products)
+    stream_bytes = 2 if residual == "float16" and hardware.halves_stream else 4
+    traffic = sum(p.product.codes + p.product.floats * stream_bytes for p in cost.products)
     moved = cost.weight_bytes + batch * traffic
     return Estimate(hardware, batch, threads, batch * per_image / max(threads, 1), moved / hardware.bandwidth, moved)
 

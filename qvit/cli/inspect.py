@@ -76,7 +76,7 @@ def command(
     hardware = hardware_of(ceiling or [])
     subject = find(target, Wish(bits, weight_bits, act_bits, override or (), model_arg or ()))
     cost = model_cost(subject.architecture, subject.specs)
-    estimates = [estimate(cost, item, batch, threads) for item in hardware]
+    estimates = [estimate(cost, item, batch, threads, subject.residual) for item in hardware]
     layers = {layer.name: layer for layer in subject.model.linears()} if subject.model else {}
     rows = [_row(product, layers.get(product.name), subject) for product in cost.products]
     _show_products(subject, rows)
@@ -146,6 +146,7 @@ def _total(subject: Subject, cost: ModelCost) -> dict[str, Any]:
         "model": subject.architecture.name,
         "weight_bits": mode(product.left.bits for product in inner),
         "act_bits": mode(product.right.bits for product in inner),
+        "residual": subject.residual,
         "parameters": cost.parameters,
         "weight_bytes": cost.weight_bytes,
         "multiplies": cost.multiplies,
@@ -171,6 +172,7 @@ def _facts(subject: Subject, cost: ModelCost, total: dict[str, Any]) -> dict[str
         "weights": f"{count(cost.weight_bytes)} bytes of packed codes",
         "multiplies": f"{count(cost.multiplies)} an image, by the wider operand: {by_bits}",
         "bit ops": f"{count(cost.bit_operations)} an image",
+        "residual": f"the residual stream is {subject.residual}",
         "speed-up": f"{cost.speed_up:.2f} x in theory ({SPEED_UP_DEFINITION})",
         "input": f"{size[0]} x {size[1]} x {size[2]}, crop {preprocessing.crop_pct:g} ({preprocessing.crop_mode}), "
         f"{preprocessing.interpolation}",

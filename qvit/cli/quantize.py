@@ -40,6 +40,9 @@ def command(
     weight_bits: Annotated[int | None, typer.Option("--weight-bits", help="Bits of weights, where not --bits.")] = None,
     act_bits: Annotated[int | None, typer.Option("--act-bits", help="Bits of activations, where not --bits.")] = None,
     rectify: Annotated[bool, typer.Option("--rectify/--no-rectify", help="Insert IRM on q and k.")] = True,
+    residual: Annotated[
+        str, typer.Option("--residual", help="Of the residual stream: float32, or float16, which is less for a GPU to move.")
+    ] = "float32",
     override: Annotated[
         list[str] | None,
         typer.Option("--override", help="pattern=bits for some layers, such as '*.mlp.fc2=8'; may be given again."),
@@ -86,7 +89,7 @@ def command(
     """
     if output.suffix not in (INTEGER_SUFFIX, ".safetensors"):
         raise InputError(f"{output} is neither a .qvit nor a .safetensors file: end its name with one of them.")
-    spec = spec_of(bits, weight_bits, act_bits, rectify, override or [])
+    spec = spec_of(bits, weight_bits, act_bits, rectify, override or [], residual)
     budget = budget_of(budget_mb, budget_bops, (bits, weight_bits, act_bits))
     if sensitivities is not None and budget is None:
         raise InputError("--sensitivities belongs to a budget: give --budget-mb or --budget-bops.")
@@ -143,6 +146,7 @@ def command(
         "weight_bits": spec.weight_bits,
         "act_bits": spec.act_bits,
         "rectify": spec.rectify,
+        "residual": spec.residual,
         "seed": seed,
         "float_top1": float_top1,
         "images": len(drawn),

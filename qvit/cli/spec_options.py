@@ -14,12 +14,17 @@ DEFAULT_BITS = 4
 
 
 def spec_of(
-    bits: int | None, weight_bits: int | None, act_bits: int | None, rectify: bool, overrides: Sequence[str]
+    bits: int | None,
+    weight_bits: int | None,
+    act_bits: int | None,
+    rectify: bool,
+    overrides: Sequence[str],
+    residual: str = "float32",
 ) -> ModelSpec:
     """The spec that the options describe.
 
     Raises:
-        SpecError: bits out of range, or an override that is none.
+        SpecError: bits out of range, an unknown type of the residual stream, or an override that is none.
     """
     from qvit.spec import ModelSpec
 
@@ -28,6 +33,7 @@ def spec_of(
         weight_bits=bits if weight_bits is None else weight_bits,
         act_bits=bits if act_bits is None else act_bits,
         rectify=rectify,
+        residual=residual,
         overrides=dict(_override(text) for text in overrides),
     )
 

@@ -30,6 +30,7 @@ class Subject:
         architecture: of the float model.
         specs: name of a quantization point -> its spec.
         rectify: has IRM.
+        residual: what the residual stream is rounded to.
         preprocessing: of its images.
         classes: names.
         provenance: what it says of itself.
@@ -41,6 +42,7 @@ class Subject:
     architecture: Any
     specs: Mapping[str, QuantSpec]
     rectify: bool
+    residual: str
     preprocessing: Preprocessing
     classes: Sequence[str] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -102,6 +104,7 @@ def _integers(path: Path, wish: Wish) -> Subject:
         model.architecture,
         model.specs,
         model.header["rectify_eps"] is not None,
+        model.residual,
         model.preprocessing,
         model.classes,
         model.provenance,
@@ -128,6 +131,7 @@ def _checkpoint(path: Path, wish: Wish) -> Subject:
         metadata.architecture,
         specs,
         spec.rectify,
+        spec.residual,
         metadata.preprocessing,
         metadata.classes,
         provenance_of(metadata),
@@ -152,7 +156,7 @@ def _timm(name: str, wish: Wish) -> Subject:
     family.check(model)
     architecture, spec = family.describe(model), wish.spec()
     specs = specs_of(products_of(architecture), spec)
-    return Subject(f"{name}, quantized to {_widths(spec)}", architecture, specs, spec.rectify, preprocessing)
+    return Subject(f"{name}, quantized to {_widths(spec)}", architecture, specs, spec.rectify, spec.residual, preprocessing)
 
 
 def _widths(spec: ModelSpec) -> str:

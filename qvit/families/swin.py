@@ -22,6 +22,7 @@ from qvit.architecture import SwinArchitecture
 from qvit.errors import UnsupportedModelError
 from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.exact import MapAverage
+from qvit.layers.residual import HalfSwinBlock, round_block, round_output
 from qvit.layers.window_attention import QuantWindowAttention
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
@@ -214,6 +215,8 @@ def stem(model: Any, images: torch.Tensor) -> torch.Tensor:
 
 def after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The residual stream [B, rows, columns, C] between attention and MLP."""
+    if isinstance(block, HalfSwinBlock):
+        return block.after_attention(tokens)
     return tokens + block._attn(block.norm1(tokens))
 
 
@@ -230,9 +233,15 @@ def swap(model: Any, a: SwinArchitecture, spec: ModelSpec, preprocessing: Prepro
         if stage:
             name = f"layers.{stage}.downsample.reduction"
             layer.downsample.reduction = swap.linear(layer.downsample.reduction, name, None)
+            if spec.residual == "float16":
+                round_output(layer.downsample)
         for index, block in enumerate(layer.blocks):
             name = f"layers.{stage}.blocks.{index}"
             block.attn = QuantWindowAttention(block.attn, swap.resolver(f"{name}.attn"), spec.rectify, swap.statistical)
             block.mlp = swap.mlp(block.mlp, f"{name}.mlp", None, a.activation)
+            if spec.residual == "float16":
+                round_block(block)
+    if spec.residual == "float16":
+        round_output(model.patch_embed)
     model.head.global_pool = MapAverage()
     model.head.fc = swap.linear(model.head.fc, "head.fc", None, edge=True)

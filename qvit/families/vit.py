@@ -18,6 +18,7 @@ from qvit.errors import UnsupportedModelError
 from qvit.families.missing import lacks
 from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.attention import QuantAttention
+from qvit.layers.residual import HalfBlock, round_block, round_output
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
 
@@ -203,6 +204,8 @@ def stages(model: Any) -> list[tuple[Any | None, list[Any]]]:
 
 def after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The residual stream [B, N, C] between attention and MLP."""
+    if isinstance(block, HalfBlock):
+        return block.after_attention(tokens)
     return tokens + block.ls1(block.attn(block.norm1(tokens)))
 
 
@@ -228,5 +231,9 @@ def swap(model: Any, a: VitArchitecture, spec: ModelSpec, preprocessing: Preproc
         name = f"blocks.{index}"
         block.attn = QuantAttention(block.attn, swap.resolver(f"{name}.attn"), a.num_tokens, spec.rectify, swap.statistical)
         block.mlp = swap.mlp(block.mlp, f"{name}.mlp", a.num_tokens, a.activation)
+        if spec.residual == "float16":
+            round_block(block)
+    if spec.residual == "float16":
+        round_output(model.norm_pre)
     for head in a.heads:
         setattr(model, head, swap.linear(getattr(model, head), head, None, edge=True))

@@ -165,6 +165,7 @@ class Recipe(Section):
             rectify=self.method in ("irm", "qvit") if q.rectify is None else q.rectify,
             equalise=q.equalise,
             weight_quantizer=q.weight_quantizer,
+            residual=q.residual,
             overrides=q.overrides,
         )
 

@@ -117,6 +117,8 @@ class QuantSection(Section):
         rectify: insert IRM; decided by the method where it is left out.
         equalise: balance channels before calibration.
         weight_quantizer: of the blocks' weights, ``lsq`` (learned steps) or ``statsq`` (their mean magnitude).
+        residual: ``float16`` rounds the residual stream wherever it is written, in training as in the frozen file, so that a
+            GPU reads and writes half as much of it.
         overrides: name pattern -> bits or fields of a `qvit.spec.QuantSpec`.
         budget_mb, budget_bops: choose the bits layer by layer instead (`qvit.analyze.budget`), so that the frozen file has at
             most so many MB of 10^6 bytes, and an image takes at most so many bit operations (`qvit inspect` counts them).
@@ -134,6 +136,7 @@ class QuantSection(Section):
     rectify: bool | None = None
     equalise: bool = True
     weight_quantizer: Literal["lsq", "statsq"] = "lsq"
+    residual: Literal["float32", "float16"] = "float32"
     overrides: dict[str, int | dict[str, Any]] = {}
     budget_mb: Annotated[float, Field(gt=0)] | None = None
     budget_bops: Annotated[float, Field(gt=0)] | None = None

@@ -34,16 +34,18 @@ def test_multiplies_on_the_cpu(bits: int, rate: float) -> None:
     assert two.images_per_s == pytest.approx(2 * one.images_per_s, rel=1e-12)
 
 
-def test_memory_on_the_gpu() -> None:
+@pytest.mark.parametrize(("residual", "width"), [("float32", 4), ("float16", 2)])
+def test_memory_on_the_gpu(residual: str, width: int) -> None:
     cost = _cost(4)
-    # A block moves 16 C codes and 6 C float16 values a token: 28 C bytes; pixels, the stream and the head beside it.
-    image = 12 * 28 * N * C + 196 * 768 + 2 * 196 * C + 2 * (C + 1000)
+    # A block moves 16 C codes and 6 C values of the stream a token; pixels, the stream and the head beside it.
+    image = 12 * (16 + 6 * width) * N * C + 196 * 768 + width * 196 * C + width * (C + 1000)
     for batch in (1, 256):
-        result = estimate(cost, GPU, batch)
+        result = estimate(cost, GPU, batch, residual=residual)
         assert result.bytes_moved == cost.weight_bytes + batch * image
         assert result.memory_seconds == pytest.approx(result.bytes_moved / 2.97e12, rel=1e-12)
         assert (result.bound, result.threads) == ("memory", 0)
         assert result.compute_seconds == pytest.approx(batch * cost.multiplies / (1970e12 / 2), rel=1e-12)
+    assert estimate(cost, CPU, residual=residual) == estimate(cost, CPU)  # it rounds, but keeps 4 bytes
     two = estimate(_cost(2), GPU, 256)
     inner = LINEAR + ATTENTION
     assert two.compute_seconds == pytest.approx(256 * (inner / (15885e12 / 8) + EDGE / (1970e12 / 2)), rel=1e-12)

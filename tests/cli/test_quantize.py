@@ -69,6 +69,7 @@ def test_from_a_state_dict_to_integers(cli: Cli, checkpoints: Path, tmp_path: Pa
     assert model.provenance["calibration_images"] == 8
     (row,) = json.loads(report.read_text())["rows"]
     assert (row["weight_bits"], row["act_bits"], row["images"], row["rectify"]) == (3, 5, 8, False)
+    assert (row["residual"], model.residual) == ("float32", "float32")
     assert row["file_bytes"] == output.stat().st_size
 
 
@@ -77,7 +78,7 @@ def test_from_our_own_checkpoint_to_a_checkpoint(cli: Cli, checkpoints: Path, tm
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"digit {i}" for i in range(10)) + "\n")
     weights = ("--checkpoint", checkpoints / "float.safetensors", "--classes", names)
-    done = cli("quantize", *weights, *_DATA, "--bits", 2, "-o", output)
+    done = cli("quantize", *weights, *_DATA, "--bits", 2, "--residual", "float16", "-o", output)
     assert (done.status, "smaller than float32" in done.out) == (0, False)  # its weights are float32
     student, metadata = load_student(output)
     assert student.qvit.spec.weight_bits == 2
@@ -86,7 +87,10 @@ def test_from_our_own_checkpoint_to_a_checkpoint(cli: Cli, checkpoints: Path, tm
     assert metadata.metrics == {"float_top1": 9.75}
     # What was calibrated can be frozen later.
     assert cli("freeze", output, "-o", tmp_path / "m.qvit").status == 0
-    assert qvit.IntegerModel.load(tmp_path / "m.qvit").provenance["float_top1"] == 9.75
+    frozen = qvit.IntegerModel.load(tmp_path / "m.qvit")
+    assert (frozen.provenance["float_top1"], frozen.residual) == (9.75, "float16")
+    shown = [cli("inspect", path).out for path in (output, tmp_path / "m.qvit", checkpoints / "float.safetensors")]
+    assert ["the residual stream is float16" in out for out in shown] == [True, True, False]
 
 
 def test_the_draw_is_the_seeds(cli: Cli, checkpoints: Path, tmp_path: Path) -> None:
@@ -114,6 +118,7 @@ def test_the_draw_is_the_seeds(cli: Cli, checkpoints: Path, tmp_path: Path) -> N
         (("--override", "*.fc2.input={scale: per_channel}"), "cannot run on integers"),
         (("--override", "*.fc2={scale: [}"), "no valid YAML"),
         (("--override", "patch_embed.proj.input={signed: true}"), "quantized as pixels are"),
+        (("--residual", "bfloat16"), "residual='bfloat16' is unknown: use float32 or float16"),
         (("--images", 0), "--images 0 is out of range"),
         (("--crop-pct", 1.5), "crop_pct"),
         (("--mean", "0.5;0.5"), "no list of numbers"),

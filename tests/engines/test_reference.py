@@ -329,6 +329,34 @@ def test_what_reads_the_residual_stream_reads_it_rounded(
     assert torch.equal(plain.forward(images), logits) == (residual == "float32")
 
 
+@pytest.mark.parametrize("case", ["distilled", "register tokens", "LayerScale", "norm before the blocks", "no positions"])
+def test_a_trained_stream_of_float16_is_what_runs(
+    case: str, make_student: Factory, small_vit: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    name, options = ARCHITECTURES[case]
+    student = perturb(make_student(small_vit(name, **SMALL | options), residual="float16"))
+    _assert_same(student, _images(student), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["two stages", "three stages"])
+def test_a_trained_stream_of_float16_of_swin_is_what_runs(
+    name: str, make_student: Factory, small_swin: Factory, perturb: Factory, tmp_path: Path
+) -> None:
+    student = perturb(make_student(small_swin(**SWINS[name]), residual="float16"))
+    _assert_same(student, _images(student, 2), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_calibrated_stream_of_float16_is_what_runs(
+    family: str, small_vit: Factory, small_swin: Factory, tmp_path: Path
+) -> None:
+    model = small_vit(**SMALL) if family == "vit" else small_swin()
+    student = qvit.quantize(model, spec=ModelSpec.of_bits(3, residual="float16")).eval()
+    images = _images(student, 4)
+    qvit.calibrate(student, [images], images=4)
+    _assert_same(student, images, tmp_path)
+
+
 def test_half_is_ieees(frozen: IntegerModel) -> None:
     engine = ReferenceEngine(IntegerModel.from_tensors({**frozen.header, "residual": "float16"}, frozen.tensors))
     values = np.array(

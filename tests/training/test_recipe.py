@@ -32,6 +32,7 @@ def test_the_method_is_one_line(method: str, rectify: bool, dgd: float) -> None:
     "changes",
     [
         ["quant.weight_quantizer=statsq"],
+        ["quant.residual=float16"],
         ["quant.overrides={'blocks.*.weight': {offset: half_step}}"],
         ["quant.start_from=runs/w4a4/last.safetensors"],
         ["quant.budget_mb=9", "quant.budget_bops=4.5e+10", "quant.sensitivities=runs/sensitivities.json"],
@@ -98,6 +99,7 @@ def test_overrides_are_dotted_and_yaml(tmp_path: Path) -> None:
         ({"quant": {"budget": 1}}, ["'quant.budget'", "did you mean 'quant.budget_mb'"]),
         ({"quant": {"sensitivities": "s.json"}}, ["quant.sensitivities belongs to a budget"]),
         ({"quant": {"weight_quantizer": "magic"}}, ["quant.weight_quantizer='magic'", "statsq"]),
+        ({"quant": {"residual": "bfloat16"}}, ["quant.residual='bfloat16'", "float16"]),
         ({"anneal": {"share": 1}}, ["anneal.share=1", "at least 0 and less than 1"]),
         ({"anneal": {"width": 0.7}}, ["anneal.width=0.7", "more than 0 and at most 0.5"]),
         ({"anneal": {"shore": 0.1}}, ["did you mean 'anneal.share'"]),

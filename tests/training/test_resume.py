@@ -52,7 +52,7 @@ def test_a_teacher_of_its_own_is_part_of_the_run() -> None:
 def test_a_key_that_is_newer_than_the_checkpoint_had_its_default_then() -> None:
     recipe = Recipe.from_dict({})
     old = recipe.to_dict()
-    del old["anneal"], old["distill"]["cached_crops"], old["quant"]["weight_quantizer"]
+    del old["anneal"], old["distill"]["cached_crops"], old["quant"]["weight_quantizer"], old["quant"]["residual"]
     check_same_run(checkpoint_of(old), recipe, 1)
     with pytest.raises(TrainingError, match=r"anneal\.share=0\.0, now it is 0\.2"):
         check_same_run(checkpoint_of(old), recipe.override("anneal.share=0.2"), 1)
