@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from qvit.engines.cuda import constants as c
-from qvit.engines.cuda import few_tiles
+from qvit.engines.cuda import few_tiles, tiles
 from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile, choose_few
@@ -281,6 +282,8 @@ class Products(Steps):
                 tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
+        if tiles.HOLDS and isinstance(tile, HopperTile) and tile.column_bytes and not bits and layer.k <= 384 and not layer.signed:
+            tile = replace(tile, holds=True)
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int, rows: int) -> tuple[Tile, bool]:

@@ -93,7 +93,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #else
         multiply_all(reader, sums, [](int) {});
 #endif
-        if (RESIDENT && !A_NIBBLES && reader.last) {
+        if (RESIDENT && !A_NIBBLES && !HELD && reader.last) {
             reader.release_rows(0);
         }
 #if DIRECT

@@ -31,6 +31,9 @@ struct Reader {
     int rows_phase = 1;
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;  // where rows do not stay
+#if HELD
+    uint32_t held[kChunks * kChunk / 32][4];  // operands of all of a row block, in registers
+#endif
 
     // Which buffer has this warpgroup's rows of a chunk of a's.
     __device__ __forceinline__ int await_rows_at(int chunk) const {
@@ -183,6 +186,55 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
         }
         if (chunk % 2 == 1) {
             reader.row_cursor.next();
+        }
+        meanwhile(chunk);
+        before = reader.cursor.at;
+        reader.cursor.next();
+    }
+    products_wait<0>();
+    settle(sums);
+    reader.release(before);
+}
+
+#elif HELD
+
+// Rows that stay do so in registers: the tensor cores then read of shared memory what is of b, which leaves its time to tables.
+static_assert(RESIDENT && kParts == 1 && !A_SIGNED && kTeams == 1, "bytes without a sign, of rows that stay");
+constexpr int kSlices = kChunks;
+template <class Meanwhile>
+__device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
+    const int thread = threadIdx.x % 128, lane = reader.lane;
+    if (reader.fresh) {
+        const unsigned char* const line = reader.of.rows + threadIdx.x / 128 * kTileBytes + (thread / 32 * 16 + lane % 16) * kChunk;
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; chunk++) {
+            reader.await_rows(chunk);
+#pragma unroll
+            for (int step = 0; step < kChunk / 32; step++) {
+                load_matrices(reader.held[chunk * (kChunk / 32) + step],
+                              line + chunk * kBytesA + ((2 * step + lane / 16) ^ (lane % 8)) * 16);
+            }
+        }
+        __syncwarp();
+        reader.release_rows(0);
+    }
+    int before = -1;
+    reader.cursor.begin<kChunks>();
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk++) {
+        const Operand b = reader.await_stage();
+        settle(sums);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < kChunk; k += 32) {
+            if (chunk * kChunk + k < DEPTH) {
+                warpgroup_multiply_held<kPart>(sums.parts[0], reader.held[(chunk * kChunk + k) / 32], advance(b, k), chunk + k > 0);
+            }
+        }
+        products_end_group();
+        if (chunk > 0) {
+            products_wait<1>();  // those of the buffer before are done
+            reader.release(before);
         }
         meanwhile(chunk);
         before = reader.cursor.at;

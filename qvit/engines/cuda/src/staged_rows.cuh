@@ -7,12 +7,13 @@
 #pragma once
 
 // What is added comes as it lies in memory: values of the stream, or a position in float32. Of float16 there are as many bytes ahead,
-// so twice as many pieces.
+// so up to twice as many pieces.
 using Added = StreamOf<OUT_HALF && !POSITION>::type;
 constexpr int kValue = sizeof(Added), kPieces = kBN / kPiece;
-constexpr int kSlotCount = kValue == 4 || 2 * kSlots > kPieces ? kSlots : 2 * kSlots;
+constexpr int slots_of(int most) { return kPieces % most == 0 ? most : slots_of(most - 1); }
+constexpr int kSlotCount = slots_of(kValue == 4 ? kSlots : 2 * kSlots < kPieces ? 2 * kSlots : kPieces);
 constexpr int kPieceLine = kValue * kPiece + 8 * kValue, kSlot = 16 * kPieceLine, kSlotBytes = kSlotCount * kSlot;  // of a warp
-static_assert(kBN % kPiece == 0 && kPieces % kSlotCount == 0 && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
+static_assert(kBN % kPiece == 0 && (kValue != 4 || kPieces % kSlots == 0) && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
 constexpr bool kMoved = SCATTER == 1 || POSITION;  // rows go elsewhere than where they are in the product
