@@ -32,7 +32,9 @@ CASES: dict[str, tuple[str, dict[str, Any], ModelSpec]] = {
     "w4a4": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}, ModelSpec.of_bits(4)),
     "w8a8": ("deit_tiny_patch16_224", {"init_values": 0.1}, ModelSpec.of_bits(8, rectify=False)),
     "w2a8": ("deit_tiny_patch16_224", {"patch_size": 16}, ModelSpec(weight_bits=2, act_bits=8)),
+    "w4a4-float16": ("vit_tiny_patch16_224", {"init_values": 0.1, "pre_norm": True}, ModelSpec(residual="float16")),
     "swin": ("swin_tiny_patch4_window7_224", SWIN, ModelSpec.of_bits(4)),
+    "swin-float16": ("swin_tiny_patch4_window7_224", SWIN, ModelSpec(residual="float16")),
 }
 
 

@@ -47,6 +47,9 @@ def command(
         list[str] | None,
         typer.Option("--override", help="pattern=bits for some layers, such as '*.mlp.fc2=8'; may be given again."),
     ] = None,
+    residual: Annotated[
+        str | None, typer.Option("--residual", help="For a float model: type of the residual stream, float32 or float16.")
+    ] = None,
     model_arg: Annotated[list[str] | None, typer.Option("--model-arg", help=options.MODEL_ARGUMENTS)] = None,
     batch: Annotated[int, typer.Option("--batch", help="Images of the roofline estimate.")] = 1,
     threads: Annotated[int, typer.Option("--threads", help="Cores of the CPU's roofline estimate.")] = 1,
@@ -74,7 +77,7 @@ def command(
         qvit inspect deit_small_patch16_224 --bits 3 --threads 2 --batch 8
     """
     hardware = hardware_of(ceiling or [])
-    subject = find(target, Wish(bits, weight_bits, act_bits, override or (), model_arg or ()))
+    subject = find(target, Wish(bits, weight_bits, act_bits, override or (), model_arg or (), residual))
     cost = model_cost(subject.architecture, subject.specs)
     estimates = [estimate(cost, item, batch, threads, subject.residual) for item in hardware]
     layers = {layer.name: layer for layer in subject.model.linears()} if subject.model else {}

@@ -59,11 +59,14 @@ class Wish:
     act_bits: int | None = None
     overrides: Sequence[str] = ()
     model_args: Sequence[str] = ()
+    residual: str | None = None
 
     def refuse(self, what: str) -> None:
         """Raises `InputError` if there is a wish: ``what`` is quantized already."""
-        if any((self.bits, self.weight_bits, self.act_bits, self.overrides)):
-            raise InputError(f"{what} is quantized already: leave out --bits, --weight-bits, --act-bits and --override.")
+        if any((self.bits, self.weight_bits, self.act_bits, self.overrides, self.residual)):
+            raise InputError(
+                f"{what} is quantized already: leave out --bits, --weight-bits, --act-bits, --override and --residual."
+            )
         self.refuse_arguments(what)
 
     def refuse_arguments(self, what: str) -> None:
@@ -72,8 +75,8 @@ class Wish:
             raise InputError(f"{what} says itself what its model is: leave out --model-arg.")
 
     def spec(self) -> ModelSpec:
-        """The spec; 4 bits where nothing was said."""
-        return spec_of(self.bits, self.weight_bits, self.act_bits, True, self.overrides)
+        """The spec; 4 bits and a float32 stream where nothing was said."""
+        return spec_of(self.bits, self.weight_bits, self.act_bits, True, self.overrides, self.residual or "float32")
 
 
 def find(target: str, wish: Wish) -> Subject:

@@ -22,7 +22,7 @@ from qvit.architecture import SwinArchitecture
 from qvit.errors import UnsupportedModelError
 from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.exact import MapAverage
-from qvit.layers.residual import HalfSwinBlock, round_block, round_output
+from qvit.layers.residual import HalfSwinBlock, half_stream, round_block, round_output
 from qvit.layers.window_attention import QuantWindowAttention
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
@@ -215,9 +215,8 @@ def stem(model: Any, images: torch.Tensor) -> torch.Tensor:
 
 def after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The residual stream [B, rows, columns, C] between attention and MLP."""
-    if isinstance(block, HalfSwinBlock):
-        return block.after_attention(tokens)
-    return tokens + block._attn(block.norm1(tokens))
+    tokens = tokens + block._attn(block.norm1(tokens))
+    return half_stream(tokens) if isinstance(block, HalfSwinBlock) else tokens
 
 
 def tail(model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from qvit.errors import UnsupportedModelError
 from qvit.families.missing import lacks
 from qvit.families.swap import Swap, mlp_ratio
 from qvit.layers.attention import QuantAttention
-from qvit.layers.residual import HalfBlock, round_block, round_output
+from qvit.layers.residual import HalfBlock, half_stream, round_block, round_output
 from qvit.preprocessing import Preprocessing
 from qvit.spec import ModelSpec
 
@@ -204,9 +204,8 @@ def stages(model: Any) -> list[tuple[Any | None, list[Any]]]:
 
 def after_attention(block: Any, tokens: torch.Tensor) -> torch.Tensor:
     """The residual stream [B, N, C] between attention and MLP."""
-    if isinstance(block, HalfBlock):
-        return block.after_attention(tokens)
-    return tokens + block.ls1(block.attn(block.norm1(tokens)))
+    tokens = tokens + block.ls1(block.attn(block.norm1(tokens)))
+    return half_stream(tokens) if isinstance(block, HalfBlock) else tokens
 
 
 def tail(model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -61,24 +61,16 @@ def half_stream(x: torch.Tensor) -> torch.Tensor:
 class HalfBlock(Block):
     """timm's block of a ViT with both of its sums rounded."""
 
-    def after_attention(self, x: torch.Tensor, **masks: Any) -> torch.Tensor:
-        """The stream [B, N, C] between attention and MLP."""
-        return half_stream(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
-
     def forward(self, x: torch.Tensor, **masks: Any) -> torch.Tensor:  # type: ignore[override]
-        x = self.after_attention(x, **masks)
+        x = half_stream(x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks))))
         return half_stream(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
 
 
 class HalfSwinBlock(SwinTransformerBlock):
     """timm's block of a Swin Transformer with both of its sums rounded."""
 
-    def after_attention(self, x: torch.Tensor) -> torch.Tensor:
-        """The stream [B, rows, columns, C] between attention and MLP."""
-        return half_stream(x + self.drop_path1(self._attn(self.norm1(x))))
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.after_attention(x)
+        x = half_stream(x + self.drop_path1(self._attn(self.norm1(x))))
         tokens = x.flatten(1, 2)
         return half_stream(tokens + self.drop_path2(self.mlp(self.norm2(tokens)))).view_as(x)
 

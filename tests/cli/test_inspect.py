@@ -113,6 +113,16 @@ def test_a_model_of_timm(cli: Cli, tmp_path: Path) -> None:
     assert "deit_tiny_patch16_224, quantized to 4 bits" in done.out
 
 
+def test_the_roofline_follows_the_type_of_the_residual_stream(cli: Cli, tmp_path: Path) -> None:
+    half, full = (
+        _rows(cli, tmp_path, "deit_tiny_patch16_224", "--residual", residual)[-3:] for residual in ("float16", "float32")
+    )
+    assert [rows[0]["residual"] for rows in (half, full)] == ["float16", "float32"]
+    assert half[1]["bytes_moved"] == full[1]["bytes_moved"]  # on the CPU
+    saved = full[2]["bytes_moved"] - half[2]["bytes_moved"]
+    assert saved == 2 * (12 * 6 * 197 * 192 + 196 * 192 + 192 + 1000)
+
+
 def test_a_swin_of_timm(cli: Cli) -> None:
     options = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": [1, 2], "num_heads": [2, 4]}
     done = cli("inspect", "swin_tiny_patch4_window7_224", *(f"--model-arg={key}={value}" for key, value in options.items()))
@@ -152,6 +162,8 @@ def test_batch_threads_and_other_ceilings(cli: Cli, frozen_file: Path, tmp_path:
     [
         (("FILE", "--bits", 4), "is quantized already: leave out --bits"),
         (("FILE", "--override", "*.fc1=4"), "is quantized already"),
+        (("FILE", "--residual", "float16"), "override and --residual"),
+        (("deit_tiny_patch16_224", "--residual", "half"), "residual='half' is unknown: use float32 or float16"),
         (("FILE", "--model-arg", "depth=1"), "leave out --model-arg"),
         (("STUDENT", "--act-bits", 4), "is quantized already"),
         (("FLOAT", "--model-arg", "depth=1"), "says itself what its model is"),

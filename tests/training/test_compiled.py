@@ -100,10 +100,12 @@ def test_it_resumes_with_the_same_bits(tiny_recipe: MakeRecipe, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("_traced_only")
-def test_a_quantized_student_is_compiled_around_its_kernels(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("residual", ["float32", "float16"])
+def test_a_quantized_student_is_compiled_around_its_kernels(residual: str, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     """With taps in the attention of both, and with weights that join later."""
     distill = {"soft": 1, "dgd": 0.1, "feature": 1, "feature_blocks": "all"}
-    recipe = tiny_recipe(distill=distill, activations_first={"epochs": 1}, schedule={"epochs": 2})
+    quant = {"residual": residual}
+    recipe = tiny_recipe(quant=quant, distill=distill, activations_first={"epochs": 1}, schedule={"epochs": 2})
     fit(recipe.override("compile=true"), tmp_path / "a", progress=False)
     # norm1 | residual, norm2 | residual; the teacher's MLP is one with its residuals
     assert graphs() == 3 + 2

@@ -133,6 +133,23 @@ def test_the_four_methods(tiny_recipe: MakeRecipe, tmp_path: Path, method: str, 
         assert torch.equal(student(images), result.model(images))
 
 
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_stream_of_float16_trains_and_its_integers_are_what_was_trained(
+    family: str, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    swin = {"model": {"name": "swin_tiny_patch4_window7_224", "args": SWIN}} if family == "swin" else {}
+    recipe = tiny_recipe(quant={"bits": 3, "residual": "float16"}, schedule={"epochs": 2}, **swin)
+    result = fit(recipe, tmp_path, progress=False)
+    student, metadata = load_student(tmp_path / LAST)
+    frozen = freeze(student)
+    assert (student.qvit.spec.residual, frozen.residual) == ("float16", "float16")
+    source = open_source(metadata.recipe["data"]["train"], "val")
+    batches = list(evaluation_loader(source, metadata.preprocessing, 4))
+    measured = agreement(student, ReferenceEngine(frozen), batches)
+    assert (measured.worst_codes, measured.top1, measured.logits) == (100, 100, 0)
+    assert evaluate(result.model, batches).top1 == evaluate(student, batches).top1
+
+
 def test_statsq_trains_and_its_integers_are_what_was_trained(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny_recipe(quant={"bits": 2, "weight_quantizer": "statsq"}, schedule={"epochs": 8}, optim={"lr": 5e-3})
     result = fit(recipe, tmp_path, progress=False)

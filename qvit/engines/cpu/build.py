@@ -36,6 +36,7 @@ def _shape(model: IntegerModel) -> dict[str, int]:
         "average_all": int(vit is None or vit.pool_include_prefix),
         "distilled": int(vit is not None and vit.dist_token),
         "windowed": int(vit is None),
+        "half": int(model.residual == "float16"),
     }
 
 

@@ -123,6 +123,56 @@ def test_every_instruction_set(isa: str, bits: int, student: Factory, monkeypatc
             _assert_same(student(options=_WIDE, weight_bits=bits, act_bits=bits, **fields), 1)
 
 
+HALF = ["distilled", "average of patches, no class token", "register tokens", "positions of patches alone", "no positions"]
+HALF += ["LayerScale", "norm before the blocks"]
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_a_stream_of_float16(case: str, student: Factory) -> None:
+    name, options = ARCHITECTURES[case]
+    _assert_same(student(name, options, residual="float16"))
+
+
+@pytest.mark.parametrize("isa", _native.isa_names().split(", "))
+def test_a_stream_of_float16_with_every_instruction_set(isa: str, student: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVIT_ISA", isa)
+    options = _WIDE | {"depth": 2, "embed_dim": 126, "mlp_ratio": 2, "init_values": 0.5}  # rows end within a vector
+    model = student("vit_tiny_patch16_224", options, residual="float16")
+    _assert_same(model)
+    _assert_same(student(residual="float16", overrides={"blocks.*.input": {"scale": "per_token"}}))  # another form of sums
+    overrides = {"blocks.*.weight": {"scale": "per_group_64"}}
+    _assert_same(student(options={"embed_dim": 128, "num_heads": 2, "depth": 1}, residual="float16", overrides=overrides), 1)
+    plain = IntegerModel.from_tensors({**model.header, "residual": "float32"}, model.tensors)
+    assert not np.array_equal(CpuEngine(plain).run(_pixels(model, 2)), CpuEngine(model).run(_pixels(model, 2)))
+
+
+@pytest.mark.parametrize("isa", _native.isa_names().split(", "))
+def test_every_instruction_set_rounds_to_float16_as_ieee_says(isa: str) -> None:
+    """Every float16, the ties between them and the float32 beside both; what overflows, and what is no number."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = np.sort(halves[np.isfinite(halves)])
+    ties = ((halves[1:].astype(np.float64) + halves[:-1]) / 2).astype(np.float32)
+    edges = np.float32([65519.996, 65520, -65520, 1e9, -3e38, 1e-30, -1e-45, 0.0, -0.0])
+    near = np.concatenate([halves, ties, edges])
+    beside = [np.nextafter(near, np.float32(side)) for side in (-np.inf, np.inf)]
+    x = np.concatenate([near, *beside, np.float32([np.inf, -np.inf, np.nan])])
+    with np.errstate(over="ignore"):
+        wanted = x.astype(np.float16).astype(np.float32)
+    for some in (slice(None), slice(0, 1), slice(1000, 1037)):
+        rounded = x[some].copy()
+        _native.to_half(isa, rounded)
+        numbers = ~np.isnan(wanted[some])
+        assert np.array_equal(np.isnan(rounded), ~numbers)
+        assert np.array_equal(rounded.view(np.int32)[numbers], wanted[some].view(np.int32)[numbers])  # signs of zero too
+
+
+def test_a_stream_that_overflows_float16_harms_nothing(student: Factory) -> None:
+    model = student("vit_tiny_patch16_224", {"init_values": 0.5}, residual="float16")
+    tensors = {name: np.full_like(t, 6e4) if name.endswith("gamma") else t for name, t in model.tensors.items()}
+    logits = CpuEngine(IntegerModel.from_tensors(model.header, tensors)).run(_pixels(model, 2))
+    assert logits.shape == (2, SMALL["num_classes"])
+
+
 def test_close_calls(student: Factory) -> None:
     """A million 8-bit codes: of these float32 alone would get some wrong."""
     _assert_same(student(options=_WIDE | {"depth": 2}, weight_bits=8, act_bits=8), 24)

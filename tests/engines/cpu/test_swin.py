@@ -117,6 +117,16 @@ def test_every_instruction_set(isa: str, bits: int, swin: Factory, monkeypatch: 
             _assert_same(swin(_WIDE, weight_bits=bits, act_bits=bits, **fields), 1)
 
 
+@pytest.mark.parametrize("isa", _native.isa_names().split(", "))
+@pytest.mark.parametrize("options", [_ODD, _SHIFTED])
+def test_a_stream_of_float16(options: dict[str, Any], isa: str, swin: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QVIT_ISA", isa)
+    model = swin(options, residual="float16")
+    _assert_same(model, 2, threads=(1, 3))
+    plain = IntegerModel.from_tensors({**model.header, "residual": "float32"}, model.tensors)
+    assert not np.array_equal(CpuEngine(plain).run(_pixels(model, 2)), CpuEngine(model).run(_pixels(model, 2)))
+
+
 @pytest.mark.parametrize("options", [_ODD, _SHIFTED, {"window_size": 2, "depths": (2, 2)}, {"window_size": 1}])
 def test_neither_threads_nor_batches_matter(options: dict[str, Any], swin: Factory) -> None:
     """More threads than windows, and numbers of threads that do not divide the windows, share windows."""

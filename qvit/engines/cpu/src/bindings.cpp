@@ -140,6 +140,16 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);
     m.def("isa_names", [] { return isa_names(); }, "The instruction sets that run here, best first.");
     m.def("choose_isa", [](const std::string& name) { return std::string(name_of(choose_isa(name))); }, "name"_a);
+    m.def(
+        "to_half",
+        [](const std::string& isa, const Written<float>& x) {
+            const size_t size = x.size();
+            check(size <= 1u << 30, "an array");
+            Floats padded(x.data(), size);
+            ops_of(choose_isa(isa)).to_half(padded.data(), 0, 1, static_cast<int>(size));
+            std::copy_n(padded.data(), size, x.data());
+        },
+        "isa"_a, "x"_a, "Rounds an array to float16, in place, as an instruction set rounds the residual stream.");
     nb::class_<Builder>(m, "Builder")
         .def(nb::init<const std::string&, const Sizes&, const std::vector<Sizes>&>(), "isa"_a, "shape"_a, "stages"_a)
         .def("set_linear", &Builder::set_linear, "which"_a, "index"_a, "bits"_a, "packed"_a, "scale"_a, "value_scale"_a,

@@ -85,6 +85,7 @@ class Builder {
         s.average_all = size_of(shape, "average_all") != 0;
         s.distilled = size_of(shape, "distilled") != 0;
         s.windowed = size_of(shape, "windowed") != 0;
+        s.half = size_of(shape, "half") != 0;
         // Bounded before anything is multiplied in 32 bits.
         for (const int size : {s.classes, s.channels, s.height, s.width}) {
             check(size > 0 && size <= 1 << 20, "sizes");

@@ -169,7 +169,7 @@ void ImageWorker::residual(const Linear& layer, const uint8_t* codes, int ld, co
         by_run(windows, tile.row0, tile.row0 + tile.rows, [&](int row, int token, int count) {
             const Tile part{tile.sums + (row - tile.row0) * tile.ld, tile.ld, row, count, tile.col0, tile.cols};
             float* x = x_ + static_cast<ptrdiff_t>(token - row) * l_->ld_x;
-            ops_.to_floats(part, sums, factor.data(), x, l_->ld_x, x, l_->ld_x);
+            ops_.to_floats(part, sums, factor.data(), x, l_->ld_x, m_.shape.half, x, l_->ld_x);
         });
     });
 }
@@ -220,10 +220,13 @@ void ImageWorker::patches(const uint8_t* pixels, const float* floats) {
         std::memcpy(x_ + at, embed + at, sizeof(float) * static_cast<size_t>(ld_x));
     }
     linear(m_.patch, image_.hidden.get(), l_->ld_hidden, first, row1_, 0, 1, 0, m_.patch.M, kPatches, &m_.stages[0].blocks[0].qkv,
-           [&](const Tile& tile, const Sums& sums) { ops_.to_floats(tile, sums, nullptr, embed, ld_x, x_, ld_x); });
+           [&](const Tile& tile, const Sums& sums) { ops_.to_floats(tile, sums, nullptr, embed, ld_x, false, x_, ld_x); });
+    float* own = x_ + static_cast<ptrdiff_t>(row0_) * ld_x;
     if (!m_.norm_pre.weight.empty() && row0_ < row1_) {
-        float* own = x_ + static_cast<ptrdiff_t>(row0_) * ld_x;
         ops_.layer_norm(m_.norm_pre.view(), own, ld_x, row1_ - row0_, own, ld_x);
+    }
+    if (s.half) {
+        ops_.to_half(own, ld_x, row1_ - row0_, s_->dim);
     }
     tick(kPatches);
     if (s.windowed) {
@@ -257,7 +260,7 @@ void ImageWorker::merge() {
     }
     tick(kMerge);
     linear(stage.merge, codes, l_->ld_hidden, row0_, row1_, 0, 1, 0, stage.merge.M, kMerge, &stage.blocks[0].qkv,
-           [&](const Tile& tile, const Sums& sums) { ops_.to_floats(tile, sums, nullptr, nullptr, 0, x_, l_->ld_x); });
+           [&](const Tile& tile, const Sums& sums) { ops_.to_floats(tile, sums, nullptr, nullptr, 0, m_.shape.half, x_, l_->ld_x); });
     image_.barrier.wait();
     tick(kWait);
 }
@@ -455,7 +458,7 @@ void ImageWorker::outputs(float* logits) {
         }
         Floats& y = own_.logits;
         linear(layer, codes, l_->ld_c, 0, 1, 0, 1, 0, layer.M, kOutput, nullptr, [&](const Tile& tile, const Sums& sums) {
-            ops_.to_floats(tile, sums, nullptr, nullptr, 0, y.data(), round_up(layer.M, kPad));
+            ops_.to_floats(tile, sums, nullptr, nullptr, 0, false, y.data(), round_up(layer.M, kPad));
         });
         for (int c = 0; c < layer.M; c++) {
             logits[c] = i == 0 ? y[static_cast<size_t>(c)] : (logits[c] + y[static_cast<size_t>(c)]) / 2.0f;

@@ -125,6 +125,7 @@ struct Shape {
     int channels = 0, height = 0, width = 0, patch_height = 0, patch_width = 0;
     Activation activation = Activation::gelu;
     bool average = false, average_all = false, distilled = false;
+    bool half = false;      // the residual stream is rounded to float16 wherever it is written
     bool windowed = false;  // attention stays within windows: threads meet after every block
 
     int patch_features() const { return channels * patch_height * patch_width; }

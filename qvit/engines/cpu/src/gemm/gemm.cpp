@@ -35,7 +35,9 @@ bool avx512vnni() {
 bool avx512amd() { return avx512vnni() && !__builtin_cpu_is("intel"); }
 bool avx2() {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx2");
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);  // which GCC 10's __builtin_cpu_supports does not know
+    return __builtin_cpu_supports("avx2") && f16c;
 }
 // Leaf 7, subleaf 1: GCC 12's __builtin_cpu_supports does not know it.
 bool avxvnni() {

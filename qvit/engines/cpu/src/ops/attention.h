@@ -441,7 +441,7 @@ void attention(const Attention& a, int head, int row0, int rows, uint8_t* out, p
 template <class V>
 inline qvit::cpu::OpTable table(const char* name) {
     return {name,         layer_norm<V>,    norm_codes<V>,         pixel_codes<V>,     codes<V>,
-            to_floats<V>, to_gelu_codes<V>, to_threshold_codes<V>, find_thresholds<V>, to_head_codes<V>,
+            to_floats<V>, to_half<V>,       to_gelu_codes<V>, to_threshold_codes<V>, find_thresholds<V>, to_head_codes<V>,
             accumulate<V>, attention<V>};
 }
 

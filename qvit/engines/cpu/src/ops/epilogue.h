@@ -74,7 +74,7 @@ inline void by_form(const Sums& s, const Function& f) {
     }
 }
 
-template <class V, Sums::Form kForm>
+template <class V, Sums::Form kForm, bool kHalf>
 void floats_of(const Tile& t, const Sums& s, const float* factor, const float* base, ptrdiff_t ld_base, float* out,
                ptrdiff_t ld_out) {
     for (int r = 0; r < t.rows; r++) {
@@ -89,15 +89,33 @@ void floats_of(const Tile& t, const Sums& s, const float* factor, const float* b
             if (from) {
                 v = V::add(V::load(from + j), v);
             }
+            if constexpr (kHalf) {
+                v = V::to_half(v);
+            }
             V::store(to + j, V::first(v, t.cols - j < V::W ? t.cols - j : V::W));
         }
     }
 }
 
 template <class V>
-void to_floats(const Tile& t, const Sums& s, const float* factor, const float* base, ptrdiff_t ld_base, float* out,
+void to_floats(const Tile& t, const Sums& s, const float* factor, const float* base, ptrdiff_t ld_base, bool half, float* out,
                ptrdiff_t ld_out) {
-    by_form(s, [&](auto form) { floats_of<V, decltype(form)::value>(t, s, factor, base, ld_base, out, ld_out); });
+    by_form(s, [&](auto form) {
+        if (half) {
+            floats_of<V, decltype(form)::value, true>(t, s, factor, base, ld_base, out, ld_out);
+        } else {
+            floats_of<V, decltype(form)::value, false>(t, s, factor, base, ld_base, out, ld_out);
+        }
+    });
+}
+
+template <class V>
+void to_half(float* x, ptrdiff_t ldx, int rows, int channels) {
+    for (int r = 0; r < rows; r++, x += ldx) {
+        for (int c = 0; c < channels; c += V::W) {
+            V::store(x + c, V::to_half(V::load(x + c)));
+        }
+    }
 }
 
 template <class V, Sums::Form kForm, Activation kActivation>

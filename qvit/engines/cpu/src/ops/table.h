@@ -146,9 +146,11 @@ struct OpTable {
     void (*pixel_codes)(const float* x, int n, float std, float offset, float scale, float high, uint8_t* out);
     void (*codes)(const Quantize& q, const float* x, ptrdiff_t ldx, int row0, int rows, uint8_t* out, ptrdiff_t ld_out);
     // Epilogues; `out` and `base` are those of the whole image: row = token.
-    // out = base + factor * y; base or factor may be null (0 and 1).
-    void (*to_floats)(const Tile& tile, const Sums& sums, const float* factor, const float* base, ptrdiff_t ld_base, float* out,
-                      ptrdiff_t ld_out);
+    // out = base + factor * y; base or factor may be null (0 and 1). half: rounded to float16 once more.
+    void (*to_floats)(const Tile& tile, const Sums& sums, const float* factor, const float* base, ptrdiff_t ld_base, bool half,
+                      float* out, ptrdiff_t ld_out);
+    // Rounds rows of floats to float16: nearest, ties to even, subnormal numbers kept, infinity where float16 ends.
+    void (*to_half)(float* x, ptrdiff_t ldx, int rows, int channels);
     void (*to_gelu_codes)(const Tile& tile, const Sums& sums, Activation activation, const Quantize& q, float margin, uint8_t* out,
                           ptrdiff_t ld_out);
     void (*to_threshold_codes)(const Tile& tile, const Sums& sums, const Thresholds& thresholds, uint8_t* out, ptrdiff_t ld_out);

@@ -1,4 +1,4 @@
-// Eight lanes: AVX2 and FMA, with AVX-VNNI's byte products where the file is compiled for it.
+// Eight lanes: AVX2, FMA and F16C, with AVX-VNNI's byte products where the file is compiled for it.
 #pragma once
 
 #include <immintrin.h>
@@ -27,6 +27,9 @@ struct Avx2 {
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
     static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F to_half(F a) {  // the nearest float16
+        return _mm256_cvtph_ps(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
     static F first(F a, int n) {
         const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));

@@ -26,6 +26,9 @@ struct Avx512 {
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F abs(F a) { return _mm512_abs_ps(a); }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static F to_half(F a) {  // the nearest float16
+        return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
     static F first(F a, int n) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << n) - 1), a); }
     static F off_grid(F a) { return _mm512_reduce_ps(a, 0); }                         // a - round(a)
     static F max_abs(F a, F b) { return _mm512_range_ps(a, b, 0x0b); }                // the larger magnitude

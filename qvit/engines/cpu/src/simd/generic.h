@@ -36,6 +36,7 @@ struct Generic {
     static F max(F a, F b) QVIT_EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
     static F abs(F a) QVIT_EACH(F, fabsf(a.v[i]))
     static F round(F a) QVIT_EACH(F, nearest(a.v[i]))
+    static F to_half(F a) QVIT_EACH(F, half_of(a.v[i]))
     static F first(F a, int n) QVIT_EACH(F, i < n ? a.v[i] : 0.0f)
     static F off_grid(F a) { return sub(a, round(a)); }         // a - round(a)
     static F max_abs(F a, F b) { return max(abs(a), abs(b)); }  // the larger magnitude
@@ -133,6 +134,21 @@ struct Generic {
             return x;
         }
         return (x + 12582912.0f) - 12582912.0f;
+    }
+    // The nearest float16. A power of two that is 2^13 times that of x has float16's last place as its own: adding and taking
+    // it away rounds x to it, half to even. Below 2^-14 the last place of float16 stays.
+    static float half_of(float x) {
+        const float size = fabsf(x);
+        if (!(size < 65520.0f)) {
+            return x * INFINITY;
+        }
+        uint32_t bits;
+        memcpy(&bits, &size, sizeof bits);
+        bits &= 0x7f800000u;
+        float power;
+        memcpy(&power, &bits, sizeof power);
+        const float shift = (power < 0x1p-14f ? 0x1p-14f : power) * 8192.0f;
+        return copysignf((size + shift) - shift, x);
     }
     static int32_t whole(float x) {
         return x >= -2147483648.0f && x < 2147483648.0f ? static_cast<int32_t>(nearest(x)) : INT32_MIN;

@@ -27,6 +27,7 @@ struct Neon {
     static F max(F a, F b) { return vmaxq_f32(a, b); }
     static F abs(F a) { return vabsq_f32(a); }
     static F round(F a) { return vrndnq_f32(a); }
+    static F to_half(F a) { return vcvt_f32_f16(vcvt_f16_f32(a)); }  // the nearest float16
     static F first(F a, int n) {
         const int32_t lanes[4] = {0, 1, 2, 3};
         return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vcgtq_s32(vdupq_n_s32(n), vld1q_s32(lanes))));
