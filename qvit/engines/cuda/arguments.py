@@ -48,7 +48,7 @@ class NormArgs(ctypes.Structure):
         p="x weight bias gain shift offset step index out",
         l="ldx ldo",
         i="rows",
-        f="low high margin",
+        f="low high margin slope eps_float",
         d="eps",
     )
 
@@ -56,7 +56,7 @@ class NormArgs(ctypes.Structure):
 class NormedArgs(GemmArgs):
     """``src/gemm_few.cu``: with the LayerNorm in front, which is left out where there is none."""
 
-    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs), *_fields(f="norm_margin norm_slope norm_eps")]
+    _fields_: ClassVar[list[tuple[str, Any]]] = [("norm", NormArgs)]
 
 
 class PixelArgs(ctypes.Structure):

@@ -28,6 +28,8 @@ from qvit.engines.cuda.tiles import (
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
 _MOST_PACKED = 15  # code of which two fit a byte
+_TWO_ROWS = 384  # channels up to which a warp of a LayerNorm has two rows
+_ROWS_EACH = 64  # rows a multiprocessor from which on it has
 _MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 
 
@@ -45,7 +47,7 @@ class Products(Steps):
         super().__init__(gpu, device, one_bit, poison)
         self._activation_name, self._may_be_late = activation, may_be_late
         # Norms whose codes the next launch may make itself, by where they would be; codes that are to be seen are always there.
-        self._late: dict[int, tuple[Launch, c.NormConstants]] = {}
+        self._late: dict[int, Launch] = {}
 
     def _gemm(
         self,
@@ -60,13 +62,10 @@ class Products(Steps):
         late = self._late.pop(a.data_ptr(), None)
         defines = {}
         if late is not None:
-            launch, norm = late
+            launch = late
             if isinstance(tile, FewTile) and tile.normed:
-                values["norm"] = {**launch.values, "gain": norm.place_gain, "shift": norm.place_shift}
-                values["norm_margin"], values["norm_slope"] = norm.place_margins
-                values["norm_eps"] = norm.eps
-                wide = norm.codes is not None and norm.codes.high - norm.codes.low > _MOST_NARROW
-                defines = {"WIDE": int(wide), "X_HALF": launch.defines["X_HALF"]}
+                values["norm"] = launch.values
+                defines = {name: launch.defines[name] for name in ("WIDE", "X_HALF")}
             else:
                 self._add(launch)
         tile = tile or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
@@ -381,14 +380,20 @@ class Products(Steps):
         values: dict[str, Any] = {"x": x.reshape(-1)[row * width :], "out": out, "ldx": ldx, "ldo": ldo, "rows": rows}
         values["index"] = index
         if isinstance(norm, c.NormConstants):
-            values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps}
-            values |= {"gain": norm.gain, "shift": norm.shift, "margin": norm.margin}
+            values |= {"weight": norm.weight, "bias": norm.bias, "eps": norm.eps, "eps_float": norm.eps}
+            margin, slope = norm.place_margins
+            values |= {"gain": norm.place_gain, "shift": norm.place_shift, "margin": margin, "slope": slope}
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
         warps = 4
+        # Rows of a warp: as many as its registers hold beside what is known of channels, where no other warp lacks one.
+        held = 2 if isinstance(norm, c.NormConstants) and codes is not None and width <= _TWO_ROWS else 1
+        held = held if rows >= _ROWS_EACH * self._gpu.multiprocessors else 1
         defines = {
             "CHANNELS": width,
             "WARPS": warps,
+            "ROWS": held,
+            "WIDE": int(codes is not None and codes.high - codes.low > _MOST_NARROW),
             "OUT_FLOAT": int(codes is None),
             "X_HALF": is_half(x),
             "OUT_HALF": is_half(out),
@@ -396,10 +401,10 @@ class Products(Steps):
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
             "GATHER": pieces,
         }
-        launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
+        launch = Launch("norm", defines, (-(-rows // (warps * held)), 1, 1), 32 * warps, 0, values)
         plain = codes is not None and not pieces
         plain &= isinstance(to, int) or self._bits(to) is None
         if isinstance(norm, c.NormConstants) and plain and self._may_be_late:
-            self._late[out.data_ptr()] = launch, norm
+            self._late[out.data_ptr()] = launch
         else:
             self._add(launch)

@@ -1,12 +1,8 @@
 // LayerNorm of a block's rows in front of a product of few rows: codes in shared memory, a warp a row (NORM).
-//
-// A value's place in the range of its codes is sat(((x - mean) * rstd) * gain + shift), of which kPlaces binary places are kept in
-// the bits of a float: the code, and how far the value is from the next one. Whoever is near to the boundary between two codes is
-// in doubt, and computed again as it is defined.
 #pragma once
 
 constexpr int kVector = CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
-#include "norm_row.cuh"
+#include "norm_places.cuh"
 
 // Rows r and r + 8 lie together, their words taking turns: 16 bytes are a lane's operand of a product. 16 more set the next two
 // rows apart, so that both are in different banks.
@@ -15,7 +11,6 @@ constexpr int kTouches = (4 * CHANNELS + kTouched - 1) / kTouched;  // of an arr
 constexpr int kCodeBytes = kBM / 2 * kCodeLine + 4 * 6 * kTouches;  // places of touches are behind the codes
 constexpr int kMine = (kBM + kWarps - 1) / kWarps;            // rows of a warp
 constexpr bool kHolds = 4 * kUnits * kEightsB + 3 * kLanes <= 64;  // registers hold gain and shift beside b and a row
-constexpr int kPlaces = WIDE ? 15 : 16;                       // a code and these fit 23 bits
 static_assert(kLanes <= 32, "doubts are bits of a word");
 
 // Where rows of codes begin, and where in its row a channel is.
@@ -24,8 +19,6 @@ __device__ __forceinline__ int code_in_line(int c) { return c / 4 * 8 + c % 4; }
 
 struct FewArgs : GemmArgs {
     NormArgs norm;
-    float norm_margin, norm_slope;  // how far a place may be from the true one, in codes: margin + slope E[x^2] / Var[x]
-    float norm_eps;
 };
 
 // The codes in doubt of a row, as they are defined; `near`: its mean or nearly so, `doubts`: a bit for each of the lane's values.
@@ -109,68 +102,38 @@ struct Normer {
     }
 
     __device__ __forceinline__ void write(const float (&x)[kLanes], const Source* from, unsigned char* line) const {
-        float sums[4] = {}, squares[4] = {};  // four of each, so that few roundings are one after the other
-#pragma unroll
-        for (int i = 0; i < kLanes; i++) {  // zeros behind the last channel
-            sums[i % 4] += x[i];
-            squares[i % 4] = fmaf(x[i], x[i], squares[i % 4]);
-        }
-        float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), square = (squares[0] + squares[1]) + (squares[2] + squares[3]);
-        add_both<32>(sum, square);
-        const float mean = sum * (1.0f / CHANNELS);
-        square *= 1.0f / CHANNELS;
-        const float rstd = rsqrtf(fmaxf(fmaf(-mean, mean, square), 0.0f) + p.norm_eps), moved = -mean * rstd;
-        // Where the mean is large beside the deviation, its square takes digits from the variance.
-        const float margin = fmaf(p.norm_slope, square * rstd * rstd, p.norm_margin);
-        const float units = ceilf(fminf(margin * (1 << kPlaces), 1 << (kPlaces - 2)));
-        const uint32_t reach = 2 * static_cast<uint32_t>(units) << (16 - kPlaces);
-        const float most = (p.norm.high - p.norm.low) * (1 << kPlaces), whole = 8388608.0f + (1 << (kPlaces - 1)) + units;
         float gains[kLanes], shifts[kLanes];
         if constexpr (!kHolds) {
             load_row([&](int c) { return p.norm.gain + c; }, lane, gains);
             load_row([&](int c) { return p.norm.shift + c; }, lane, shifts);
         }
-        uint32_t u[kLanes], least = 0xFFFFFFFFu;  // code in the third byte, in doubt where the two below are up to `reach`
-#pragma unroll
-        for (int i = 0; i < kLanes; i++) {
-            const float z = fmaf(x[i], rstd, moved);
-            const float place = __saturatef(fmaf(z, kHolds ? gain[i] : gains[i], kHolds ? shift[i] : shifts[i]));
-            u[i] = static_cast<uint32_t>(__float_as_int(fmaf(place, most, whole))) << (16 - kPlaces);
-            if (CHANNELS % 32 != 0 && channel(i, lane) >= CHANNELS) {
-                u[i] = 0x8000;
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < kLanes; i += 2) {
-            least = __vminu2(least, __byte_perm(u[i], u[i + 1 < kLanes ? i + 1 : i], 0x5410));
-        }
-        store_codes(u, line);
-        if (__any_sync(kAll, min(least & 0xFFFFu, least >> 16) <= reach || reach >= 32768u)) {
+        const RowPlaces of = places_of(
+            p.norm, x, [&](int i) { return kHolds ? gain[i] : gains[i]; }, [&](int i) { return kHolds ? shift[i] : shifts[i]; }, lane);
+        store_codes(of.u, line);
+        if (__any_sync(kAll, of.close)) {
             uint32_t doubts = 0;
 #pragma unroll
             for (int i = 0; i < kLanes; i++) {
                 const bool there = CHANNELS % 32 == 0 || channel(i, lane) < CHANNELS;
-                doubts |= static_cast<uint32_t>(there && ((u[i] & 0xFFFFu) <= reach || reach >= 32768u)) << i;
+                doubts |= static_cast<uint32_t>(there && of.doubts(i)) << i;
             }
-            codes_again(p.norm, from, lane, mean, doubts, line);  // a lane's codes are its own to write
+            codes_again(p.norm, from, lane, of.mean, doubts, line);  // a lane's codes are its own to write
         }
     }
 
-    // The third bytes, from which the range's lowest code is still missing.
     __device__ __forceinline__ void store_codes(const uint32_t (&u)[kLanes], unsigned char* line) const {
         const int low = code_of(p.norm.low);
-        const uint32_t first = static_cast<uint32_t>(128 + low) * 0x01010101u;
-        const auto whole = [&](uint32_t codes) { return low == 0 ? codes : (codes + first) ^ 0x80808080u; };  // no byte carries
 #pragma unroll
         for (int i = 0; i < kLanes; i += kVector) {
             const int c = channel(i, lane);
             if constexpr (kVector == 4) {
-                const uint32_t pairs[2] = {__byte_perm(u[i], u[i + 1], 0x0062), __byte_perm(u[i + 2], u[i + 3], 0x0062)};
-                *reinterpret_cast<uint32_t*>(line + code_in_line(c)) = whole(__byte_perm(pairs[0], pairs[1], 0x5410));
+                *reinterpret_cast<uint32_t*>(line + code_in_line(c)) =
+                    from_lowest(third_bytes(u[i], u[i + 1], u[i + 2], u[i + 3]), low);
             } else if constexpr (kVector == 2) {
-                *reinterpret_cast<uint16_t*>(line + code_in_line(c)) = static_cast<uint16_t>(whole(__byte_perm(u[i], u[i + 1], 0x0062) & 0xFFFFu));
+                *reinterpret_cast<uint16_t*>(line + code_in_line(c)) =
+                    static_cast<uint16_t>(from_lowest(third_bytes(u[i], u[i + 1]), low) & 0xFFFFu);
             } else if (c < CHANNELS) {
-                line[code_in_line(c)] = static_cast<unsigned char>(whole(u[i] >> 16 & 0xFFu));
+                line[code_in_line(c)] = static_cast<unsigned char>(from_lowest(u[i] >> 16 & 0xFFu, low));
             }
         }
     }

@@ -1,4 +1,4 @@
-// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp a row.
+// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp ROWS of them.
 //
 // GATHER: a row is put together of so many rows of x, CHANNELS / GATHER wide each: one for the tokens of Swin's windows, four for
 // the neighbours that patch merging joins.
@@ -6,50 +6,45 @@
 
 constexpr int kThreads = 32 * WARPS;
 
-// Lanes take four neighbours each where the width allows it; for planes of bits a word is one value of each lane.
-constexpr int kVector = OUT_BITS ? 1 : CHANNELS % 128 == 0 ? 4 : CHANNELS % 64 == 0 ? 2 : 1;
+// Lanes take four neighbours each where the width allows it; for planes of bits a word is then one value of each lane, or a lane
+// has half a byte of each plane.
+constexpr int kVector = CHANNELS % 128 == 0 ? 4 : OUT_BITS ? 1 : CHANNELS % 64 == 0 ? 2 : 1;
 
-#include "norm_row.cuh"
+#include "norm_places.cuh"
 
-#ifndef QVIT_EMULATION
-extern "C"
-#endif
-__global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
-    const int lane = threadIdx.x % 32;
-#if !IDENTITY && !OUT_FLOAT
-    constexpr bool kEarly = kLanes <= 24;  // registers hold constants beside the row
-    float gain[kLanes], shift[kLanes];
-    if (kEarly) {
-        load_row([&](int c) { return p.gain + c; }, lane, gain);
-        load_row([&](int c) { return p.shift + c; }, lane, shift);
-    }
-#endif
-    await_former_kernel();
-    const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
-    if (row >= p.rows) {
-        return;
-    }
+// Rows of a warp are under way together, and share what is known of channels.
+struct RowsIn {
+    const NormArgs& p;
+
+    __device__ __forceinline__ void load(long long row, int lane, float (&x)[kLanes]) const {
 #if GATHER
-    constexpr int kPiece = CHANNELS / GATHER;
-    static_assert(CHANNELS % GATHER == 0 && kPiece % kVector == 0, "a lane's neighbours lie in one row");
-    const auto at = [&](int c) { return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece; };
+        constexpr int kPiece = CHANNELS / GATHER;
+        static_assert(CHANNELS % GATHER == 0 && kPiece % kVector == 0, "a lane's neighbours lie in one row");
+        load_row([&](int c) { return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece; }, lane, x);
 #else
-    const Source* const from = p.x + row * p.ldx;
-    const auto at = [&](int c) { return from + c; };
+        const Source* const from = p.x + row * p.ldx;
+        load_row([&](int c) { return from + c; }, lane, x);
 #endif
-    float x[kLanes];
-    load_row(at, lane, x);
+    }
+};
+
 #if IDENTITY  // codes of the row as it is
+
+__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane) {
     uint8_t* out = static_cast<uint8_t*>(p.out);
-    const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
 #pragma unroll
     for (int i = 0; i < kLanes; i++) {
         const int c = channel(i, lane);
         if (c < CHANNELS) {
-            out[code_at(line, c, chunks)] = static_cast<uint8_t>(exact_code(x[i], p.offset[c], p.step[c], p.low, p.high));
+            out[code_at(static_cast<int>(row), c, static_cast<int>(p.ldo))] =
+                static_cast<uint8_t>(exact_code(x[i], p.offset[c], p.step[c], p.low, p.high));
         }
     }
+}
+
 #elif OUT_FLOAT
+
+__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane) {
     const Moments of = exact_moments(x, lane, p.eps);
     Stream* out = static_cast<Stream*>(p.out) + row * p.ldo;
 #pragma unroll
@@ -59,42 +54,129 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
             store_value(out + c, exact_value(p, of, x[i], c));
         }
     }
+}
+
 #else
-    int codes[kLanes];
-    bool close = false;
-    row_codes(
-        p, x, [&](int i) { return kEarly ? gain[i] : p.gain[channel(i, lane)]; },
-        [&](int i) { return kEarly ? shift[i] : p.shift[channel(i, lane)]; }, lane, codes, [&](int) { close = true; });
-    if (__any_sync(kAll, close)) {
-        const Moments of = exact_moments(x, lane, p.eps);
-        if (close) {
+
+// Codes less the lowest one in third bytes go out; of two bits as planes.
+__device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&u)[kLanes], long long row, int lane) {
+    uint8_t* const out = static_cast<uint8_t*>(p.out);
+    const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
+#if OUT_BITS
+    if constexpr (kVector == 4) {
+        // Of four neighbours, half a byte of each plane; a lane and its neighbour make whole bytes, of the lower plane and the higher.
+        constexpr int kFours = kLanes / 4, kWords = (kFours + 3) / 4;
+        uint32_t planes[2][kWords * 4] = {};
+#pragma unroll
+        for (int i = 0; i < kFours; i++) {
+            const uint32_t codes = third_bytes(u[4 * i], u[4 * i + 1], u[4 * i + 2], u[4 * i + 3]);
+            planes[0][i] = (codes & 0x01010101u) * 0x01020408u;  // four bits meet in the lower half of the highest byte
+            planes[1][i] = (codes & 0x02020202u) * 0x00810204u;
+        }
+        const int odd = lane % 2;
+#pragma unroll
+        for (int word = 0; word < kWords; word++) {
+            uint32_t halves[2];
+#pragma unroll
+            for (int plane = 0; plane < 2; plane++) {
+                const uint32_t* of = planes[plane] + 4 * word;
+                halves[plane] = __byte_perm(__byte_perm(of[0], of[1], 0x0073), __byte_perm(of[2], of[3], 0x0073), 0x5410);
+            }
+            const uint32_t other = __shfl_xor_sync(kAll, odd ? halves[0] : halves[1], 1);
+            const uint32_t bytes = odd ? other | halves[1] << 4 : halves[0] | other << 4;
+#pragma unroll
+            for (int i = 4 * word; i < 4 * word + 4 && i < kFours; i++) {
+                out[code_at(line, bit_at(128 * i, odd), chunks) + lane / 2] = static_cast<uint8_t>(bytes >> (8 * (i % 4)));
+            }
+        }
+    } else {
+        uint32_t high = 0, low = 0;
+#pragma unroll
+        for (int i = 0; i < kLanes; i++) {
+            const uint32_t words[2] = {__ballot_sync(kAll, u[i] & 0x10000u), __ballot_sync(kAll, u[i] & 0x20000u)};
+            low = lane == i ? words[0] : low;
+            high = lane == i ? words[1] : high;
+        }
+        if (lane < kLanes) {
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 1), chunks)) = high;
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 0), chunks)) = low;
+        }
+    }
+#else
+    const int low = code_of(p.low);
+#pragma unroll
+    for (int i = 0; i < kLanes; i += kVector) {
+        const int c = channel(i, lane);
+        uint8_t* const to = out + code_at(line, c, chunks);
+        if constexpr (kVector == 4) {
+            *reinterpret_cast<uint32_t*>(to) = from_lowest(third_bytes(u[i], u[i + 1], u[i + 2], u[i + 3]), low);
+        } else if constexpr (kVector == 2) {
+            *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(from_lowest(third_bytes(u[i], u[i + 1]), low));
+        } else if (c < CHANNELS) {
+            *to = static_cast<uint8_t>(from_lowest(u[i] >> 16 & 0xFFu, low));
+        }
+    }
+#endif
+}
+
+template <class Gain, class Shift>
+__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane, const Gain& gain,
+                                      const Shift& shift) {
+    RowPlaces of = places_of(p, x, gain, shift, lane);
+    if (__any_sync(kAll, of.close)) {
+        const Moments moments = exact_moments(x, lane, p.eps);
+        if (of.close) {
 #pragma unroll
             for (int i = 0; i < kLanes; i++) {
                 const int c = channel(i, lane);
-                if (c < CHANNELS) {
-                    codes[i] = exact_code(exact_value(p, of, x[i], c), p.offset[c], p.step[c], p.low, p.high);
+                if (c < CHANNELS && of.doubts(i)) {
+                    const int code = exact_code(exact_value(p, moments, x[i], c), p.offset[c], p.step[c], p.low, p.high);
+                    of.u[i] = static_cast<uint32_t>(code - code_of(p.low)) << 16;
                 }
             }
         }
     }
-    uint8_t* out = static_cast<uint8_t*>(p.out);
-    const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
-#if OUT_BITS
-    uint32_t high = 0, low = 0;
+    store_codes(p, of.u, row, lane);
+}
+
+#endif
+
+#ifndef QVIT_EMULATION
+extern "C"
+#endif
+__global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
+    const int lane = threadIdx.x % 32;
+#if !IDENTITY && !OUT_FLOAT
+    constexpr bool kEarly = kLanes <= 24;  // registers hold constants beside the rows
+    float gain[kLanes], shift[kLanes];
+    if (kEarly) {
+        load_row([&](int c) { return p.gain + c; }, lane, gain);
+        load_row([&](int c) { return p.shift + c; }, lane, shift);
+    }
+#endif
+    await_former_kernel();
+    const long long first = (static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32) * ROWS;
+    if (first >= p.rows) {
+        return;
+    }
+    const RowsIn in = {p};
+    float x[ROWS][kLanes];
 #pragma unroll
-    for (int i = 0; i < kLanes; i++) {
-        const uint32_t words[2] = {__ballot_sync(kAll, codes[i] & 1), __ballot_sync(kAll, codes[i] & 2)};
-        low = lane == i ? words[0] : low;
-        high = lane == i ? words[1] : high;
+    for (int i = 0; i < ROWS; i++) {
+        in.load(first + i < p.rows ? first + i : p.rows - 1, lane, x[i]);
     }
-    if (lane < kLanes) {
-        *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 1), chunks)) = high;
-        *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 0), chunks)) = low;
-    }
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        if (first + i < p.rows) {
+#if IDENTITY || OUT_FLOAT
+            write(p, x[i], first + i, lane);
 #else
-    store_row([&](int c) { return out + code_at(line, c, chunks); }, lane, codes);
+            write(
+                p, x[i], first + i, lane, [&](int c) { return kEarly ? gain[c] : p.gain[channel(c, lane)]; },
+                [&](int c) { return kEarly ? shift[c] : p.shift[channel(c, lane)]; });
 #endif
-#endif
+        }
+    }
 }
 
 #ifdef QVIT_EMULATION
