@@ -2,8 +2,9 @@
 //
 // A warp's part [16, kBN] of a tile is cut into pieces of kPiece columns. What is added to them is copied into kSlots slots ahead of
 // its use, those of the next tile already while this one's last are worked on, so that the memory has something to do during
-// products too; sums are added to it in place and go out in whole lines. A row of a slot is eight values longer than a piece: what
-// fragments touch at a time, two values a lane, is then in different banks.
+// products too; sums are added to it in place and go out in whole lines. What fragments touch at a time, two values a lane of eight
+// rows, is in different banks: a row of float32 is eight values longer than a piece, and of float16 the 16-byte units of a row are
+// permuted by the row.
 #pragma once
 
 // What is added comes as it lies in memory: values of the stream, or a position in float32. Of float16 there are as many bytes ahead,
@@ -12,7 +13,7 @@ using Added = StreamOf<OUT_HALF && !POSITION>::type;
 constexpr int kValue = sizeof(Added), kPieces = kBN / kPiece;
 constexpr int slots_of(int most) { return kPieces % most == 0 ? most : slots_of(most - 1); }
 constexpr int kSlotCount = slots_of(kValue == 4 ? kSlots : 2 * kSlots < kPieces ? 2 * kSlots : kPieces);
-constexpr int kPieceLine = kValue * kPiece + 8 * kValue, kSlot = 16 * kPieceLine, kSlotBytes = kSlotCount * kSlot;  // of a warp
+constexpr int kPieceLine = kValue * kPiece + (kValue == 4 ? 32 : 0), kSlot = 16 * kPieceLine, kSlotBytes = kSlotCount * kSlot;  // of a warp
 static_assert(kBN % kPiece == 0 && (kValue != 4 || kPieces % kSlots == 0) && 32 % (kPiece / 4) == 0 && kPiece >= 16, "pieces cover a tile, and take turns");
 static_assert(!(RESIDUAL && POSITION), "one thing is added");
 
@@ -47,6 +48,18 @@ __device__ __forceinline__ void move_rows(const GemmArgs& p, const Place& of, in
     }
 }
 
+// By what the 16-byte units of a row of a slot are permuted. Rows eight apart have the same.
+__device__ __forceinline__ int turn_of(int row) {
+    constexpr int kUnits = kPiece / 8, kPeriod = kUnits < 8 ? 8 / kUnits : 1;  // rows of 128 bytes
+    return kValue == 4 ? 0 : row / kPeriod % (kUnits < 8 ? kUnits : 8);
+}
+// Where such a unit is, of the i-th of a lane's rows of values T.
+template <class T>
+__device__ __forceinline__ int unit_in_slot(int first, int i, int unit) {
+    const int apart = i * kRowsAtOnce<T>, row = apart % 8 == 0 ? first : first + apart;
+    return first * kPieceLine + 16 * (unit ^ turn_of(row)) + apart * kPieceLine;
+}
+
 // Calls `each(i, row, c)` for this lane's units of a piece: the i-th of its rows, where it goes, and the column.
 template <class T, class Each>
 __device__ __forceinline__ void for_units(const GemmArgs& p, const Place& of, int piece, int lane, const Each& each) {
@@ -69,16 +82,17 @@ __device__ __forceinline__ size_t unit_at(int i, int row, int c) {
 
 // Copies what is added to a piece into its slot; ends with its own group of copies, an empty one where there is nothing.
 __device__ __forceinline__ void fetch_piece(const GemmArgs& p, const Place& of, int piece, int lane, unsigned char* slots) {
-    unsigned char* const to = slots + piece % kSlotCount * kSlot + lane / kAcross<Added> * kPieceLine + 16 * (lane % kAcross<Added>);
+    unsigned char* const to = slots + piece % kSlotCount * kSlot;
+    const int first = lane / kAcross<Added>, unit = lane % kAcross<Added>;
     if constexpr (RESIDUAL || POSITION) {
         for_units<Added>(p, of, piece, lane, [&](int i, int row, int c) {
             const void* from;
             if constexpr (RESIDUAL) {
                 from = p.residual + unit_at<Added>(i, row, c);
             } else {
-                from = p.position + static_cast<size_t>(of.moved[32 + lane / kAcross<Added> + i * kRowsAtOnce<Added>]) * LDO + c;
+                from = p.position + static_cast<size_t>(of.moved[32 + first + i * kRowsAtOnce<Added>]) * LDO + c;
             }
-            copy_async(to + i * kRowsAtOnce<Added> * kPieceLine, from, true);
+            copy_async(to + unit_in_slot<Added>(first, i, unit), from, true);
         });
         copies_end_group();
     }
@@ -99,6 +113,7 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
                                              unsigned char* slots, const Give& give) {
     unsigned char* const slot = slots + piece % kSlotCount * kSlot;
     unsigned char* const mine = slot + lane / 4 * kPieceLine + 2 * kValue * (lane % 4);
+    const int turn = 16 * turn_of(lane / 4);
     if constexpr (RESIDUAL || POSITION) {
         copies_wait<kSlotCount - 1>();
         __syncwarp();
@@ -118,7 +133,7 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
         give(j, y);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            unsigned char* const at = mine + 8 * half * kPieceLine + 8 * kValue * k;
+            unsigned char* const at = mine + 8 * half * kPieceLine + ((8 * kValue * k) ^ turn);
             float other[2] = {0.0f, 0.0f};
             if constexpr (RESIDUAL || POSITION) {
                 load_values(reinterpret_cast<const Added*>(at), other);
@@ -142,9 +157,9 @@ __device__ __forceinline__ void add_up_piece(const GemmArgs& p, const Place& of,
     }
     __syncwarp();
     constexpr int kApart = kValue / sizeof(Stream);  // what is added, and so a place of the slot, may be twice as long as the sum
-    const unsigned char* const from = slot + lane / kAcross<Stream> * kPieceLine + kApart * 16 * (lane % kAcross<Stream>);
+    const int first = lane / kAcross<Stream>, unit = kApart * (lane % kAcross<Stream>);
     for_units<Stream>(p, of, piece, lane, [&](int i, int row, int c) {
-        const uint4* const sums = reinterpret_cast<const uint4*>(from + i * kRowsAtOnce<Stream> * kPieceLine);
+        const uint4* const sums = reinterpret_cast<const uint4*>(slot + unit_in_slot<Stream>(first, i, unit));
         uint4 out = sums[0];
         if constexpr (kApart == 2) {
             const uint4 more = sums[1];
