@@ -8,9 +8,9 @@
 Measures what the GPU can do, then DeiT-S at batch 256 beside torch.compile and where its time goes, DeiT-S at batch 1, DeiT-T
 and DeiT-B beside torch.compile, DeiT-S at all widths beside the other peers, at last where the time goes at 2 bits, multiplied
 as planes of bits and as bytes; in this order, as far as `--minutes` go: what would not fit any more is left out, and said.
-Widths of one model and their peers take turns in one comparison, so what a peer compiles is compiled once. Nothing else may
-run meanwhile. Models have random weights. Images lie on the GPU, uint8 for the engine and normalised floats for its peers; a
-call ends when the GPU is done.
+Widths of one model, with a residual stream of float16 and of float32, and their peers take turns in one comparison, so what a
+peer compiles is compiled once. Nothing else may run meanwhile. Models have random weights. Images lie on the GPU, uint8 for
+the engine and normalised floats for its peers; a call ends when the GPU is done.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from qvit.bench.peers import peers_on
 from qvit.bench.run import Settings, compare, make_random_model
 from qvit.errors import QvitError
 from qvit.report_file import write_report
+from qvit.spec import RESIDUALS
 
 TINY, SMALL, BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
 _MAKERS, _THREADS_OF_A_MAKER = 8, "2"
@@ -49,7 +50,8 @@ class Job:
         batch: images a call.
         bits: of weights and activations.
         peers: to compare with, the most important first.
-        kernels: whether the engine's kernels are timed: at the first width behind the comparison, at others behind all.
+        kernels: whether the engine's kernels are timed: at the first width behind the comparison, at others behind all; with
+            the first type of the residual stream.
         floats: whether float32 images are timed too, at the first width.
     """
 
@@ -68,6 +70,15 @@ JOBS = (
     Job(BASE, 256),
     Job(SMALL, 256, (4, 2, 3, 8), ("torchao", "eager-bf16", "tf32", "eager")),
 )
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """What a file of random weights is made of: a model, its width, and the type of its residual stream."""
+
+    model: str
+    bits: int
+    residual: str
 
 
 class Clock:
@@ -115,17 +126,20 @@ def _measured(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
     jobs = [job for job in JOBS if job.model in options.models and job.batch in options.batches]
     if options.vs is not None:  # the last job would be the first once more
         jobs = [job for job in jobs if job is not JOBS[-1]]
-    wanted = {(job.model, bits) for job in jobs for bits in options.bits or job.bits}
-    files = _files(sorted(wanted), scratch)
+    variants = {
+        job: [Variant(job.model, bits, residual) for residual in options.residual for bits in options.bits or job.bits]
+        for job in jobs
+    }
+    files = _files(sorted({one for of_job in variants.values() for one in of_job}), scratch)
     ceilings = apart(_ceilings, options.device)
     if ceilings is not None:
         yield {"part": "ceilings", "device": _name(options.device), **ceilings.to_row()}
-    later: list[tuple[Job, int, Path, bool]] = []
+    later: list[tuple[Job, Variant, Path, bool]] = []
     for job in jobs:
-        bits = [width for width in options.bits or job.bits if (job.model, width) in files]
-        if not bits:
+        made = [variant for variant in variants[job] if variant in files]
+        if not made:
             continue
-        paths = [files[job.model, width] for width in bits]
+        paths = [files[variant] for variant in made]
         names = list(job.peers if options.vs is None else options.vs)
         own = len(paths) + job.floats
         affordable = clock.affordable(own, names)
@@ -138,21 +152,23 @@ def _measured(options: argparse.Namespace, scratch: Path) -> Iterator[dict[str, 
         yield from _compared(job, paths, affordable, options, scratch)
         clock.took(time.perf_counter() - before, own + len(affordable))
         if job.kernels and ceilings is not None:
-            yield from _timed(job, bits[0], paths[0], True, ceilings, options, clock)
-            later += [(job, width, path, True) for width, path in zip(bits[1:], paths[1:], strict=True)]
-            later += [(job, width, path, False) for width, path in zip(bits, paths, strict=True) if width == 2]
-    for job, width, path, one_bit in later:
+            first, *others = [variant for variant in made if variant.residual == made[0].residual]
+            yield from _timed(job, first, files[first], True, ceilings, options, clock)
+            later += [(job, variant, files[variant], True) for variant in others]
+            later += [(job, variant, files[variant], False) for variant in (first, *others) if variant.bits == 2]
+    for job, variant, path, one_bit in later:
         assert ceilings is not None
-        yield from _timed(job, width, path, one_bit, ceilings, options, clock)
+        yield from _timed(job, variant, path, one_bit, ceilings, options, clock)
 
 
 def _timed(
-    job: Job, bits: int, path: Path, one_bit: bool, ceilings: Ceilings, options: argparse.Namespace, clock: Clock
+    job: Job, variant: Variant, path: Path, one_bit: bool, ceilings: Ceilings, options: argparse.Namespace, clock: Clock
 ) -> Iterator[dict[str, Any]]:
     """Rows of the kernels of a forward pass, if there is time; two-bit codes as planes of bits where ``one_bit``."""
     if clock.left() <= 0:
         return
-    facts = {"part": "kernels", "model": job.model, "weight_bits": bits, "act_bits": bits, "batch": job.batch}
+    facts = {"part": "kernels", "model": job.model, "weight_bits": variant.bits, "act_bits": variant.bits, "batch": job.batch}
+    facts["residual"] = variant.residual
     facts |= {} if one_bit else {"codes": "bytes"}
     for row in apart(_kernels, path, job.batch, ceilings, options.device, one_bit) or []:
         yield {**facts, "engine": "cuda", **row}
@@ -178,22 +194,22 @@ def _compared(
         _note(f"{_title(job)} is left out: {error}")
 
 
-def _files(wanted: Sequence[tuple[str, int]], scratch: Path) -> dict[tuple[str, int], Path]:
+def _files(wanted: Sequence[Variant], scratch: Path) -> dict[Variant, Path]:
     """The integers with random weights, made several at once; without those that cannot be made."""
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = _THREADS_OF_A_MAKER
 
-    def make(model: str, bits: int) -> Path | None:
-        path = scratch / f"{model}_w{bits}a{bits}.qvit"
+    def make(of: Variant) -> Path | None:
+        path = scratch / f"{of.model}_{of.residual}_w{of.bits}a{of.bits}.qvit"
         try:
-            make_random_model(model, bits, path)
+            make_random_model(of.model, of.bits, path, of.residual)
         except QvitError as error:
             _note(str(error))
             return None
         return path
 
     with ThreadPoolExecutor(_MAKERS) as pool:
-        paths = list(pool.map(lambda model_bits: make(*model_bits), wanted))
+        paths = list(pool.map(make, wanted))
     del os.environ["OMP_NUM_THREADS"]
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = threads
@@ -259,7 +275,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _head(row: dict[str, Any]) -> str:
-    return f"{row['model']} W{row['weight_bits']}A{row['act_bits']}{' as bytes' if row.get('codes') == 'bytes' else ''}"
+    stream = ", float16" if row.get("residual") == "float16" else ""
+    return f"{row['model']} W{row['weight_bits']}A{row['act_bits']}{' as bytes' if row.get('codes') == 'bytes' else ''}{stream}"
 
 
 def _tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -292,6 +309,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=[TINY, SMALL, BASE], choices=[TINY, SMALL, BASE])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 256], choices=[1, 256])
     parser.add_argument("--bits", nargs="+", type=int, help="widths of every model; by default 4 and 2, and at last 3 and 8")
+    parser.add_argument(
+        "--residual", nargs="+", default=["float16", "float32"], choices=RESIDUALS, help="types of the residual stream"
+    )
     parser.add_argument("--vs", nargs="*", help="peers of every model; by default torch.compile, at last the others")
     parser.add_argument("--minutes", type=float, default=6.0, help="the whole run, about")
     parser.add_argument("--rounds", type=int, default=11, help="turns of each")

@@ -147,7 +147,9 @@ def _attention(launch: Launch) -> Work:
 
 def _norm(launch: Launch) -> Work:
     rows, channels = launch.values["rows"], launch.defines["CHANNELS"]
-    moved = rows * channels * (launch.values["x"].element_size() + launch.values["out"].element_size()) + _bytes(launch.values["index"])
+    moved = rows * channels * (launch.values["x"].element_size() + launch.values["out"].element_size()) + _bytes(
+        launch.values["index"]
+    )
     return Work(f"{rows} x {channels}", 0, moved)
 
 

@@ -105,6 +105,7 @@ def compare(
             for path in paths:
                 weight_bits, act_bits = models[path].block_bits()
                 facts = {"model": models[path].name, "weight_bits": weight_bits, "act_bits": act_bits, "batch": batch}
+                facts["residual"] = models[path].residual
                 facts |= {} if settings.device else {"threads": threads}
                 rows += [{**facts, **row} for row in _rows(path, measured, batch, settings.device is not None)]
     return rows

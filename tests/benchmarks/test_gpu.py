@@ -16,6 +16,12 @@ from qvit.bench.run import Settings
 from qvit.errors import InputError
 
 SMALL = ["--models", gpu.SMALL]
+HALF = ["--residual", "float16"]
+
+
+def both(*widths: str) -> list[str]:
+    """Of both types of the residual stream."""
+    return [f"{residual}_{width}" for residual in ("float16", "float32") for width in widths]
 
 
 class Machine:
@@ -23,15 +29,15 @@ class Machine:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.made: list[tuple[str, int]] = []
+        self.made: list[tuple[str, int, str]] = []
         self.compared: list[tuple[str, int, list[str], list[str], bool]] = []
         self.timed: list[tuple[str, bool]] = []
         self.broken: set[str] = set()
 
-    def make(self, model: str, bits: int, path: Path) -> None:
+    def make(self, model: str, bits: int, path: Path, residual: str) -> None:
         if f"{model} {bits}" in self.broken:
             raise InputError(f"{model} cannot be made with {bits} bits")
-        self.made.append((model, bits))
+        self.made.append((model, bits, residual))
         path.write_bytes(b"")
 
     def compare(
@@ -41,7 +47,7 @@ class Machine:
         assert all(path.exists() for path in paths)
         model, batch = folder.name, settings.batches[0]
         names = [peer.name for peer in peers]
-        widths = [path.stem.rpartition("_")[2] for path in paths]
+        widths = [path.stem.removeprefix(f"{model}_") for path in paths]
         self.compared.append((model, batch, widths, names, settings.float_images))
         self.now += 60 * (len(paths) + settings.float_images + len(peers))
         if f"{model} {batch}" in self.broken:
@@ -49,7 +55,8 @@ class Machine:
         times = {"ms_median": 3.0, "ms_p10": 2.9, "ms_p90": 3.1, "images_per_s": 1000.0, "gpu_mb": 700.0, "start_seconds": 9.0}
         rows = []
         for width in widths:
-            facts = {"model": model, "weight_bits": int(width[1]), "act_bits": int(width[1]), "batch": batch, **times}
+            residual, bits = width.split("_")[0], int(width[-1])
+            facts = {"model": model, "weight_bits": bits, "act_bits": bits, "residual": residual, "batch": batch, **times}
             rows.append({**facts, "engine": "cuda", "title": "engine", "input": "uint8"})
             ratios = {"ratio_to_peer": 2.5, "ratio_p10": 2.4, "ratio_p90": 2.6}
             rows += [{**facts, "peer": peer.name, "title": peer.title, "input": peer.dtype, **ratios} for peer in peers]
@@ -61,7 +68,7 @@ class Machine:
         if function is gpu._ceilings:
             return Ceilings(3000.0, 700.0, 1400.0)
         path, _, ceilings, device, one_bit = arguments
-        self.timed.append((path.stem.rpartition("_")[2], one_bit))
+        self.timed.append(("_".join(path.stem.split("_")[-2:]), one_bit))
         assert (path.suffix, ceilings.int8_tops, device) == (".qvit", 1400.0, "cuda")
         row = {"kernel": "gemm", "shape": "8 x 8 x 8", "launches": 12, "ms": 1.5, "percent": 100.0, "tops": 500.0}
         return [row | {"gb_per_s": 1000.0, "bound": "compute", "share_of_bound": 0.4}]
@@ -85,14 +92,17 @@ def test_the_whole_table(machine: Machine, tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "gpu.json"
     rows = main("--minutes", "60", "--json", str(path))
     assert sorted(machine.made) == sorted(
-        [(model, bits) for model in (gpu.TINY, gpu.BASE) for bits in (4, 2)] + [(gpu.SMALL, bits) for bits in (4, 2, 3, 8)]
+        (model, bits, residual)
+        for residual in ("float16", "float32")
+        for model, widths in ((gpu.TINY, (4, 2)), (gpu.BASE, (4, 2)), (gpu.SMALL, (4, 2, 3, 8)))
+        for bits in widths
     )
     assert machine.compared == [
-        (gpu.SMALL, 256, ["w4a4", "w2a2"], ["compile"], True),
-        (gpu.SMALL, 1, ["w4a4", "w2a2"], ["compile"], False),
-        (gpu.TINY, 256, ["w4a4", "w2a2"], ["compile"], False),
-        (gpu.BASE, 256, ["w4a4", "w2a2"], ["compile"], False),
-        (gpu.SMALL, 256, ["w4a4", "w2a2", "w3a3", "w8a8"], ["torchao", "eager-bf16", "tf32", "eager"], False),
+        (gpu.SMALL, 256, both("w4a4", "w2a2"), ["compile"], True),
+        (gpu.SMALL, 1, both("w4a4", "w2a2"), ["compile"], False),
+        (gpu.TINY, 256, both("w4a4", "w2a2"), ["compile"], False),
+        (gpu.BASE, 256, both("w4a4", "w2a2"), ["compile"], False),
+        (gpu.SMALL, 256, both("w4a4", "w2a2", "w3a3", "w8a8"), ["torchao", "eager-bf16", "tf32", "eager"], False),
     ]
     report = json.loads(path.read_text())
     assert report["schema"] == 1
@@ -105,10 +115,11 @@ def test_the_whole_table(machine: Machine, tmp_path: Path, capsys: pytest.Captur
         (1, 4, None, 0.4),
         *((batch, 2, codes, 0.4) for batch in (256, 1) for codes in (None, "bytes")),
     ]
-    assert machine.timed == [*[("w4a4", True)] * 2, *[("w2a2", True), ("w2a2", False)] * 2]
+    assert machine.timed == [*[("float16_w4a4", True)] * 2, *[("float16_w2a2", True), ("float16_w2a2", False)] * 2]
+    assert {row["residual"] for row in kernels} == {"float16"}
     out, err = capsys.readouterr()
     assert err == ""
-    assert "| deit_small_patch16_224 W2A2 as bytes | 1 | gemm 8 x 8 x 8 | 12 |" in out
+    assert "| deit_small_patch16_224 W2A2 as bytes, float16 | 1 | gemm 8 x 8 x 8 | 12 |" in out
     assert "| deit_small_patch16_224 W2A2 | 256 | torch.compile bf16 | bfloat16 | 3.000 (2.900 to 3.100) | 1000 | 2.50" in out
     assert main("--tables", str(path)) == rows
     table = capsys.readouterr().out
@@ -117,7 +128,7 @@ def test_the_whole_table(machine: Machine, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_what_there_is_no_time_for_is_left_out(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = main("--minutes", "16", *SMALL)  # 4, then 3, then 4 and as many peers as fit
+    rows = main("--minutes", "16", *SMALL, *HALF)  # 4, then 3, then 4 and as many peers as fit
     assert [(batch, len(widths), names) for _, batch, widths, names, _ in machine.compared] == [
         (256, 2, ["compile"]),
         (1, 2, ["compile"]),
@@ -125,11 +136,11 @@ def test_what_there_is_no_time_for_is_left_out(machine: Machine, capsys: pytest.
     ]
     machine.compared.clear()
     machine.now = 0.0
-    main("--minutes", "13", *SMALL)
+    main("--minutes", "13", *SMALL, *HALF)
     assert machine.compared[-1][3] == ["torchao", "eager-bf16"]
     machine.compared.clear()
     machine.now = 0.0
-    main("--minutes", "6", *SMALL)
+    main("--minutes", "6", *SMALL, *HALF)
     assert [batch for _, batch, *_ in machine.compared] == [256]
     err = capsys.readouterr().err.splitlines()
     assert err == [
@@ -141,24 +152,26 @@ def test_what_there_is_no_time_for_is_left_out(machine: Machine, capsys: pytest.
 
 
 def test_options(machine: Machine) -> None:
-    main("--minutes", "99", "--models", gpu.TINY, gpu.SMALL, "--batches", "256", "--bits", "3", "--vs", "eager", "torchao")
+    main(
+        "--minutes", "99", "--models", gpu.TINY, gpu.SMALL, "--batches", "256", "--bits", "3", "--vs", "eager", "torchao", *HALF
+    )
     assert [job[:4] for job in machine.compared] == [
-        (gpu.SMALL, 256, ["w3a3"], ["eager", "torchao"]),
-        (gpu.TINY, 256, ["w3a3"], ["eager", "torchao"]),
+        (gpu.SMALL, 256, ["float16_w3a3"], ["eager", "torchao"]),
+        (gpu.TINY, 256, ["float16_w3a3"], ["eager", "torchao"]),
     ]
     machine.compared.clear()
-    main("--models", gpu.TINY, "--vs")
-    assert machine.compared == [(gpu.TINY, 256, ["w4a4", "w2a2"], [], False)]
+    main("--models", gpu.TINY, "--vs", "--residual", "float32")
+    assert machine.compared == [(gpu.TINY, 256, ["float32_w4a4", "float32_w2a2"], [], False)]
 
 
 def test_what_fails_is_left_out(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     machine.broken = {f"{gpu.SMALL} 2", f"{gpu.BASE} 256", "_kernels"}
-    rows = main("--minutes", "99")
+    rows = main("--minutes", "99", *HALF)
     assert [widths for _, _, widths, *_ in machine.compared] == [
-        ["w4a4"],
-        ["w4a4"],
-        *[["w4a4", "w2a2"]] * 2,
-        ["w4a4", "w3a3", "w8a8"],
+        ["float16_w4a4"],
+        ["float16_w4a4"],
+        *[["float16_w4a4", "float16_w2a2"]] * 2,
+        ["float16_w4a4", "float16_w3a3", "float16_w8a8"],
     ]
     assert {row["model"] for row in rows if "model" in row} == {gpu.SMALL, gpu.TINY}
     assert [row["part"] for row in rows if "part" in row] == ["ceilings"]

@@ -281,7 +281,14 @@ class Products(Steps):
                 tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
-        if tiles.HOLDS and isinstance(tile, HopperTile) and tile.column_bytes and not bits and layer.k <= 384 and not layer.signed:
+        if (
+            tiles.HOLDS
+            and isinstance(tile, HopperTile)
+            and tile.column_bytes
+            and not bits
+            and layer.k <= 384
+            and not layer.signed
+        ):
             tile = replace(tile, holds=True)
         self._gemm(layer, defines, a, values, tile)
 
