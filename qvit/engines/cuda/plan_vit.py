@@ -28,7 +28,8 @@ class VitPlan(Plan):
         embedded = self._stream if constants.norm_pre is None else torch.float32
         first, x = self._floats(rows, width, embedded), self._floats(rows, width, self._stream)
         one_bit = self._bits(constants.blocks[0]["proj"]) is not None
-        self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, self._gpu.hopper, self._gpu.multiprocessors))
+        half = self._stream == torch.float16
+        self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, half, self._gpu.hopper, self._gpu.multiprocessors))
         for block in constants.blocks:
             self._pack(block, {part.count for part in self._row_chunks})
         # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.

@@ -281,15 +281,8 @@ class Products(Steps):
                 tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
             values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
-        if (
-            tiles.HOLDS
-            and isinstance(tile, HopperTile)
-            and tile.column_bytes
-            and not bits
-            and layer.k <= 384
-            and not layer.signed
-        ):
-            tile = replace(tile, holds=True)
+        if tiles.HOLDS and isinstance(tile, HopperTile) and tile.column_bytes and not bits:
+            tile = replace(tile, holds=layer.k <= 384 and not layer.signed)
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int, rows: int) -> tuple[Tile, bool]:

@@ -147,10 +147,11 @@ def test_floats_and_the_norm_behind_them(behind: bool, freeze: Callable[..., Int
     assert product.values["b"] is (block["proj"].b_by_fours if direct else block["proj"].b)
     assert last.values["out_k" if behind else "out"].data_ptr() == codes.data_ptr()
     assert last.values["chunks" if behind else "ldo"] == chunks(WIDTH)
-    assert last.values["margin"] == block["norm2"].margin
+    norm = block["norm2"]
+    assert last.values["margin"] == (norm.margin if behind else norm.place_margins[0])
     if not behind:
         assert last.values["rows"] == CHUNK
-        assert last.grid == (CHUNK // 4, 1, 1)
+        assert last.grid == (CHUNK // (4 * last.defines["ROWS"]), 1, 1)
 
 
 def test_a_norm_of_few_rows_is_put_off_until_its_codes_are_read(freeze: Callable[..., IntegerModel]) -> None:

@@ -118,10 +118,11 @@ def test_launches_take_turns(
 
 
 def test_where_chunks_pay(make_student: Factory, small_vit: Factory) -> None:
-    assert chunk_rows(384, False, True, 132) == 16896
-    assert chunk_rows(768, False, True, 132) == 8448
-    assert chunk_rows(384, True, True, 132) == 0
-    assert chunk_rows(384, False, False, 132) == 0
+    assert chunk_rows(384, False, False, True, 132) == 16896
+    assert chunk_rows(768, False, False, True, 132) == 8448
+    assert chunk_rows(384, True, False, True, 132) == 0
+    assert chunk_rows(384, False, True, True, 132) == 0
+    assert chunk_rows(384, False, False, False, 132) == 0
     model = qvit.freeze(small(make_student, small_vit, 4, 128))
     rows = {rows for name, rows in within_blocks(model, Emulated(hopper=True), 100) if name != "heads"}
     assert rows == {256, 244}, "a tile of 128 rows for each of two multiprocessors"
