@@ -264,22 +264,27 @@ class Products(Steps):
             "margin": block["fc2_margin"],
         }
         layer, activation = block["fc1"], block["activation"]
+        out_bits = self._bits(block["fc2"]) is not None
+        compares = out_bits and activation.compared is not None and self._bits(layer, rows) is not None
+        permuted = activation.compared if compares else activation.permuted
         defines = {
             "EPILOGUE": _ACTIVATION,
             "ACTIVATION": _ACTIVATIONS.index(self._activation_name),
-            "CELLS": activation.cells,
-            "OUT_BITS": int(self._bits(block["fc2"]) is not None),
+            "RISING": activation.rising if compares else 0,
+            "FALLING": activation.falling if compares else 0,
+            "CELLS": 0 if compares else activation.cells,
+            "OUT_BITS": int(out_bits),
             "OUT_NIBBLES": int(block["fc2"] in self._packed),
         }
-        column_bytes = 0 if activation.permuted is None else activation.permuted.column_bytes
+        column_bytes = 0 if permuted is None else permuted.column_bytes
         tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
-        if activation.permuted is not None:
+        if permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
             if few_tiles.SPREAD and isinstance(tile, FewTile) and not defines["OUT_BITS"]:
                 width = 8  # columns in their own order
-                tile = tile.with_spread(tile.bn * activation.permuted.column_bytes)
-            values |= activation.permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
+                tile = tile.with_spread(tile.bn * permuted.column_bytes)
+            values |= permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
         if tiles.HOLDS and isinstance(tile, HopperTile) and tile.column_bytes and not bits:
             tile = replace(tile, holds=layer.k <= 384 and not layer.signed)

@@ -298,6 +298,14 @@ inline int __dp4a(int a, int b, int sum) {
     return sum;
 }
 inline int __viaddmin_s32_relu(int a, int b, int most) { return std::max(std::min(a + b, most), 0); }
+inline unsigned __viaddmin_s16x2_relu(unsigned a, unsigned b, unsigned most) {
+    unsigned out = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const int sum = static_cast<int16_t>(static_cast<int16_t>(a >> i) + static_cast<int16_t>(b >> i));
+        out |= static_cast<unsigned>(std::max(std::min(sum, static_cast<int>(static_cast<int16_t>(most >> i))), 0)) << i;
+    }
+    return out;
+}
 inline float rsqrtf(float a) { return 1.0f / sqrtf(a); }
 inline double rsqrt(double a) { return 1.0 / sqrt(a); }
 inline int atomicExch(int* to, int value) {

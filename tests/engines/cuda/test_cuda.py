@@ -290,6 +290,40 @@ def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, smal
         assert {launch.defines["OUT_BITS"] for launch in launches if launch.kernel == "attention"} == {int(bits == 2)}
 
 
+@pytest.mark.parametrize(
+    ("step", "columns", "counts"),
+    [(None, 128, (3, 0)), (0.15, 64, (3, 1)), (0.08, 128, (0, 0))],
+    ids=["rising", "one falls", "too many for comparisons"],
+)
+def test_two_bits_behind_an_activation_are_compared_on_hopper(
+    step: float | None,
+    columns: int,
+    counts: tuple[int, int],
+    make_student: Factory,
+    small_vit: Factory,
+    perturb: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks with several tiles; the last tile of rows is not full, nor that of columns.
+
+    With ``step`` zero lies one or two codes above the least value of GELU, so that codes fall before they rise.
+    """
+    monkeypatch.setattr(tiles, "_BITS", (tiles.HopperTile(2, columns, 2, bits=True, twice=True),))
+    gpu = open_gpu(hopper=True)
+    options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 3.0, "img_size": 16}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(2))))
+    if step is not None:
+        reads = model.blocks[0].fc2.input
+        object.__setattr__(reads, "scale", np.full_like(reads.scale, step))
+        object.__setattr__(reads, "offset", np.full_like(reads.scale, -0.17))
+    count = 39 if gpu.device.type == "cpu" else 3500
+    (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("EPILOGUE") == 1)
+    assert (fc1.kernel, fc1.defines["OUT_BITS"], fc1.defines["kBN"]) == ("gemm_hopper", 1, columns)
+    assert (fc1.defines["RISING"], fc1.defines["FALLING"]) == counts
+    assert (fc1.defines["CELLS"] > 0) == (counts == (0, 0))
+    check(model, gpu, count, images_too=False)
+
+
 def test_products_read_no_rows_beyond_their_buffers(make_student: Factory, small_vit: Factory) -> None:
     """Tiles of 192 rows too, the last of which may begin at any multiple of 64."""
     model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1, "img_size": 16}), spec=ModelSpec.of_bits(4)))

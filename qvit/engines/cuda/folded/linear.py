@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from qvit.engines.cuda import comparisons
+from qvit.engines.cuda.comparisons import Comparisons
 from qvit.engines.cuda.folded.arrays import COLUMN_PAD, Constants
 from qvit.engines.cuda.layout import CHUNK, nibble_order, pad, planes, tiled, untiled
 from qvit.engines.cuda.step_tables import StepTable, column_bytes, packed, slots
@@ -121,19 +123,23 @@ class Permuted:
     """What an epilogue reads of each column in the order that its kernel wants, and the weight in the same order.
 
     Args:
-        steps: int32 [M, 4], or a table of them.
+        steps: int32 [M, 4], a table of them, or comparisons, which give planes of bits.
 
     Attributes:
         column_bytes: that a kernel reads of a column.
     """
 
-    def __init__(self, to: Constants, steps: np.ndarray | StepTable) -> None:
+    def __init__(self, to: Constants, steps: np.ndarray | StepTable | Comparisons) -> None:
         self._to, self._steps = to, steps
-        self.column_bytes = column_bytes(steps.entries.shape[1]) if isinstance(steps, StepTable) else 16
+        if isinstance(steps, Comparisons):
+            self.column_bytes = steps.column_bytes
+        else:
+            self.column_bytes = column_bytes(steps.entries.shape[1]) if isinstance(steps, StepTable) else 16
         self._kept: dict[tuple[int, bool, bool], dict[str, torch.Tensor]] = {}
 
     def arrays(self, layer: LinearConstants, width: int, bits: bool, planes: bool = False) -> dict[str, torch.Tensor]:
-        """The kernel's ``b``, and ``steps`` int32 [M padded, 4] or ``table`` (`qvit.engines.cuda.step_tables.packed`).
+        """The kernel's ``b``, and ``steps`` int32 [M padded, 4] or ``table``, as `packed` of `qvit.engines.cuda.step_tables`
+        or of `qvit.engines.cuda.comparisons` gives it.
 
         Args:
             layer: whose columns they are.
@@ -145,10 +151,13 @@ class Permuted:
         if key not in self._kept:
             b = layer.b_planes if bits else layer.b
             assert b is not None
-            columns = slots(width, len(b), planes)
+            compares = isinstance(self._steps, Comparisons)
+            columns = comparisons.slots(width, len(b)) if compares else slots(width, len(b), planes)
             out = {"b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)])}
             if isinstance(self._steps, StepTable):
                 out["table"] = self._to.array(packed(self._steps, columns, width))
+            elif isinstance(self._steps, Comparisons):
+                out["table"] = self._to.array(comparisons.packed(self._steps, columns))
             else:
                 padded = np.zeros((len(columns), self._steps.shape[1]), self._steps.dtype)
                 padded[: len(self._steps)] = self._steps

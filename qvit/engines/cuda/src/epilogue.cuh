@@ -26,7 +26,7 @@ struct GemmArgs {
     const float* weight;      // standardised: affine part, [N]
     const float* affine;
     const int4* steps;        // heads, PERMUTED: [N padded]
-    const uint8_t* table;     // activation, CELLS: see `packed` in `qvit/engines/cuda/step_tables.py`
+    const uint8_t* table;     // activation: see `packed` in `qvit/engines/cuda/step_tables.py` and `comparisons.py`
     const int* index;         // floats, SCATTER: [M], where rows go: of floats and codes, or of codes alone where it is 2
     int m, n, k, ldo;                  // ldo: floats between rows, or tiles that a row of codes has
     int rows_in, rows_out, row_first;  // POSITION: row r goes to r / rows_in * rows_out + row_first + r % rows_in

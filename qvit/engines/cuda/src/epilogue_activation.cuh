@@ -1,9 +1,16 @@
-// The activation, then codes (EPILOGUE 1): by a table a column, CELLS long, or computed where there is none.
+// The activation, then codes (EPILOGUE 1): by comparisons (RISING, FALLING) or a table a column, CELLS long, or computed where there
+// is neither.
 #pragma once
 
 #include "send_codes.cuh"
 
-#if CELLS
+#if RISING + FALLING
+
+#include "epilogue_compare.cuh"
+
+#elif CELLS
+
+#include "lane_codes.cuh"
 
 // Columns are permuted (`slots` in `qvit/engines/cuda/step_tables.py`): a lane's kWN / 4 columns lie next to each other, and its
 // codes go out from registers, a group of fragments at a time. As planes of bits, the two groups take turns: their bits of 2 x 2
@@ -63,45 +70,9 @@ struct Words {
     uint32_t at[kGroup / 2];
 };
 
-// Where a warp's codes are. Its part is in one tile, so what depends on the lane alone is not computed for every tile of the
-// product.
-struct Out {
-    unsigned char* tile;
-    int line, byte;  // row of the tile, of eight; byte of the row
-
-    __device__ __forceinline__ Out(const GemmArgs& p, int row0, int column0, int lane) {
-        static_assert(kTileRows % kWM == 0 && kChunk % kWN == 0, "a warp's part is in one tile");
-        constexpr int kAcross = OUT_BITS ? 4 * kChunk : OUT_NIBBLES ? kNibbleChunk : kChunk;  // columns of a tile
-        const size_t index = static_cast<size_t>(row0 / kTileRows) * p.ldo + column0 / kAcross;
-        const int column = kAcross == kWN ? 0 : column0 % kAcross;
-        tile = static_cast<unsigned char*>(p.out) + index * kTileBytes + row0 % kTileRows * kChunk;
-        line = lane / 4;
-        byte = OUT_BITS      ? bit_at(column, 1) + lane % 4 * (kWN / 32)
-               : OUT_NIBBLES ? column / 2 + lane % 4 * (kWN / 8)
-                             : column + lane % 4 * (kWN / 4);
-    }
-    // `more`: bytes from the lane's first one on.
-    __device__ __forceinline__ unsigned char* at(int row, int half, int more) const {
-        const int b = byte + more;
-        return tile + (16 * row + 8 * half) * kChunk + (line * kChunk + ((b / 16) ^ line) * 16 + b % 16);
-    }
-};
-
 #if OUT_BITS
-// One of two bits of each byte's codes, from a lane's two groups.
-__device__ __forceinline__ uint32_t plane_of(uint32_t first, uint32_t second) {
-    return (first & 0x55555555u) | (second & 0xAAAAAAAAu);
-}
-
-// A lane's bits of a plane, kWN / 4 columns.
-__device__ __forceinline__ void store_plane(unsigned char* to, uint32_t bits) {
-    if (kWN / 4 == 32) {
-        *reinterpret_cast<uint32_t*>(to) = bits;
-    } else {  // four a byte
-        bits |= bits >> 4;
-        *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(__byte_perm(bits, 0, 0x4420));
-    }
-}
+// A plane's bits, in whole bytes where they are four a byte.
+__device__ __forceinline__ uint32_t whole_bytes(uint32_t bits) { return kWN / 4 == 32 ? bits : bits | bits >> 4; }
 
 __device__ __forceinline__ void store(const Out& out, int row, int half, int first, const Words (&groups)[2]) {
     uint32_t codes[2] = {};
@@ -112,8 +83,8 @@ __device__ __forceinline__ void store(const Out& out, int row, int half, int fir
             codes[g] += groups[g].at[q] << (2 * q);
         }
     }
-    store_plane(out.at(row, half, bit_at(0, 1)), plane_of(codes[0] >> 1, codes[1]));
-    store_plane(out.at(row, half, bit_at(0, 0)), plane_of(codes[0], codes[1] << 1));
+    store_plane(out.at(row, half, bit_at(0, 1)), whole_bytes(plane_of(codes[0] >> 1, codes[1])));
+    store_plane(out.at(row, half, bit_at(0, 0)), whole_bytes(plane_of(codes[0], codes[1] << 1)));
 }
 #elif OUT_NIBBLES
 // Codes two a byte, of all of a lane's groups: of eight neighbours the last four above the first four.

@@ -47,6 +47,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
                                         const Tiles& tiles, int team, int warp, int lane) {
     Reader reader = {of, operand(of.rows + warp / 4 * kTileBytes), operand(of.stages), lines_of(of.rows, warp, lane),
                      team, lane, false};
+    reader.less = p.m < 0 ? 0 : -2;
     const int own = warp % (4 * kGroups / kTeams);  // which of the team's warps
     Sums sums;
     unsigned char* const lines = behind.lines + warp * kWM * kLine;

@@ -29,6 +29,7 @@ struct Reader {
     bool fresh;        // these rows are read for the first time
     bool last = false;  // or for the last time
     int rows_phase = 1;
+    int less = -2;  // which the compiler is not to know: it would take two instructions to multiply by it
     Cursor<kStages> cursor;
     Cursor<kRowBuffers> row_cursor;  // where rows do not stay
 #if HELD
@@ -111,9 +112,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
     const Operand stage = reader.await_stage(), rows = reader.rows;
     const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
     if (TWICE) {
+        const int less = reader.less;
         multiply_and_wait(
             sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); }, [&] { meanwhile(0); });
-        change(sums, [](int x) { return -2 * x; });
+        change(sums, [less](int x) { return less * x; });
         multiply_and_wait(
             sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); }, [&] { meanwhile(1); });
     } else {
