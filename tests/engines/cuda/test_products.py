@@ -171,7 +171,7 @@ def test_a_norm_of_few_rows_is_put_off_until_its_codes_are_read(freeze: Callable
             norm = product.values["norm"]
             assert norm["x"].data_ptr() == x.data_ptr()
             assert norm["gain"] is block["norm2"].place_gain
-            assert (product.values["norm_margin"], product.values["norm_slope"]) == block["norm2"].place_margins
+            assert (norm["margin"], norm["slope"]) == block["norm2"].place_margins
             assert product.defines["WIDE"] == 0
         assert not products._late
 

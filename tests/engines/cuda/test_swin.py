@@ -14,6 +14,7 @@ from qvit.engines.cuda.folded import margins
 from qvit.engines.reference import ReferenceEngine
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
+from qvit.spec import ModelSpec
 from tests.engines.cases import SWIN_GRANULARITIES
 from tests.engines.cuda.emulator import open_gpu
 
@@ -70,6 +71,14 @@ def test_two_bits_with_hoppers_products(make_student: Factory, small_swin: Facto
     gpu = open_gpu(hopper=True)
     assert torch.cuda.is_available() or any(one.defines.get("BITS") for one in CudaEngine(model, gpu).launches(3))
     _check(model, gpu, 3)
+
+
+@pytest.mark.parametrize("options", [SMALL, HOPPER], ids=["two stages", "rows enough for Hopper's products"])
+def test_a_stream_of_float16(options: dict[str, Any], make_student: Factory, small_swin: Factory, perturb: Factory) -> None:
+    """Gathered from the map and scattered to it, and merged patches."""
+    spec = ModelSpec.of_bits(4, residual="float16")
+    gpu = open_gpu(hopper=True)
+    _check(qvit.freeze(perturb(make_student(small_swin(**options), spec=spec))), gpu, 2)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)

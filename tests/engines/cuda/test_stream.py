@@ -1,0 +1,99 @@
+"""A residual stream of float16 in every kernel that reads or writes it: every code and logit is the reference engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import qvit
+from qvit.engines.cuda import CudaEngine, tiles
+from qvit.engines.cuda.tiles import HopperTile
+from qvit.engines.cuda.tuned import Choice, Tuned
+from qvit.integer.model import IntegerModel
+from qvit.spec import ModelSpec
+from tests.engines import cases
+from tests.engines.cuda.emulator import open_gpu
+from tests.engines.cuda.test_cuda import SMALL, check
+
+Factory = Callable[..., Any]
+
+
+@pytest.fixture(params=["every GPU's", "Hopper's"])
+def either(request: pytest.FixtureRequest) -> Any:
+    """With the kernels that every GPU runs, and with Hopper's own products."""
+    gpu = open_gpu(hopper=request.param == "Hopper's")
+    gpu.multiprocessors = 2  # blocks have several tiles
+    return gpu
+
+
+@pytest.fixture
+def hopper() -> Any:
+    gpu = open_gpu(hopper=True)
+    gpu.multiprocessors = 2
+    return gpu
+
+
+@pytest.fixture
+def model_of(make_student: Factory, small_vit: Factory, perturb: Factory) -> Callable[..., IntegerModel]:
+    """``model_of(bits, name=.., **options)``: a frozen ViT whose residual stream is float16."""
+
+    def make(bits: int, name: str = "vit_tiny_patch16_224", **options: Any) -> IntegerModel:
+        spec = ModelSpec.of_bits(bits, residual="float16")
+        return qvit.freeze(perturb(make_student(small_vit(name, **SMALL | options), spec=spec)))
+
+    return make
+
+
+def defines_of(model: IntegerModel, gpu: Any, count: int) -> list[dict[str, Any]]:
+    return [{"kernel": one.kernel, **one.defines} for one in CudaEngine(model, gpu).launches(count)]
+
+
+@pytest.mark.parametrize(("width", "bits"), [(64, 3), (192, 4), (384, 2)])
+def test_blocks(width: int, bits: int, either: Any, model_of: Callable[..., IntegerModel]) -> None:
+    """Sums through shared memory and straight from registers, the position in float32, LayerNorm behind and alone."""
+    model = model_of(bits, embed_dim=width, num_heads=width // 32, depth=2, mlp_ratio=0.5, img_size=16)
+    launches = defines_of(model, either, 27)
+    assert all(one["OUT_HALF"] for one in launches if one.get("EPILOGUE") in (0, 3) and one["RESIDUAL"])
+    assert any(one["OUT_HALF"] and one["POSITION"] for one in launches if one.get("EPILOGUE") == 0)
+    check(model, either, 27)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+def test_few_rows(bits: int, model_of: Callable[..., IntegerModel]) -> None:
+    """LayerNorm of half rows in front of a product, and sums of four halves a thread."""
+    gpu = open_gpu(hopper=False)
+    model = model_of(bits)
+    assert any(one.get("NORM") and one["X_HALF"] for one in defines_of(model, gpu, 1))
+    check(model, gpu, 1)
+
+
+@pytest.mark.parametrize("name", ["average without fc_norm", "distilled", "LayerScale", "norm before the blocks"])
+def test_architectures(name: str, hopper: Any, model_of: Callable[..., IntegerModel]) -> None:
+    timm_name, options = cases.ARCHITECTURES[name]
+    shape = SMALL | {"depth": 1, "img_size": 16} | options
+    shape["embed_dim"] = 32 * shape["num_heads"]
+    check(model_of(4, timm_name, **shape), hopper, 27)
+
+
+@pytest.mark.parametrize(("width", "two"), [(128, True), (640, False)])
+def test_planes_of_a_norm_alone(
+    width: int, two: bool, hopper: Any, model_of: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two-bit codes of one and of five times 128 channels; an odd number of rows where a warp has two."""
+    monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 0)
+    model = model_of(2, embed_dim=width, num_heads=width // 32, depth=1, mlp_ratio=1, img_size=16)
+    norms = [one for one in defines_of(model, hopper, 27) if one["kernel"] == "norm" and one["OUT_BITS"]]
+    assert {(one["CHANNELS"], one["ROWS"]) for one in norms} == {(width, 1 + two)}
+    check(model, hopper, 27)
+
+
+@pytest.mark.parametrize(("piece", "slots"), [(16, 2), (64, 1), (128, 1)])
+def test_slots_of_every_length(piece: int, slots: int, hopper: Any, model_of: Callable[..., IntegerModel]) -> None:
+    """Units of a row are permuted by the row in another way for each length."""
+    tile = HopperTile(2, 128, 4, row_stages=4, piece=piece, slots=slots, overlaps=True)
+    hopper.tuned = Tuned((Choice("rows", 135, 384, 384, False, None), Choice("floats", 135, 384, 384, False, tile)))
+    model = model_of(4, embed_dim=384, num_heads=6, depth=1, mlp_ratio=1, img_size=16)
+    assert piece in {one.get("kPiece") for one in defines_of(model, hopper, 27)}
+    check(model, hopper, 27)
