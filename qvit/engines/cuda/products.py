@@ -286,14 +286,8 @@ class Products(Steps):
                 tile = tile.with_spread(tile.bn * permuted.column_bytes)
             values |= permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
-        if (
-            tiles.HOLDS
-            and isinstance(tile, HopperTile)
-            and tile.column_bytes
-            and not bits
-            and layer.k <= 384
-            and not layer.signed
-        ):
+        holds = tiles.HOLDS and layer.k <= tiles.MOST_HELD[bits] and not layer.signed
+        if holds and isinstance(tile, HopperTile) and tile.column_bytes:
             tile = replace(tile, holds=True)
         self._gemm(layer, defines, a, values, tile)
 

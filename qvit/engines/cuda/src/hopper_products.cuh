@@ -61,18 +61,44 @@ struct Reader {
     }
 };
 
+#if HELD
+// Rows that stay do so in registers: the tensor cores then read of shared memory what is of b, which leaves its time to epilogues.
+static_assert(RESIDENT && kParts == 1 && !A_SIGNED && kTeams == 1, "rows that stay, of bits or of bytes without a sign");
+__device__ __forceinline__ void hold_rows(Reader& reader) {
+    const int row = threadIdx.x % 128 / 32 * 16 + reader.lane % 16;
+    const unsigned char* const line = reader.of.rows + threadIdx.x / 128 * kTileBytes + row * kChunk;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk++) {
+        reader.await_rows(chunk);
+#pragma unroll
+        for (int step = 0; step < kChunk / 32; step++) {
+            if (chunk * kChunk + 32 * step < DEPTH) {
+                load_matrices(reader.held[chunk * (kChunk / 32) + step],
+                              line + chunk * kBytesA + ((2 * step + reader.lane / 16) ^ (reader.lane % 8)) * 16);
+            }
+        }
+    }
+    __syncwarp();
+    reader.release_rows(0);
+}
+#endif
+
 #if BITS
 
 // One plane of a against one of b, over all of k.
-__device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operand stage, int plane_a, int plane_b, bool add) {
+__device__ __forceinline__ void multiply_planes(Sums& sums, const Reader& reader, Operand stage, int plane_a, int plane_b, bool add) {
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 64) {
-        const int chunk = k / kChunk, from = k % kChunk;
-        const Operand a = advance(rows, chunk * kBytesA), b = advance(stage, chunk * kBytesB);
+        const int chunk = k / kChunk, from_a = k % kChunk + 32 * (1 - plane_a), from_b = k % kChunk + 32 * (1 - plane_b);
+        const Operand b = advance(stage, chunk * kBytesB + from_b);
 #pragma unroll
         for (int part = 0; part < kParts; part++) {
-            warpgroup_multiply_bits<kPart>(sums.parts[part], advance(a, from + 32 * (1 - plane_a)),
-                                           advance(b, part * kPart * kChunk + from + 32 * (1 - plane_b)), add || k > 0);
+#if HELD
+            warpgroup_multiply_bits_held<kPart>(sums.parts[part], reader.held[(chunk * kChunk + from_a) / 32], b, add || k > 0);
+#else
+            warpgroup_multiply_bits<kPart>(sums.parts[part], advance(reader.rows, chunk * kBytesA + from_a),
+                                           advance(b, part * kPart * kChunk), add || k > 0);
+#endif
         }
     }
 }
@@ -105,12 +131,18 @@ __device__ __forceinline__ void change(Sums& sums, const Change& how) {
 constexpr int kSlices = TWICE ? 2 : 4;
 template <class Meanwhile>
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
+#if HELD
+    if (reader.fresh) {
+        hold_rows(reader);
+    }
+#else
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
     }
-    const Operand stage = reader.await_stage(), rows = reader.rows;
-    const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
+#endif
+    const Operand stage = reader.await_stage();
+    const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, reader, stage, plane_a, plane_b, add); };
     if (TWICE) {
         const int less = reader.less;
         multiply_and_wait(
@@ -200,25 +232,11 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
 
 #elif HELD
 
-// Rows that stay do so in registers: the tensor cores then read of shared memory what is of b, which leaves its time to tables.
-static_assert(RESIDENT && kParts == 1 && !A_SIGNED && kTeams == 1, "bytes without a sign, of rows that stay");
 constexpr int kSlices = kChunks;
 template <class Meanwhile>
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
-    const int thread = threadIdx.x % 128, lane = reader.lane;
     if (reader.fresh) {
-        const unsigned char* const line = reader.of.rows + threadIdx.x / 128 * kTileBytes + (thread / 32 * 16 + lane % 16) * kChunk;
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; chunk++) {
-            reader.await_rows(chunk);
-#pragma unroll
-            for (int step = 0; step < kChunk / 32; step++) {
-                load_matrices(reader.held[chunk * (kChunk / 32) + step],
-                              line + chunk * kBytesA + ((2 * step + lane / 16) ^ (lane % 8)) * 16);
-            }
-        }
-        __syncwarp();
-        reader.release_rows(0);
+        hold_rows(reader);
     }
     int before = -1;
     reader.cursor.begin<kChunks>();
