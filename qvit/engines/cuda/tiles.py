@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from qvit.engines.cuda.layout import CHUNK, NIBBLE_CHUNK, TILE_ROWS, bit_chunks, chunks, nibble_chunks, pad
+from qvit.engines.cuda.layout import CHUNK, NIBBLE_CHUNK, TILE_ROWS, bit_chunks, chunks, has_rest, nibble_chunks, pad
 
 MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
@@ -177,6 +177,7 @@ class HopperTile:
             "BITS": int(self.bits),
             "A_NIBBLES": int(self.nibbles),
             "HELD": int(self.holds),
+            "REST": int(self.holds and self.bits and self.twice and has_rest(k)),
             "STAGED": int(self.piece > 0),
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
