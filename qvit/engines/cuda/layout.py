@@ -42,6 +42,19 @@ def from_planes(memory: torch.Tensor, columns: int) -> torch.Tensor:
     return codes.reshape(len(memory), -1)[:, :columns].to(torch.uint8)
 
 
+def has_rest(columns: int) -> bool:
+    """Whether behind whole 256 columns of planes there are some, and at most half as many."""
+    return 0 < columns % 256 <= 128
+
+
+def rest_twice(memory: torch.Tensor, columns: int) -> torch.Tensor:
+    """`planes` of rows with such a rest -> the same with the rest's columns a second time, 128 behind themselves."""
+    out, at = memory.clone(), columns // 256 * 64
+    for plane in (at, at + 32):
+        out[:, plane + 16 : plane + 32] = out[:, plane : plane + 16]
+    return out
+
+
 def nibble_chunks(columns: int) -> int:
     """Tiles that a row of ``columns`` codes has, a multiple of 256, two a byte."""
     return columns // NIBBLE_CHUNK

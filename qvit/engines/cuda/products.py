@@ -278,16 +278,17 @@ class Products(Steps):
         }
         column_bytes = 0 if permuted is None else permuted.column_bytes
         tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
+        assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
+        holds = tiles.HOLDS and layer.k <= tiles.MOST_HELD[bits] and not layer.signed
+        if holds and isinstance(tile, HopperTile) and tile.column_bytes:
+            tile = replace(tile, holds=True)
         if permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)
             if few_tiles.SPREAD and isinstance(tile, FewTile) and not defines["OUT_BITS"]:
                 width = 8  # columns in their own order
                 tile = tile.with_spread(tile.bn * permuted.column_bytes)
-            values |= permuted.arrays(layer, width, bits, bool(defines["OUT_BITS"]))
-        assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
-        if tiles.HOLDS and isinstance(tile, HopperTile) and tile.column_bytes and not bits:
-            tile = replace(tile, holds=layer.k <= 384 and not layer.signed)
+            values |= permuted.arrays(layer, width, bits, out_bits, bool(cut.get("REST")))
         self._gemm(layer, defines, a, values, tile)
 
     def _tile(self, layer: c.LinearConstants, a: torch.Tensor, part: int, column_bytes: int, rows: int) -> tuple[Tile, bool]:

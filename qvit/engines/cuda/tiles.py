@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
-from qvit.engines.cuda.layout import CHUNK, NIBBLE_CHUNK, TILE_ROWS, bit_chunks, chunks, nibble_chunks, pad
+from qvit.engines.cuda.layout import CHUNK, NIBBLE_CHUNK, TILE_ROWS, bit_chunks, chunks, has_rest, nibble_chunks, pad
 
 MOST_SHARED = 227 * 1024  # bytes of shared memory a block may have on Hopper
 _RESIDENT = 6  # tiles of k up to which a block keeps its rows
@@ -97,7 +97,7 @@ class HopperTile:
         row_stages: buffers for 128 bytes of k of the rows, where they do not stay.
         keeps_rows: all of k of the rows stays where it is at most six such buffers, for several tiles of columns.
         nibbles: rows' codes lie two a byte, 256 of k in such a buffer; where ``bn`` is of one instruction.
-        holds: rows that stay do so in registers; of bytes without a sign, up to 384 of k.
+        holds: rows that stay do so in registers; of bytes without a sign, or of bits (`MOST_HELD`).
         twice: products of planes that count twice are made twice, in place of doubling sums.
         column_stages: buffers for what the epilogue knows of ``bn`` columns, where that is copied.
         column_bytes: of that, a column; 0: it is not copied.
@@ -177,6 +177,7 @@ class HopperTile:
             "BITS": int(self.bits),
             "A_NIBBLES": int(self.nibbles),
             "HELD": int(self.holds),
+            "REST": int(self.holds and self.bits and self.twice and has_rest(k)),
             "STAGED": int(self.piece > 0),
             "DIRECT": int(self.direct),
             "kAhead": self.ahead,
@@ -206,6 +207,7 @@ class HopperTile:
 
 
 HOLDS = False
+MOST_HELD = {False: 384, True: 512}  # k up to which registers hold rows, of bytes or as planes of bits
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))
 _BITS = tuple(

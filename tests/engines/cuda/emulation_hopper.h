@@ -105,8 +105,8 @@ inline void warpgroup_multiply(int (&d)[N / 2], Operand a, Operand b, bool add) 
     });
 }
 // a is in registers: each lane of a quad has two words of two rows, which the others need, too.
-template <int N>
-inline void warpgroup_multiply_held(int (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+template <int N, class Product>
+inline void emulate_held_product(int (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool add, const Product& product) {
     Four own;
     memcpy(own.x, a, sizeof own);
     held().back().push_back({a, {a[0], a[1], a[2], a[3]}});
@@ -126,11 +126,18 @@ inline void warpgroup_multiply_held(int (&d)[N / 2], const uint32_t (&a)[4], Ope
         const int column = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
         int sum = add ? d[i] : 0;
         for (int k = 0; k < 32; k++) {
-            const int x = static_cast<uint8_t>(words[i / 2 % 2][k / 4] >> (8 * (k % 4)));
-            sum += x * static_cast<int8_t>(byte_of(b, column, k));
+            sum += product(static_cast<uint8_t>(words[i / 2 % 2][k / 4] >> (8 * (k % 4))), byte_of(b, column, k));
         }
         d[i] = sum;
     }
+}
+template <int N>
+inline void warpgroup_multiply_held(int (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+    emulate_held_product<N>(d, a, b, add, [](unsigned char x, unsigned char y) { return x * static_cast<int8_t>(y); });
+}
+template <int N>
+inline void warpgroup_multiply_bits_held(int (&d)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+    emulate_held_product<N>(d, a, b, add, [](unsigned char x, unsigned char y) { return __builtin_popcount(x & y); });
 }
 template <int N>
 inline void warpgroup_multiply_bits(int (&d)[N / 2], Operand a, Operand b, bool add) {

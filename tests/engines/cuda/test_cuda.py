@@ -291,14 +291,21 @@ def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, smal
 
 
 @pytest.mark.parametrize(
-    ("step", "columns", "counts"),
-    [(None, 128, (3, 0)), (0.15, 64, (3, 1)), (0.08, 128, (0, 0))],
-    ids=["rising", "one falls", "too many for comparisons"],
+    ("step", "columns", "counts", "holds"),
+    [
+        (None, 128, (3, 0), False),
+        (None, 128, (3, 0), True),
+        (0.15, 64, (3, 1), False),
+        (0.15, 64, (3, 1), True),
+        (0.08, 128, (0, 0), False),
+    ],
+    ids=["rising", "rising, rows in registers", "one falls", "one falls, rows in registers", "too many for comparisons"],
 )
 def test_two_bits_behind_an_activation_are_compared_on_hopper(
     step: float | None,
     columns: int,
     counts: tuple[int, int],
+    holds: bool,
     make_student: Factory,
     small_vit: Factory,
     perturb: Factory,
@@ -309,8 +316,11 @@ def test_two_bits_behind_an_activation_are_compared_on_hopper(
     With ``step`` zero lies one or two codes above the least value of GELU, so that codes fall before they rise.
     """
     monkeypatch.setattr(tiles, "_BITS", (tiles.HopperTile(2, columns, 2, bits=True, twice=True),))
+    monkeypatch.setattr(tiles, "HOLDS", holds)
     gpu = open_gpu(hopper=True)
     options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 3.0, "img_size": 16}
+    if step is None and holds:  # planes of more than one product
+        options |= {"embed_dim": 288, "num_heads": 9, "mlp_ratio": 1.0}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(2))))
     if step is not None:
         reads = model.blocks[0].fc2.input
@@ -321,6 +331,7 @@ def test_two_bits_behind_an_activation_are_compared_on_hopper(
     assert (fc1.kernel, fc1.defines["OUT_BITS"], fc1.defines["kBN"]) == ("gemm_hopper", 1, columns)
     assert (fc1.defines["RISING"], fc1.defines["FALLING"]) == counts
     assert (fc1.defines["CELLS"] > 0) == (counts == (0, 0))
+    assert fc1.defines["HELD"] == int(holds)
     check(model, gpu, count, images_too=False)
 
 

@@ -11,7 +11,7 @@ import torch
 from qvit.engines.cuda import comparisons
 from qvit.engines.cuda.comparisons import Comparisons
 from qvit.engines.cuda.folded.arrays import COLUMN_PAD, Constants
-from qvit.engines.cuda.layout import CHUNK, nibble_order, pad, planes, tiled, untiled
+from qvit.engines.cuda.layout import CHUNK, nibble_order, pad, planes, rest_twice, tiled, untiled
 from qvit.engines.cuda.step_tables import StepTable, column_bytes, packed, slots
 from qvit.integer import ops
 
@@ -135,9 +135,11 @@ class Permuted:
             self.column_bytes = steps.column_bytes
         else:
             self.column_bytes = column_bytes(steps.entries.shape[1]) if isinstance(steps, StepTable) else 16
-        self._kept: dict[tuple[int, bool, bool], dict[str, torch.Tensor]] = {}
+        self._kept: dict[tuple[int, bool, bool, bool], dict[str, torch.Tensor]] = {}
 
-    def arrays(self, layer: LinearConstants, width: int, bits: bool, planes: bool = False) -> dict[str, torch.Tensor]:
+    def arrays(
+        self, layer: LinearConstants, width: int, bits: bool, planes: bool = False, twice: bool = False
+    ) -> dict[str, torch.Tensor]:
         """The kernel's ``b``, and ``steps`` int32 [M padded, 4] or ``table``, as `packed` of `qvit.engines.cuda.step_tables`
         or of `qvit.engines.cuda.comparisons` gives it.
 
@@ -146,14 +148,16 @@ class Permuted:
             width: columns of which a lane has a quarter, one after the other; divides 256.
             bits: whether the product is of planes of bits.
             planes: whether codes go out as such.
+            twice: whether the rest of k lies there twice (`qvit.engines.cuda.layout.rest_twice`).
         """
-        key = width, bits, planes
+        key = width, bits, planes, twice
         if key not in self._kept:
             b = layer.b_planes if bits else layer.b
             assert b is not None
             compares = isinstance(self._steps, Comparisons)
             columns = comparisons.slots(width, len(b)) if compares else slots(width, len(b), planes)
-            out = {"b": tiled(untiled(b)[torch.from_numpy(columns).to(b.device)])}
+            rows = untiled(b)[torch.from_numpy(columns).to(b.device)]
+            out = {"b": tiled(rest_twice(rows, layer.k) if twice else rows)}
             if isinstance(self._steps, StepTable):
                 out["table"] = self._to.array(packed(self._steps, columns, width))
             elif isinstance(self._steps, Comparisons):

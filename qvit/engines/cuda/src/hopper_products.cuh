@@ -61,20 +61,67 @@ struct Reader {
     }
 };
 
-#if BITS
+// REST: behind whole 256 columns of bits are at most 128. An operand has room for both planes of a's, next to each other, and b has
+// those columns twice (`rest_twice` in `qvit/engines/cuda/layout.py`). The other operand has the high bits alone, which count twice.
+constexpr int kRest = REST ? DEPTH - 64 : DEPTH;
+static_assert(!REST || (BITS && TWICE && HELD), "of one-bit products");
 
-// One plane of a against one of b, over all of k.
-__device__ __forceinline__ void multiply_planes(Sums& sums, Operand rows, Operand stage, int plane_a, int plane_b, bool add) {
+#if HELD
+// Rows that stay do so in registers: the tensor cores then read of shared memory what is of b, which leaves its time to epilogues.
+static_assert(RESIDENT && kParts == 1 && !A_SIGNED && kTeams == 1, "rows that stay, of bits or of bytes without a sign");
+
+__device__ __forceinline__ void hold_rows(Reader& reader) {
+    const int row = threadIdx.x % 128 / 32 * 16 + reader.lane % 16;
+    const unsigned char* const line = reader.of.rows + threadIdx.x / 128 * kTileBytes + row * kChunk;
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += 64) {
-        const int chunk = k / kChunk, from = k % kChunk;
-        const Operand a = advance(rows, chunk * kBytesA), b = advance(stage, chunk * kBytesB);
+    for (int chunk = 0; chunk < kChunks; chunk++) {
+        reader.await_rows(chunk);
 #pragma unroll
-        for (int part = 0; part < kParts; part++) {
-            warpgroup_multiply_bits<kPart>(sums.parts[part], advance(a, from + 32 * (1 - plane_a)),
-                                           advance(b, part * kPart * kChunk + from + 32 * (1 - plane_b)), add || k > 0);
+        for (int step = 0; step < kChunk / 32; step++) {
+            const int at = chunk * kChunk + 32 * step, second = at == kRest ? 2 : 1;  // piece beside the first one
+            uint32_t(&to)[4] = reader.held[at / 32];
+            if (at < DEPTH && at <= kRest) {
+                load_matrices(to, line + chunk * kBytesA + ((2 * step + reader.lane / 16 * second) ^ (reader.lane % 8)) * 16);
+            } else if (at < DEPTH) {
+                to[0] = reader.held[kRest / 32][0], to[1] = reader.held[kRest / 32][1], to[2] = to[3] = 0;
+            }
         }
     }
+    __syncwarp();
+    reader.release_rows(0);
+}
+#endif
+
+#if BITS
+
+// One plane of a against one of b, over all of k but REST.
+__device__ __forceinline__ void multiply_planes(Sums& sums, const Reader& reader, Operand stage, int plane_a, int plane_b, bool add) {
+#pragma unroll
+    for (int k = 0; k < kRest; k += 64) {
+        const int chunk = k / kChunk, from_a = k % kChunk + 32 * (1 - plane_a), from_b = k % kChunk + 32 * (1 - plane_b);
+        const Operand b = advance(stage, chunk * kBytesB + from_b);
+#pragma unroll
+        for (int part = 0; part < kParts; part++) {
+#if HELD
+            warpgroup_multiply_bits_held<kPart>(sums.parts[part], reader.held[(chunk * kChunk + from_a) / 32], b, add || k > 0);
+#else
+            warpgroup_multiply_bits<kPart>(sums.parts[part], advance(reader.rows, chunk * kBytesA + from_a),
+                                           advance(b, part * kPart * kChunk), add || k > 0);
+#endif
+        }
+    }
+}
+
+// Twice the high bits of a and once its low ones, against one plane of b.
+__device__ __forceinline__ void multiply_thrice(Sums& sums, const Reader& reader, Operand stage, int plane_b, bool add) {
+    multiply_planes(sums, reader, stage, 1, plane_b, add);
+    multiply_planes(sums, reader, stage, 1, plane_b, true);
+    multiply_planes(sums, reader, stage, 0, plane_b, true);
+#if REST
+    const Operand b = advance(stage, kRest / kChunk * kBytesB + kRest % kChunk + 32 * (1 - plane_b));
+    warpgroup_multiply_bits_held<kPart>(sums.parts[0], reader.held[kRest / 32], b, add || kRest > 0);
+    warpgroup_multiply_bits_held<kPart>(sums.parts[0], reader.held[kRest / 32 + 1], b, true);
+#endif
 }
 
 // What `issue` issues, from begin to end; `meanwhile` is done before they are waited for.
@@ -105,19 +152,23 @@ __device__ __forceinline__ void change(Sums& sums, const Change& how) {
 constexpr int kSlices = TWICE ? 2 : 4;
 template <class Meanwhile>
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
+#if HELD
+    if (reader.fresh) {
+        hold_rows(reader);
+    }
+#else
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk++) {
         reader.await_rows(chunk);
     }
-    const Operand stage = reader.await_stage(), rows = reader.rows;
-    const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, rows, stage, plane_a, plane_b, add); };
+#endif
+    const Operand stage = reader.await_stage();
+    const auto multiply = [&](int plane_a, int plane_b, bool add) { multiply_planes(sums, reader, stage, plane_a, plane_b, add); };
     if (TWICE) {
         const int less = reader.less;
-        multiply_and_wait(
-            sums, [&] { multiply(1, 1, false), multiply(1, 1, true), multiply(0, 1, true); }, [&] { meanwhile(0); });
+        multiply_and_wait(sums, [&] { multiply_thrice(sums, reader, stage, 1, false); }, [&] { meanwhile(0); });
         change(sums, [less](int x) { return less * x; });
-        multiply_and_wait(
-            sums, [&] { multiply(1, 0, true), multiply(1, 0, true), multiply(0, 0, true); }, [&] { meanwhile(1); });
+        multiply_and_wait(sums, [&] { multiply_thrice(sums, reader, stage, 0, true); }, [&] { meanwhile(1); });
     } else {
         multiply_and_wait(sums, [&] { multiply(1, 1, false); }, [&] { meanwhile(0); });
         change(sums, [](int x) { return 2 * x; });
@@ -200,25 +251,11 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
 
 #elif HELD
 
-// Rows that stay do so in registers: the tensor cores then read of shared memory what is of b, which leaves its time to tables.
-static_assert(RESIDENT && kParts == 1 && !A_SIGNED && kTeams == 1, "bytes without a sign, of rows that stay");
 constexpr int kSlices = kChunks;
 template <class Meanwhile>
 __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const Meanwhile& meanwhile) {
-    const int thread = threadIdx.x % 128, lane = reader.lane;
     if (reader.fresh) {
-        const unsigned char* const line = reader.of.rows + threadIdx.x / 128 * kTileBytes + (thread / 32 * 16 + lane % 16) * kChunk;
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; chunk++) {
-            reader.await_rows(chunk);
-#pragma unroll
-            for (int step = 0; step < kChunk / 32; step++) {
-                load_matrices(reader.held[chunk * (kChunk / 32) + step],
-                              line + chunk * kBytesA + ((2 * step + lane / 16) ^ (lane % 8)) * 16);
-            }
-        }
-        __syncwarp();
-        reader.release_rows(0);
+        hold_rows(reader);
     }
     int before = -1;
     reader.cursor.begin<kChunks>();
