@@ -28,8 +28,13 @@ from qvit.engines.cuda.tiles import (
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
 _MOST_PACKED = 15  # code of which two fit a byte
-_TWO_ROWS = 384  # channels up to which a warp of a LayerNorm has two rows
-_ROWS_EACH = 64  # rows a multiprocessor from which on it has
+_RING, _RING_WARPS, _RING_BLOCKS = (
+    4,
+    16,
+    2,
+)  # rows of a warp of a LayerNorm under way, warps of a block, blocks a multiprocessor
+_RING_WIDTH = 384  # channels up to which so many warps' registers hold what is known of channels
+_RING_ROWS = 4  # of a warp, at least
 _MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 
 
@@ -364,6 +369,11 @@ class Products(Steps):
             doubled = part == "q" and heads.doubled
             self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)
 
+    def _norm_ring(self, width: int, rows: int) -> bool:
+        """Whether a LayerNorm's warps go through rows, which bulk copies bring."""
+        warps = _RING_WARPS * _RING_BLOCKS * self._gpu.multiprocessors
+        return self._gpu.hopper and width <= _RING_WIDTH and width % 8 == 0 and rows >= _RING_ROWS * warps
+
     def _norm(
         self,
         norm: c.NormConstants | c.CodeConstants,
@@ -391,14 +401,13 @@ class Products(Steps):
             values |= {"gain": norm.place_gain, "shift": norm.place_shift, "margin": margin, "slope": slope}
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
-        warps = 4
-        # Rows of a warp: as many as its registers hold beside what is known of channels, where no other warp lacks one.
-        held = 2 if isinstance(norm, c.NormConstants) and codes is not None and width <= _TWO_ROWS else 1
-        held = held if rows >= _ROWS_EACH * self._gpu.multiprocessors else 1
+        ring = isinstance(norm, c.NormConstants) and codes is not None and not pieces and self._norm_ring(width, rows)
+        warps = _RING_WARPS if ring else 4
         defines = {
             "CHANNELS": width,
             "WARPS": warps,
-            "ROWS": held,
+            "RING": _RING if ring else 0,
+            "BLOCKS": _RING_BLOCKS if ring else 1,
             "WIDE": int(codes is not None and codes.high - codes.low > _MOST_NARROW),
             "OUT_FLOAT": int(codes is None),
             "X_HALF": is_half(x),
@@ -407,7 +416,9 @@ class Products(Steps):
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
             "GATHER": pieces,
         }
-        launch = Launch("norm", defines, (-(-rows // (warps * held)), 1, 1), 32 * warps, 0, values)
+        blocks = _RING_BLOCKS * self._gpu.multiprocessors if ring else -(-rows // warps)
+        shared = warps * _RING * (width * x.element_size() + 8) if ring else 0
+        launch = Launch("norm", defines, (blocks, 1, 1), 32 * warps, shared, values)
         plain = codes is not None and not pieces
         plain &= isinstance(to, int) or self._bits(to) is None
         if isinstance(norm, c.NormConstants) and plain and self._may_be_late:

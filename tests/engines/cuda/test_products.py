@@ -151,7 +151,7 @@ def test_floats_and_the_norm_behind_them(behind: bool, freeze: Callable[..., Int
     assert last.values["margin"] == (norm.margin if behind else norm.place_margins[0])
     if not behind:
         assert last.values["rows"] == CHUNK
-        assert last.grid == (CHUNK // (4 * last.defines["ROWS"]), 1, 1)
+        assert last.grid == (CHUNK // 4, 1, 1)
 
 
 def test_a_norm_of_few_rows_is_put_off_until_its_codes_are_read(freeze: Callable[..., IntegerModel]) -> None:
