@@ -1,4 +1,4 @@
-"""Tables and comparisons behind an activation, of the layer in front and the quantizer behind; or the reason why there are none."""
+"""Tables and comparisons behind an activation, of the layer in front and the quantizer behind; or why there are none."""
 
 from __future__ import annotations
 
