@@ -17,6 +17,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.compiler import cache_folder, compile_kernel
 from qvit.engines.cuda.tuned import Tuned
 from qvit.errors import MissingDependencyError, UnsupportedModelError
+from qvit.spec import ModelSpec
 
 EVERY = ("attention", "gemm_few", "pixels")
 # GPU, model, width, patches along a side, and the kernels that another case does not have. One block and patches of 2 pixels
@@ -227,3 +228,19 @@ def test_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
             compile_kernel("pool", {}, "sm_80")
     finally:
         compiler._nvrtc.cache_clear()
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("holds", [False, True])
+def test_two_bits_that_are_compared_compile(
+    holds: bool, make_student: Callable[..., Any], small_vit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fc1 of rows of 384, by one-bit products; rows may be in registers."""
+    monkeypatch.setattr(tiles, "HOLDS", holds)
+    options = {"embed_dim": 384, "num_heads": 6, "depth": 1, "patch_size": 2, "img_size": 28}
+    model = qvit.freeze(make_student(small_vit("deit_small_patch16_224", **options), spec=ModelSpec.of_bits(2)))
+    engine = CudaEngine(model, Far(1, hopper=True))  # type: ignore[arg-type]
+    fc1 = next(one for one in engine.launches(2) if one.defines.get("RISING"))
+    assert (fc1.defines["OUT_BITS"], fc1.defines["BITS"], fc1.defines["HELD"], fc1.defines["REST"]) == (1, 1, holds, holds)
+    assert fc1.shared <= 227 * 1024
+    assert compile_kernel("gemm_hopper", fc1.defines, "sm_90a").startswith(b"\x7fELF")

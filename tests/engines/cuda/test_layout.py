@@ -12,10 +12,12 @@ from qvit.engines.cuda.layout import (
     chunks,
     from_nibbles,
     from_planes,
+    has_rest,
     nibble_chunks,
     nibble_order,
     nibbles,
     planes,
+    rest_twice,
     tiled,
     untiled,
 )
@@ -50,6 +52,30 @@ def test_planes(columns: int) -> None:
     signed = codes.to(torch.int8) - 2
     assert torch.equal(from_planes(planes(signed), columns), signed.view(torch.uint8) & 3)
     assert from_planes(planes(torch.full_like(codes, 3)), bit_chunks(columns) * 512)[:, columns:].sum() == 0
+
+
+@pytest.mark.parametrize("columns", [32, 128, 384])
+def test_the_rest_of_planes_twice(columns: int) -> None:
+    """Columns behind whole 256 lie 128 further once more; nothing else changes."""
+    codes = torch.randint(0, 4, (5, columns), dtype=torch.uint8)
+    wanted = torch.zeros(5, bit_chunks(columns) * 512, dtype=torch.uint8)
+    wanted[:, :columns] = codes
+    whole = columns // 256 * 256
+    wanted[:, whole + 128 : columns + 128] = codes[:, whole:]
+    before = planes(codes)
+    kept = before.clone()
+    assert torch.equal(from_planes(rest_twice(before, columns), wanted.shape[1]), wanted)
+    assert torch.equal(before, kept)
+    assert [has_rest(n) for n in (32, 128, 160, 256, 288, 384, 416, 768)] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_nibbles() -> None:

@@ -107,6 +107,13 @@ def test_rows_stay_where_k_is_short() -> None:
     assert planes.defines(384)["DEPTH"] == 128  # two groups of 256 columns, 64 bytes each
 
 
+def test_the_rest_of_k_where_registers_hold_rows_of_bits() -> None:
+    held = HopperTile(2, 128, 4, bits=True, twice=True, holds=True)
+    assert [held.defines(k)["REST"] for k in (192, 288, 384, 512)] == [0, 1, 1, 0]
+    for other in (replace(held, bits=False), replace(held, twice=False), replace(held, holds=False)):
+        assert other.defines(384)["REST"] == 0
+
+
 def test_room_for_what_is_known_of_columns() -> None:
     small, large = HopperTile(3, 128, 4), HopperTile(3, 128, 6)
     for tile, stages in ((small, 2), (large, 1), (HopperTile(2, 128, 10), 0)):

@@ -84,6 +84,8 @@ __device__ __forceinline__ void hold_rows(Reader& reader) {
                 load_matrices(to, line + chunk * kBytesA + ((2 * step + reader.lane / 16 * second) ^ (reader.lane % 8)) * 16);
             } else if (at < DEPTH) {
                 to[0] = reader.held[kRest / 32][0], to[1] = reader.held[kRest / 32][1], to[2] = to[3] = 0;
+                settle(to[0], to[1]);  // registers of their own: else they are made anew for every product
+                settle(to[2], to[3]);
             }
         }
     }

@@ -1,4 +1,4 @@
-"""The table behind an activation, of the layer in front of it and the quantizer behind it; or the reason why there is none."""
+"""Tables and comparisons behind an activation, of the layer in front and the quantizer behind; or why there are none."""
 
 from __future__ import annotations
 
@@ -56,10 +56,20 @@ def untiled_order(width: int, columns: int) -> np.ndarray:
     return place - place % width + place % 8 // 2 * (width // 4) + 2 * (place % width // 8) + place % 2
 
 
+@pytest.mark.parametrize(("bits", "counts"), [(2, (3, 0)), (3, (0, 0))])
+def test_codes_of_two_bits_are_compared_too(bits: int, counts: tuple[int, int], freeze: Callable[..., IntegerModel]) -> None:
+    (block,) = freeze(spec=ModelSpec.of_bits(bits)).blocks
+    found = ActivationConstants.of(block.fc1, block.fc2.input, "gelu", TO)
+    assert found.permuted is not None
+    assert (found.rising, found.falling) == counts
+    assert (None if found.compared is None else found.compared.column_bytes) == (6 if bits == 2 else None)
+
+
 def test_more_codes_than_a_table_has_room_for(freeze: Callable[..., IntegerModel]) -> None:
     (block,) = freeze(spec=ModelSpec.of_bits(8)).blocks
     found = ActivationConstants.of(block.fc1, block.fc2.input, "gelu", TO)
     assert (found.cells, found.permuted, found.why_not) == (0, None, "256 codes, more than 16")
+    assert found.compared is None
 
 
 def test_codes_with_a_sign_have_no_table(freeze: Callable[..., IntegerModel]) -> None:

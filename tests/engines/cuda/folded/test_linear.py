@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from qvit.engines.cuda import comparisons
+from qvit.engines.cuda.comparisons import Comparisons
 from qvit.engines.cuda.folded.arrays import Constants
 from qvit.engines.cuda.folded.linear import MOST_NORMED_PLANES, CodeConstants, LinearConstants, Permuted
-from qvit.engines.cuda.layout import from_planes, nibble_order, untiled
+from qvit.engines.cuda.layout import from_planes, nibble_order, rest_twice, untiled
 from qvit.engines.cuda.step_tables import StepTable, slots
 from qvit.engines.reference import ReferenceEngine
 from qvit.integer.model import IntegerModel
@@ -159,6 +161,22 @@ def test_tables_of_permuted_columns(planes: bool) -> None:
         entries = part[8 * width :].view(np.uint16).reshape(width // 8, cells, 8)[place % width // 8, :, place % 8]
         assert numbers.tolist() == [table.factor[columns[place]], table.add[columns[place]]]
         assert np.array_equal(entries, table.entries[columns[place]])
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_comparisons_of_permuted_columns(twice: bool) -> None:
+    """With columns of their own order, and the rest of k twice where it is wanted."""
+    layer, width = LinearConstants.of(layer_of(40, 96), TO), 64
+    table = Comparisons(np.arange(120, dtype=np.int16).reshape(3, 40), 2, 1)
+    permuted = Permuted(TO, table)
+    assert permuted.column_bytes == 6
+    found = permuted.arrays(layer, width, True, True, twice)
+    columns = comparisons.slots(width, 256)
+    assert np.array_equal(found["table"].numpy(), comparisons.packed(table, columns))
+    assert layer.b_planes is not None
+    planes = untiled(layer.b_planes)[torch.from_numpy(columns)]
+    assert torch.equal(untiled(found["b"]), rest_twice(planes, 96) if twice else planes)
+    assert permuted.arrays(layer, width, True, True, not twice) is not found
 
 
 def test_a_layer_without_planes_has_none_to_permute() -> None:
