@@ -39,6 +39,7 @@ from qvit.engines.cuda.tuned import FILES, Choice, Tuned, file_name, tuned_for, 
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
 from qvit.report_file import usable_cores, versions
+from qvit.spec import RESIDUALS
 
 _GAIN = 0.997  # of the time, below which a change is no noise
 _HOPELESS = 1.04  # times the fastest, in a few calls: not worth more of them
@@ -235,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 continue
             file = Path(scratch) / f"{name}_{bits}.qvit"
             if not file.exists():
-                make_random_model(name, bits, file)
+                make_random_model(name, bits, file, options.residual)
             tuner = Tuner(gpu, IntegerModel.load(file), batch)
             first, fastest = tune(tuner, title, pool, end, keep)
             print(f"{title}: {first:.3f} -> {fastest:.3f} ms", flush=True)
@@ -301,6 +302,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=models, help="timm's names of ViTs")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 2])
+    parser.add_argument("--residual", default="float32", choices=RESIDUALS, help="type of the residual stream")
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 32])
     parser.add_argument("--minutes", type=float, default=20.0, help="the whole run, about")
     parser.add_argument("--device", default="cuda")

@@ -95,7 +95,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path: Path) -> Mac
     for name, value in {
         "FILES": tmp_path / "tuned",
         "Gpu": lambda device: played,
-        "make_random_model": lambda _name, bits, path: shutil.copy(files / f"{bits}.qvit", path),
+        "make_random_model": lambda _name, bits, path, _residual: shutil.copy(files / f"{bits}.qvit", path),
         "milliseconds": played.milliseconds,
         "compile_kernel": played.compile_kernel,
         "_compilers": compilers,

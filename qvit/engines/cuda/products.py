@@ -28,13 +28,6 @@ from qvit.engines.cuda.tiles import (
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 _FLOATS, _ACTIVATION, _HEADS, _FLOATS_AND_CODES = range(4)  # EPILOGUE of src/epilogue.cuh
 _MOST_PACKED = 15  # code of which two fit a byte
-_RING, _RING_WARPS, _RING_BLOCKS = (
-    4,
-    16,
-    2,
-)  # rows of a warp of a LayerNorm under way, warps of a block, blocks a multiprocessor
-_RING_WIDTH = 384  # channels up to which so many warps' registers hold what is known of channels
-_RING_ROWS = 4  # of a warp, at least
 _MOST_NARROW = 127  # distance of codes of a LayerNorm up to which 16 binary places are kept of each
 
 
@@ -284,7 +277,7 @@ class Products(Steps):
         column_bytes = 0 if permuted is None else permuted.column_bytes
         tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
-        holds = tiles.HOLDS and layer.k <= tiles.MOST_HELD[bits] and not layer.signed
+        holds = layer.k <= tiles.MOST_HELD[bits] and not layer.signed
         if holds and isinstance(tile, HopperTile) and tile.column_bytes:
             tile = replace(tile, holds=True)
         if permuted is not None:
@@ -369,11 +362,6 @@ class Products(Steps):
             doubled = part == "q" and heads.doubled
             self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)
 
-    def _norm_ring(self, width: int, rows: int) -> bool:
-        """Whether a LayerNorm's warps go through rows, which bulk copies bring."""
-        warps = _RING_WARPS * _RING_BLOCKS * self._gpu.multiprocessors
-        return self._gpu.hopper and width <= _RING_WIDTH and width % 8 == 0 and rows >= _RING_ROWS * warps
-
     def _norm(
         self,
         norm: c.NormConstants | c.CodeConstants,
@@ -401,13 +389,10 @@ class Products(Steps):
             values |= {"gain": norm.place_gain, "shift": norm.place_shift, "margin": margin, "slope": slope}
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
-        ring = isinstance(norm, c.NormConstants) and codes is not None and not pieces and self._norm_ring(width, rows)
-        warps = _RING_WARPS if ring else 4
+        warps = 4
         defines = {
             "CHANNELS": width,
             "WARPS": warps,
-            "RING": _RING if ring else 0,
-            "BLOCKS": _RING_BLOCKS if ring else 1,
             "WIDE": int(codes is not None and codes.high - codes.low > _MOST_NARROW),
             "OUT_FLOAT": int(codes is None),
             "X_HALF": is_half(x),
@@ -416,9 +401,7 @@ class Products(Steps):
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
             "GATHER": pieces,
         }
-        blocks = _RING_BLOCKS * self._gpu.multiprocessors if ring else -(-rows // warps)
-        shared = warps * _RING * (width * x.element_size() + 8) if ring else 0
-        launch = Launch("norm", defines, (blocks, 1, 1), 32 * warps, shared, values)
+        launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
         plain = codes is not None and not pieces
         plain &= isinstance(to, int) or self._bits(to) is None
         if isinstance(norm, c.NormConstants) and plain and self._may_be_late:

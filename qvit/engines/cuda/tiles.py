@@ -206,7 +206,6 @@ class HopperTile:
         return fits and self.tiles(m, n) >= _EVEN * multiprocessors
 
 
-HOLDS = False
 MOST_HELD = {False: 384, True: 512}  # k up to which registers hold rows, of bytes or as planes of bits
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))

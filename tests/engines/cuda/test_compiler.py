@@ -236,7 +236,7 @@ def test_two_bits_that_are_compared_compile(
     holds: bool, make_student: Callable[..., Any], small_vit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fc1 of rows of 384, by one-bit products; rows may be in registers."""
-    monkeypatch.setattr(tiles, "HOLDS", holds)
+    monkeypatch.setitem(tiles.MOST_HELD, True, 512 if holds else 0)
     options = {"embed_dim": 384, "num_heads": 6, "depth": 1, "patch_size": 2, "img_size": 28}
     model = qvit.freeze(make_student(small_vit("deit_small_patch16_224", **options), spec=ModelSpec.of_bits(2)))
     engine = CudaEngine(model, Far(1, hopper=True))  # type: ignore[arg-type]

@@ -151,8 +151,7 @@ def test_floats_and_the_norm_behind_them(behind: bool, freeze: Callable[..., Int
     assert last.values["margin"] == (norm.margin if behind else norm.place_margins[0])
     if not behind:
         assert last.values["rows"] == CHUNK
-        assert last.defines["RING"] > 0
-        assert last.grid == (2 * 4, 1, 1)  # two blocks for each of four multiprocessors
+        assert last.grid == (CHUNK // 4, 1, 1)
 
 
 def test_a_norm_of_few_rows_is_put_off_until_its_codes_are_read(freeze: Callable[..., IntegerModel]) -> None:

@@ -1,5 +1,4 @@
-// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp a row, or one row
-// after the other (RING).
+// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp a row.
 //
 // GATHER: a row is put together of so many rows of x, CHANNELS / GATHER wide each: one for the tokens of Swin's windows, four for
 // the neighbours that patch merging joins.
@@ -115,37 +114,21 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
 #endif
 }
 
-// Codes in doubt of a row, as they are defined; a function of its own, so that the others' registers hold nothing for it.
-__device__ __noinline__ inline void codes_again(const NormArgs& p, long long row, int lane, uint32_t doubts, uint32_t* u) {
-    float x[kLanes];
-    load(p, row, lane, x);
-    const Moments of = exact_moments(x, lane, p.eps);
-#pragma unroll
-    for (int i = 0; i < kLanes; i++) {
-        const int c = channel(i, lane);
-        if (c < CHANNELS && (doubts >> i % 32 & 1)) {
-            u[i] = static_cast<uint32_t>(exact_code(exact_value(p, of, x[i], c), p.offset[c], p.step[c], p.low, p.high) -
-                                         code_of(p.low))
-                   << 16;
-        }
-    }
-}
-
 template <class Gain, class Shift>
 __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane, const Gain& gain,
                                       const Shift& shift) {
     RowPlaces of = places_of(p, x, gain, shift, lane);
     if (__any_sync(kAll, of.close)) {
-        uint32_t again[kLanes], doubts = 0;  // of wide rows a bit is of several values
+        const Moments moments = exact_moments(x, lane, p.eps);
+        if (of.close) {
 #pragma unroll
-        for (int i = 0; i < kLanes; i++) {
-            again[i] = of.u[i];
-            doubts |= static_cast<uint32_t>(of.doubts(i)) << i % 32;
-        }
-        codes_again(p, row, lane, doubts, again);
-#pragma unroll
-        for (int i = 0; i < kLanes; i++) {
-            of.u[i] = again[i];
+            for (int i = 0; i < kLanes; i++) {
+                const int c = channel(i, lane);
+                if (c < CHANNELS && of.doubts(i)) {
+                    const int code = exact_code(exact_value(p, moments, x[i], c), p.offset[c], p.step[c], p.low, p.high);
+                    of.u[i] = static_cast<uint32_t>(code - code_of(p.low)) << 16;
+                }
+            }
         }
     }
     store_codes(p, of.u, row, lane);
@@ -153,71 +136,10 @@ __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes
 
 #endif
 
-#if RING
-
-// A warp goes through rows, each of which has come to its part of shared memory while those before it were worked on; what is known
-// of channels stays in registers.
-#include "hopper.cuh"
-
-constexpr int kRowBytes = CHANNELS * static_cast<int>(sizeof(Source));
-static_assert(kRowBytes % 16 == 0 && !GATHER && !IDENTITY && !OUT_FLOAT, "bulk copies, and codes behind a norm");
-
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT NormArgs p) {
-    QVIT_SHARED(memory);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    unsigned char* const slots = memory + warp * RING * kRowBytes;
-    Barrier* const full = reinterpret_cast<Barrier*>(memory + WARPS * RING * kRowBytes) + warp * RING;
-    if (lane == 0) {
-        for (int i = 0; i < RING; i++) {
-            barrier_init(full + i, 1);
-        }
-        barriers_ready();
-        proxies_meet();
-    }
-    __syncwarp();
-    float gain[kLanes], shift[kLanes];
-    load_row([&](int c) { return p.gain + c; }, lane, gain);
-    load_row([&](int c) { return p.shift + c; }, lane, shift);
-    await_former_kernel();
-    const int first = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;
-    const auto send_for = [&](int row, int slot) {
-        if (row < p.rows) {
-            barrier_expect(full + slot, kRowBytes);
-            copy_tile(slots + slot * kRowBytes, p.x + row * p.ldx, kRowBytes, full + slot);
-        }
-    };
-    if (lane == 0) {
-        for (int i = 0; i < RING; i++) {
-            send_for(first + i * step, i);
-        }
-    }
-    int slot = 0, phase = 0;
-#pragma unroll 1
-    for (int row = first; row < p.rows; row += step) {
-        barrier_wait(full + slot, phase);
-        const Source* const from = reinterpret_cast<const Source*>(slots + slot * kRowBytes);
-        float x[kLanes];
-        load_row([&](int c) { return from + c; }, lane, x);
-        __syncwarp();  // all of the slot has been read
-        if (lane == 0) {
-            send_for(row + RING * step, slot);
-        }
-        write(
-            p, x, row, lane, [&](int i) { return gain[i]; }, [&](int i) { return shift[i]; });
-        slot = slot + 1 < RING ? slot + 1 : 0;
-        phase ^= static_cast<int>(slot == 0);
-    }
-}
-
-#else
-
-#ifndef QVIT_EMULATION
-extern "C"
-#endif
-__global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT NormArgs p) {
+__global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     const int lane = threadIdx.x % 32;
 #if !IDENTITY && !OUT_FLOAT
     constexpr bool kEarly = kLanes <= 24;  // registers hold constants beside the row
@@ -242,8 +164,6 @@ __global__ void __launch_bounds__(kThreads) kernel(const QVIT_CONSTANT NormArgs 
         [&](int i) { return kEarly ? shift[i] : p.shift[channel(i, lane)]; });
 #endif
 }
-
-#endif
 
 #ifdef QVIT_EMULATION
 extern "C" void emulate(const void* args, int x, int y, int z, int threads, int bytes) {
