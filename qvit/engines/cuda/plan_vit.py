@@ -31,7 +31,7 @@ class VitPlan(Plan):
         half = self._stream == torch.float16
         self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, half, self._gpu.hopper, self._gpu.multiprocessors))
         for block in constants.blocks:
-            self._pack(block, {part.count for part in self._row_chunks})
+            self._pack(block, {part.count for part in self._row_chunks}, half)
         # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
         may_be_late = self._may_be_late
         self._may_be_late = may_be_late and len(self._row_chunks) == 1

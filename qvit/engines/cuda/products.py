@@ -150,7 +150,9 @@ class Products(Steps):
             tile = few.with_spread(few.beside_floats(arrays, added)) if few_tiles.SPREAD and fours else few
         elif self._gpu.hopper and not (residual is not None and position is not None):
             # Tiles are measured in passes of so many rows, all their chunks with one; what adds to its input is of a block.
-            tile = self._of_floats(layer, rows, rows if residual is None else self._shape.rows, bits) or tile
+            tile = (
+                self._of_floats(layer, rows, rows if residual is None else self._shape.rows, bits, bool(is_half(out))) or tile
+            )
             tile = with_nibbles(tile, layer.k) if layer in self._packed else tile
         self._gemm(layer, defines, a, values, tile)
 
@@ -225,12 +227,12 @@ class Products(Steps):
         found = rule if choice is None else choice.tile
         return with_nibbles(found, layer.k) if layer in self._packed else found
 
-    def _of_floats(self, layer: c.LinearConstants, rows: int, whole: int, bits: bool) -> Tile | None:
+    def _of_floats(self, layer: c.LinearConstants, rows: int, whole: int, bits: bool, half: bool) -> Tile | None:
         """How a product of floats is computed on Hopper, of a pass of ``whole`` rows; ``None`` where there is no such tile."""
         choice = self._gpu.tuned.find("floats", whole, layer.m, layer.k, bits)
-        return choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
+        return choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits, half)
 
-    def _pack(self, block: dict[str, Any], counts: Iterable[int]) -> None:
+    def _pack(self, block: dict[str, Any], counts: Iterable[int], half: bool) -> None:
         """Lets codes between fc1 and fc2 of a block lie two a byte, if all its launches of so many rows know how."""
         fc1, fc2, codes, table = block["fc1"], block["fc2"], block["fc2_codes"], block["activation"].permuted
         if not self._gpu.hopper or table is None or self._bits(fc2) is not None:
@@ -240,7 +242,7 @@ class Products(Steps):
         nowhere = self._bytes(0)  # where no LayerNorm has been put off
         for rows in counts:
             writes, _ = self._tile(fc1, nowhere, 32, table.column_bytes, rows)
-            reads = self._few(fc2, nowhere, rows, 8) or self._of_floats(fc2, rows, self._shape.rows, False)
+            reads = self._few(fc2, nowhere, rows, 8) or self._of_floats(fc2, rows, self._shape.rows, False, half)
             behind = self._norm_behind(fc2, rows) or reads
             if not isinstance(writes, HopperTile) or None in (with_nibbles(reads, fc2.k), with_nibbles(behind, fc2.k)):
                 return

@@ -70,6 +70,16 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
     assert choose_floats(256 * 197, 384, 1536, MULTIPROCESSORS, bits=False) is not None
 
 
+def test_float16_comes_and_goes_in_longer_pieces() -> None:
+    for bits, k, piece in ((False, 384, 64), (False, 1536, 32), (True, 384, 64), (True, 1536, 64)):
+        tile = choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits, half=True)
+        assert tile is not None
+        assert tile.piece == piece
+        assert choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits).piece == 32  # type: ignore[union-attr]
+    assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False, half=True) is None  # not at 16 bytes
+    assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False) is not None
+
+
 def test_codes_two_a_byte_take_half_the_buffers() -> None:
     for n, k, rows in ((192, 768, 256 * 197), (384, 1536, 256 * 197), (768, 3072, 256 * 197), (128, 512, 64 * 197)):
         for tile in (
