@@ -39,6 +39,7 @@ from qvit.spec import RESIDUALS
 
 TINY, SMALL, BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
 _MAKERS, _THREADS_OF_A_MAKER = 8, "2"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # the second has the last word where it is set
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,8 @@ def _compared(
 
 def _files(wanted: Sequence[Variant], scratch: Path) -> dict[Variant, Path]:
     """The integers with random weights, made several at once; without those that cannot be made."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = _THREADS_OF_A_MAKER
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, _THREADS_OF_A_MAKER))
 
     def make(of: Variant) -> Path | None:
         path = scratch / f"{of.model}_{of.residual}_w{of.bits}a{of.bits}.qvit"
@@ -210,9 +211,11 @@ def _files(wanted: Sequence[Variant], scratch: Path) -> dict[Variant, Path]:
 
     with ThreadPoolExecutor(_MAKERS) as pool:
         paths = list(pool.map(make, wanted))
-    del os.environ["OMP_NUM_THREADS"]
-    if threads is not None:
-        os.environ["OMP_NUM_THREADS"] = threads
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
     return {key: path for key, path in zip(wanted, paths, strict=True) if path is not None}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,6 +150,21 @@ def test_what_there_is_no_time_for_is_left_out(machine: Machine, capsys: pytest.
         "note: deit_small_patch16_224 at batch 256 is left out: 120 s are left.",
     ]
     assert len(rows) > 5
+
+
+def test_makers_have_few_threads_whatever_is_set(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many models are made at once; with as many threads each as there are cores they would take minutes."""
+    monkeypatch.setenv("MKL_NUM_THREADS", "64")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen: list[tuple[str | None, str | None]] = []
+
+    def make(*_: object) -> None:
+        seen.append((os.environ.get("OMP_NUM_THREADS"), os.environ.get("MKL_NUM_THREADS")))
+
+    monkeypatch.setattr(gpu, "make_random_model", make)
+    gpu._files([gpu.Variant(gpu.TINY, 4, "float16")], Path("."))
+    assert seen == [("2", "2")]
+    assert (os.environ.get("OMP_NUM_THREADS"), os.environ["MKL_NUM_THREADS"]) == (None, "64")
 
 
 def test_options(machine: Machine) -> None:
