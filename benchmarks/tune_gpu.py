@@ -7,7 +7,8 @@ For every model, width and batch, product after product: each tile that fits is 
 the whole forward pass is timed with it (CUDA graph, images on the GPU), and the fastest stays if it gains more than noise. A
 tile with other logits than those of the rules is left out, and said. When `--minutes` are over, what has been found so far is
 kept: the file is written after every product. Models have random weights. Choices that are in the file already are kept for
-other shapes. Some 650 tiles fit DeiT-S at 4 bits and batch 256, and 4,000 all that is tuned by default: begin with one model.
+other shapes. A choice holds for both types of the residual stream, so tune the one that is used. Some 650 tiles fit DeiT-S at
+4 bits and batch 256, and 4,000 all that is tuned by default: begin with one model.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def keep(choices: Sequence[Choice]) -> None:
         known.update({_place(choice): choice for choice in choices})
         if known:
-            measured = {"command": "python benchmarks/tune_gpu.py", **versions()}
+            measured = {"command": "python benchmarks/tune_gpu.py", "residual": options.residual, **versions()}
             write(path, gpu.name, sorted(known.values(), key=_place), measured)
 
     with _compilers() as pool, tempfile.TemporaryDirectory(prefix="qvit-tune-") as scratch:

@@ -141,15 +141,15 @@ def _gemm(launch: Launch) -> Work:
 def _attention(launch: Launch) -> Work:
     tokens, width, values = launch.defines["TOKENS"], launch.defines["HEAD_DIM"], launch.values
     heads = values["images"] * values["heads"]
-    moved = 4 * heads * tokens * width + _bytes(values["bias"]) + _bytes(values["regions"])
+    codes = heads * tokens * width  # of each of q, k, v and what comes out
+    moved = 3 * codes + codes // (4 if launch.defines["OUT_BITS"] else 1) + _bytes(values["bias"]) + _bytes(values["regions"])
     return Work(f"{heads} heads of {tokens} x {width}", 4 * heads * tokens * tokens * width, moved)
 
 
 def _norm(launch: Launch) -> Work:
     rows, channels = launch.values["rows"], launch.defines["CHANNELS"]
-    moved = rows * channels * (launch.values["x"].element_size() + launch.values["out"].element_size()) + _bytes(
-        launch.values["index"]
-    )
+    out = rows * channels * launch.values["out"].element_size() // (4 if launch.defines["OUT_BITS"] else 1)
+    moved = rows * channels * launch.values["x"].element_size() + out + _bytes(launch.values["index"])
     return Work(f"{rows} x {channels}", 0, moved)
 
 
@@ -167,8 +167,8 @@ def _pixels(launch: Launch) -> Work:
 
 def _pool(launch: Launch) -> Work:
     values = launch.values
-    images = len(values["out"])
-    moved = 4 * images * values["channels"] * (values["tokens"] - values["first"] + 1)
+    images, tokens = len(values["out"]), values["tokens"] - values["first"]
+    moved = images * values["channels"] * (values["x"].element_size() * tokens + 4)
     return Work(f"{images} x {values['tokens']} x {values['channels']}", 0, moved)
 
 

@@ -50,6 +50,10 @@ def command(
     bits: Annotated[
         int | None, typer.Option("--bits", help="Of weights and activations, where the model has random weights; 4 by default.")
     ] = None,
+    residual: Annotated[
+        str | None,
+        typer.Option("--residual", help="Of the residual stream, float32 or float16, where the model has random weights."),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Turns of each, a quarter of a second or more.")] = 15,
     json: options.Json = None,
 ) -> None:
@@ -79,7 +83,9 @@ def command(
     from qvit.bench.peers import peers_on
     from qvit.bench.run import Settings, compare, make_random_model
     from qvit.engines import default_engine
+    from qvit.spec import ModelSpec
 
+    stream = ModelSpec(residual=residual or "float32").residual  # said before anything is made
     cores = usable_cores()
     name = engine or default_engine(device)
     gpu = _gpu(name, device)
@@ -100,14 +106,14 @@ def command(
     if gpu is not None:
         device_of(gpu)  # said before anything is made
     file = Path(model)
-    if file.suffix == INTEGER_SUFFIX and bits is not None:
-        raise InputError(f"{model} is quantized already: leave out --bits.")
+    if file.suffix == INTEGER_SUFFIX and (bits is not None or residual is not None):
+        raise InputError(f"{model} is quantized already: leave out --bits and --residual.")
     with tempfile.TemporaryDirectory(prefix="qvit-bench-") as scratch:
         folder = Path(scratch)
         if file.suffix != INTEGER_SUFFIX:
             file = folder / f"model{INTEGER_SUFFIX}"
             for _ in _progress([None], 1, f"making {model} with random weights"):
-                make_random_model(model, DEFAULT_BITS if bits is None else bits, file)
+                make_random_model(model, DEFAULT_BITS if bits is None else bits, file, stream)
         _warn_if_busy(cores)
         rows = compare(file, peers, settings, folder, _progress, note)
         frozen = IntegerModel.load(file)
@@ -189,4 +195,5 @@ def _show(rows: list[dict[str, Any]], mixed: bool) -> None:
         )
     where = f" on {first['device']}" if "device" in first else ""
     bits = f"W{first['weight_bits']}A{first['act_bits']}" + (" in most layers (mixed)" if mixed else "")
-    show_table(f"{first['model']}, {bits}{where}", columns, lines, left=3)
+    stream = ", a float16 stream" if first.get("residual") == "float16" else ""
+    show_table(f"{first['model']}, {bits}{stream}{where}", columns, lines, left=3)

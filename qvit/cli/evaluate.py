@@ -105,6 +105,7 @@ class _Integers:
             "model": runner.model.name,
             "weight_bits": weight_bits,
             "act_bits": act_bits,
+            "residual": runner.model.residual,
             "engine": runner.engine.name,
             "file_bytes": file.stat().st_size,
         }
@@ -133,6 +134,7 @@ class _Checkpoint:
             "method": metadata.recipe.get("method"),
             "weight_bits": spec.weight_bits if spec else 32,
             "act_bits": spec.act_bits if spec else 32,
+            "residual": spec.residual if spec else "float32",
         }
 
     def evaluate(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> Evaluation:

@@ -57,6 +57,7 @@ def command(
     model = qvit.freeze(student, names, provenance)
     row: dict[str, Any] = {"model": model.name, "method": metadata.recipe.get("method")}
     row["weight_bits"], row["act_bits"] = model.block_bits()
+    row["residual"] = model.residual
     row["fake_top1"] = provenance.get("fake_top1")
     measured = None
     if data and trained is not None:

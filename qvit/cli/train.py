@@ -134,6 +134,7 @@ def _row(recipe: Recipe, result: TrainingResult) -> dict[str, Any]:
         "method": recipe.method,
         "weight_bits": student.spec.weight_bits if student else 32,
         "act_bits": student.spec.act_bits if student else 32,
+        "residual": student.spec.residual if student else "float32",
         "seed": recipe.seed,
         "fake_top1" if student else "float_top1": result.top1,
         "best_top1": result.best_top1,

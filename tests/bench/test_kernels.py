@@ -41,8 +41,9 @@ class Silent:
 
 @pytest.fixture
 def make_engine(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> Callable[..., CudaEngine]:
-    def make(device: Any, bits: int = 4, **options: Any) -> CudaEngine:
-        return CudaEngine(qvit.freeze(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))), device)
+    def make(device: Any, bits: int = 4, residual: str = "float32", **options: Any) -> CudaEngine:
+        spec = ModelSpec.of_bits(bits, residual=residual)
+        return CudaEngine(qvit.freeze(make_student(small_vit(**SMALL | options), spec=spec)), device)
 
     return make
 
@@ -90,6 +91,26 @@ def test_codes_two_a_byte_are_half_the_bytes(make_engine: Callable[..., CudaEngi
     assert moved == [[fc1, fc2], [fc1 - rows * 256, fc2 - rows * 256]]
 
 
+@pytest.mark.parametrize(("residual", "value"), [("float32", 4), ("float16", 2)])
+def test_planes_are_a_quarter_of_the_bytes_and_float16_is_half(
+    residual: str, value: int, make_engine: Callable[..., CudaEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Silent()
+    device.hopper, device.multiprocessors, device.most_shared = True, 1, tiles.MOST_SHARED
+    monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 0)
+    launches = make_engine(device, 2, residual, embed_dim=128, depth=1, global_pool="avg", fc_norm=False).launches(27)
+    sums = 270 * 128
+    moved = {
+        kernel: [work_of(one).bytes for one in launches if one.kernel == kernel] for kernel in ("attention", "norm", "pool")
+    }
+    assert moved["attention"] == [3 * sums + sums // 4]
+    assert moved["norm"][:2] == [value * sums + sums // 4] * 2
+    assert moved["norm"][2] == value * sums + 4 * sums  # in front of the average
+    assert moved["pool"] == [4 * 27 * 128 * (9 + 1)]
+    proj = next(one for one in launches if one.defines.get("RESIDUAL") and one.values["k"] == 128)
+    assert work_of(proj).bytes == (sums + 128 * 128) // 4 + 2 * value * sums
+
+
 def test_the_work_of_swin_is_the_architectures(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:
     batch = 64  # a block of attention has several windows
     swin = small_swin(embed_dim=32, num_heads=(1, 2), depths=(2, 1))
@@ -115,6 +136,9 @@ def test_pooling_is_counted(make_engine: Callable[..., CudaEngine]) -> None:
     engine = make_engine(Silent(), global_pool="avg")
     (pool,) = (one for one in engine.launches(3) if one.kernel == "pool")
     assert work_of(pool).bytes == 4 * 3 * 64 * (9 + 1)
+    half = make_engine(Silent(), residual="float16", global_pool="avg")
+    (pool,) = (one for one in half.launches(3) if one.kernel == "pool")
+    assert work_of(pool).bytes == 3 * 64 * (2 * 9 + 4)
     assert set(kernels._WORK) >= set(ARGUMENTS)
 
 

@@ -14,6 +14,7 @@ import torch
 import qvit.bench.run
 import qvit.cli.bench
 from qvit.bench.run import Settings
+from qvit.integer.model import IntegerModel
 from qvit.report_file import usable_cores
 
 Cli = Callable[..., Any]
@@ -40,6 +41,7 @@ def test_an_engine_alone(cli: Cli, frozen_file: Path, tmp_path: Path) -> None:
         assert row["file_bytes"] == frozen_file.stat().st_size
         assert f"{row['ms_median']:.2f}" in done.out
     assert done.out.count("qvit cpu") == 2
+    assert {row["residual"] for row in rows} == {"float32"}
     assert content["command"][:2] == ["qvit", "bench"]
 
 
@@ -48,6 +50,23 @@ def test_one_thread_and_all_by_default(cli: Cli, frozen_file: Path, tmp_path: Pa
     assert cli("bench", frozen_file, "--vs", "none", "--rounds", 1, "--json", report).status == 0
     threads = [row["threads"] for row in json.loads(report.read_text())["rows"]]
     assert threads == sorted({1, usable_cores()})
+
+
+def test_random_weights_with_a_rounded_residual_stream(
+    cli: Cli, frozen_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(name: str, bits: int, path: Path, residual: str) -> None:
+        assert (name, bits) == ("deit_tiny_patch16_224", 4)
+        model = IntegerModel.load(frozen_file)
+        IntegerModel.from_tensors({**model.header, "residual": residual}, model.tensors).save(path)
+
+    monkeypatch.setattr(qvit.bench.run, "make_random_model", make)
+    report = tmp_path / "report.json"
+    options = ("--vs", "none", "--threads", 1, "--rounds", 1, "--json", report)
+    for wish, residual, title in (((), "float32", ""), (("--residual", "float16"), "float16", ", a float16 stream")):
+        done = cli("bench", "deit_tiny_patch16_224", *wish, *options)
+        assert (done.status, json.loads(report.read_text())["rows"][0]["residual"]) == (0, residual)
+        assert done.out.splitlines()[0].rstrip().endswith(f"in most layers (mixed){title}")
 
 
 def test_a_busy_machine_is_told(cli: Cli, frozen_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,5 +125,8 @@ def test_mistakes(cli: Cli, frozen_file: Path, tmp_path: Path) -> None:
     cli("bench", frozen_file, "--engine", "warp", "--vs", "none").refused("engine warp cannot be measured", "no engine 'warp'")
     cli("bench", "no_such_model", "--vs", "none").refused("cannot be made with 4 bits: timm has no model 'no_such_model'")
     cli("bench", frozen_file, "--vs", "none", "--bits", 4).refused("is quantized already: leave out --bits")
+    cli("bench", frozen_file, "--vs", "none", "--residual", "float16").refused("leave out --bits and --residual")
+    wrong = ("bench", "deit_tiny_patch16_224", "--vs", "none", "--residual", "half")
+    cli(*wrong).refused("residual='half' is unknown: use float32 or float16")
     frozen_file.write_bytes(frozen_file.read_bytes()[:300])
     cli("bench", frozen_file, "--vs", "none").refused("truncated or damaged")

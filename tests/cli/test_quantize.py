@@ -86,7 +86,12 @@ def test_from_our_own_checkpoint_to_a_checkpoint(cli: Cli, checkpoints: Path, tm
     assert metadata.recipe["method"] == "calibration"
     assert metadata.metrics == {"float_top1": 9.75}
     # What was calibrated can be frozen later.
-    assert cli("freeze", output, "-o", tmp_path / "m.qvit").status == 0
+    report = tmp_path / "report.json"
+    assert cli("freeze", output, "-o", tmp_path / "m.qvit", "--json", report).status == 0
+    assert json.loads(report.read_text())["rows"][0]["residual"] == "float16"
+    for file in (output, tmp_path / "m.qvit"):
+        assert cli("eval", file, "--data", "digits", "--limit", 8, "--json", report).status == 0
+        assert json.loads(report.read_text())["rows"][0]["residual"] == "float16"
     frozen = qvit.IntegerModel.load(tmp_path / "m.qvit")
     assert (frozen.provenance["float_top1"], frozen.residual) == (9.75, "float16")
     shown = [cli("inspect", path).out for path in (output, tmp_path / "m.qvit", checkpoints / "float.safetensors")]

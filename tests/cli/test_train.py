@@ -105,12 +105,21 @@ def test_a_budget_from_training_to_integers(cli: Cli, recipe: Path, checkpoints:
 def test_a_cascade_from_training_to_integers(cli: Cli, recipe: Path, checkpoints: Path, tmp_path: Path) -> None:
     run, report = tmp_path / "run", tmp_path / "report.json"
     weights = ("--checkpoint", checkpoints / "float.safetensors")
-    stages = ("--set", "schedule.epochs=3", "--set", "quant.bits=2", "--set", "cascade.share=0.4")
+    stages = (
+        "--set",
+        "schedule.epochs=3",
+        "--set",
+        "quant.bits=2",
+        "--set",
+        "cascade.share=0.4",
+        "--set",
+        "quant.residual=float16",
+    )
     done = cli("train", recipe, *weights, *stages, "-o", run, "--json", report)
     assert done.status == 0, done.err
     assert "first stage: 4 bits, 1 of 3 epochs" in done.err
     (row,) = json.loads(report.read_text())["rows"]
-    assert (row["weight_bits"], row["epochs"], row["steps"]) == (2, 3, 6)
+    assert (row["weight_bits"], row["residual"], row["epochs"], row["steps"]) == (2, "float16", 3, 6)
     assert row["best_epoch"] > 1
     assert "after 3 epochs" in done.out
     assert cli("freeze", run, "-o", tmp_path / "m.qvit").status == 0

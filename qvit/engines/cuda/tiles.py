@@ -106,7 +106,7 @@ class HopperTile:
         early: the first of them are on their way from before a tile is multiplied.
         bits: one-bit products of the planes of two-bit codes.
         piece: floats of a row that come and go through shared memory at a time, 16, 32, 64 or 128; 0: none do.
-        slots: pieces that a warp has room for; divides ``bn / piece``.
+        slots: pieces of float32 that a warp has room for, of float16 up to twice as many; divides ``bn / piece``.
         overlaps: such pieces of a tile are worked on while the next tile is multiplied; for ``bn`` of one instruction.
     """
 

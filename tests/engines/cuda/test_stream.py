@@ -89,6 +89,17 @@ def test_planes_of_a_norm_alone(
     check(model, hopper, 9, images_too=False)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_tile_of_columns_that_is_not_full(bits: int, hopper: Any, model_of: Callable[..., IntegerModel]) -> None:
+    """Of 128 columns 32 are there, of which a piece of 64 has half; with LayerScale, and the position in float32."""
+    shape = {"embed_dim": 160, "num_heads": 5, "depth": 1, "mlp_ratio": 0.8, "img_size": 16, "init_values": 0.5}
+    model = model_of(bits, **shape)
+    floats = [one for one in defines_of(model, hopper, 27) if one.get("OUT_HALF") and one.get("STAGED")]
+    assert {(one["LDO"], one["kBN"], one["kPiece"]) for one in floats} == {(160, 128, 64)}
+    assert {(one["GAMMA"], one["POSITION"]) for one in floats} == {(1, 0), (0, 1)}
+    check(model, hopper, 27, images_too=False)
+
+
 @pytest.mark.parametrize(("piece", "slots"), [(16, 2), (64, 1), (128, 1)])
 def test_slots_of_every_length(piece: int, slots: int, hopper: Any, model_of: Callable[..., IntegerModel]) -> None:
     """Units of a row are permuted by the row in another way for each length."""

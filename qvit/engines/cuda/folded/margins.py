@@ -22,7 +22,7 @@ def norm_margin(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray) -> float:
 
     That is for the mean, which loses digits where it is large beside the deviation, and meets the gain. It has a rounding
     (2^-24) for each value that a lane adds up, half a one as sums are half as large as the last on average, and eight more. A
-    lane has every 32nd value (`src/norm_row.cuh`), or pairs of every 16th in rows of up to 384 (`src/epilogue_norm.cuh`).
+    lane has pairs of every 16th value in rows of up to 384 (`src/epilogue_norm.cuh`); heads are shorter.
 
     Args:
         spec: of the codes.
@@ -35,7 +35,7 @@ def norm_margin(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray) -> float:
 
 
 def place_margins(spec: QuantSpec, gain: np.ndarray, shift: np.ndarray, offset: np.ndarray) -> tuple[float, float]:
-    """How far a place in `src/few_norm.cuh` is from the reference engine's value, in codes, at most: a + b E[x^2] / Var[x].
+    """How far a place in `src/norm_places.cuh` is from the reference engine's value, in codes, at most: a + b E[x^2] / Var[x].
 
     In units of 2^-24: mean and E[x^2] have seven roundings behind each other, two of their factor, one for every 128 channels.
     The variance has three times as many of E[x^2], its root's inverse half of that, and six of its own. The mean's own meet the

@@ -22,10 +22,11 @@ class NormConstants:
     Attributes:
         weight, bias: float32 [C].
         eps: of the variance.
-        gain, shift: float32 [C], both affine parts in one; ``None`` without codes.
+        gain, shift: float32 [C], both affine parts in one, for a norm behind a product; ``None`` without codes.
         codes: of the next input, or ``None``.
-        margin: how near to the boundary between two codes a value is computed again.
-        place_gain, place_shift: float32 [C], as ``gain`` and ``shift``, to places in the codes' range, 0 to 1.
+        margin: how near to the boundary between two codes a value is computed again there.
+        place_gain, place_shift: float32 [C], as ``gain`` and ``shift``, to places in the codes' range, 0 to 1, for the
+            other norms.
         place_margins: as ``margin``, of places, in codes: a + b E[x^2] / Var[x].
     """
 

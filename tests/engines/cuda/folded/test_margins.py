@@ -112,24 +112,19 @@ def quantizers(bits: int, width: int, outlier: float, rng: np.random.Generator) 
     return spec, (weight, bias), np.full(width, -2.0, F32), F32(4 / (spec.qp - spec.qn))
 
 
-@pytest.mark.parametrize("where", ["alone", "behind"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_norms(bits: int, where: str) -> None:
-    """`row_codes` of ``src/norm_row.cuh``, a lane's values 32 apart; ``src/epilogue_norm.cuh``, a lane's fours 16 apart."""
+def test_norms_behind_a_product(bits: int) -> None:
+    """``src/epilogue_norm.cuh``, a lane's fours 16 apart."""
     rng, shares = np.random.default_rng(bits), []
-    for width in (64, 192, 384) if where == "behind" else (96, 384, 1024):
+    for width in (64, 192, 384):
         for outlier in (1, 4, 40):
             spec, (weight, bias), offset, step = quantizers(bits, width, outlier, rng)
             gain = (weight / np.float64(step)).astype(F32)
             shift = ((bias - offset.astype(np.float64)) / step).astype(F32)
             margin = norm_margin(spec, gain, shift)
             for x in rows_of(width, rng):
-                if where == "alone":
-                    lanes = x.reshape(len(x), -1, 32).transpose(1, 0, 2)
-                    total = halves_meet(one_after_another(lanes))
-                else:
-                    fours = x.reshape(len(x), -1, 4, 4).transpose(3, 1, 0, 2)  # [value, sixteen, row, lane of a quad]
-                    total = halves_meet(one_after_another(fours[0] + fours[1]) + one_after_another(fours[2] + fours[3]))
+                fours = x.reshape(len(x), -1, 4, 4).transpose(3, 1, 0, 2)  # [value, sixteen, row, lane of a quad]
+                total = halves_meet(one_after_another(fours[0] + fours[1]) + one_after_another(fours[2] + fours[3]))
                 mean = total * F32(1 / width)
                 d = x - mean
                 squares = halves_meet(one_after_another((d * d).reshape(len(x), -1, 32).transpose(1, 0, 2)))
@@ -141,10 +136,13 @@ def test_norms(bits: int, where: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_places_of_norms_of_few_rows(bits: int) -> None:
-    """``src/few_norm.cuh``: both moments in one pass, four sums of each a lane; codes in fixed point."""
+def test_places_of_norms(bits: int) -> None:
+    """``src/norm_places.cuh``: both moments in one pass, four sums of each a lane; codes in fixed point.
+
+    Rows of 3,072 are those that a Swin merges.
+    """
     rng, shares = np.random.default_rng(bits), []
-    for width in (96, 384, 1024):
+    for width in (96, 384, 1024, 3072):
         for outlier in (1, 4, 40):
             spec, (weight, bias), offset, step = quantizers(bits, width, outlier, rng)
             span, low, wide = spec.qp - spec.qn, spec.qn, np.float64(step)
