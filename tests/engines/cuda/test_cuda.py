@@ -125,6 +125,8 @@ def test_more_rows_than_tiles(
     width: int, bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory
 ) -> None:
     """Blocks with several tiles, the last not full; on Hopper LayerNorm behind the products, and one-bit products at 2 bits."""
+    if either.device.type == "cpu" and not either.hopper and width > 64:
+        pytest.skip("in emulation the kernels of every GPU, which know no rows of a certain width, run with one width")
     options = {"embed_dim": width, "num_heads": width // 32, "depth": 2, "mlp_ratio": 0.5, "img_size": 16}
     student = perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits)))
     check(qvit.freeze(student), either, 27)
