@@ -150,9 +150,8 @@ class Products(Steps):
             tile = few.with_spread(few.beside_floats(arrays, added)) if few_tiles.SPREAD and fours else few
         elif self._gpu.hopper and not (residual is not None and position is not None):
             # Tiles are measured in passes of so many rows, all their chunks with one; what adds to its input is of a block.
-            tile = (
-                self._of_floats(layer, rows, rows if residual is None else self._shape.rows, bits, bool(is_half(out))) or tile
-            )
+            whole = rows if residual is None else self._shape.rows
+            tile = self._of_floats(layer, rows, whole, bits, bool(is_half(out))) or tile
             tile = with_nibbles(tile, layer.k) if layer in self._packed else tile
         self._gemm(layer, defines, a, values, tile)
 
@@ -279,9 +278,9 @@ class Products(Steps):
         column_bytes = 0 if permuted is None else permuted.column_bytes
         tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
-        holds = layer.k <= tiles.MOST_HELD[bits] and not layer.signed
-        if holds and isinstance(tile, HopperTile) and tile.column_bytes:
-            tile = replace(tile, holds=True)
+        if isinstance(tile, HopperTile) and tile.column_bytes:
+            stays = bool(tile.defines(layer.k)["RESIDENT"])  # a measured tile's rows may stream
+            tile = replace(tile, holds=stays and layer.k <= tiles.MOST_HELD[bits] and not layer.signed)
         if permuted is not None:
             cut = tile.defines(layer.k)
             width = cut["kPart"] if isinstance(tile, FewTile) else cut["kBN"] // cut.get("kWarpsN", 1)

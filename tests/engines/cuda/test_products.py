@@ -95,6 +95,20 @@ def test_measured_tiles_are_those_of_the_whole_pass(
         assert is_cut(found[n, k, kind], tile, k), name
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_rows_of_fc1_are_held_where_they_stay(
+    stays: bool, freeze: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A measured tile whose rows stream has no rows to hold: its kernel would not compile."""
+    monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 0)
+    choice = Choice("codes", ROWS, HIDDEN, WIDTH, False, HopperTile(1, 128, 2, keeps_rows=stays))
+    model = freeze()
+    plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=(choice,)))  # type: ignore[arg-type]
+    made = [one.defines for one in launches(plan) if kind_of(one) == "activation"]
+    assert made
+    assert {(one["RESIDENT"], one["HELD"]) for one in made} == {(int(stays), int(stays))}
+
+
 def test_what_was_measured_of_as_many_rows_as_a_chunk_has_does_not_count(
     freeze: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
