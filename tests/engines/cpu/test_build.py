@@ -167,10 +167,19 @@ def test_every_instruction_set_rounds_to_float16_as_ieee_says(isa: str) -> None:
 
 
 def test_a_stream_that_overflows_float16_harms_nothing(student: Factory) -> None:
+    """Infinite where float32 is not, so other logits; what runs next is as it should be."""
     model = student("vit_tiny_patch16_224", {"init_values": 0.5}, residual="float16")
     tensors = {name: np.full_like(t, 6e4) if name.endswith("gamma") else t for name, t in model.tensors.items()}
-    logits = CpuEngine(IntegerModel.from_tensors(model.header, tensors)).run(_pixels(model, 2))
-    assert logits.shape == (2, SMALL["num_classes"])
+    pixels = _pixels(model, 2)
+
+    def run(residual: str) -> np.ndarray:
+        return CpuEngine(IntegerModel.from_tensors({**model.header, "residual": residual}, tensors)).run(pixels)
+
+    logits = run("float32")
+    assert np.isfinite(logits).all()
+    assert run("float16").shape == logits.shape == (2, SMALL["num_classes"])
+    assert not np.array_equal(run("float16"), logits)
+    _assert_same(model)
 
 
 def test_close_calls(student: Factory) -> None:
