@@ -24,9 +24,11 @@ def to_half(x: torch.Tensor) -> torch.Tensor:
     ``torch.compile`` takes a cast to float16 and back for none. Compiled code therefore adds, and takes away again, the power
     of two whose last place is float16's: float32 sums are rounded as float16 is.
     """
-    wide = x.float()
-    rounded = rounded_by_sums(wide) if torch.compiler.is_compiling() else wide.half()
-    return rounded.to(x.dtype)
+    if not torch.compiler.is_compiling():
+        return x.float().half().to(x.dtype)
+    # No cast to the type that there is: behind one, compiled by torch 2.11, `_Rounded` has a gradient of zero.
+    rounded = rounded_by_sums(x if x.dtype == torch.float32 else x.float())
+    return rounded if x.dtype == torch.float32 else rounded.to(x.dtype)
 
 
 def rounded_by_sums(x: torch.Tensor) -> torch.Tensor:

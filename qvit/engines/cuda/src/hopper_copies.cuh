@@ -62,6 +62,9 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
                     barrier_wait(&barriers->rows_empty[team][row_cursor.at], rows_phase);
                     rows_phase ^= static_cast<int>(!A_NIBBLES || row_cursor.at == kRowChunks - 1);
                 }
+                if (HELD || A_NIBBLES) {
+                    proxies_meet();  // ordinary loads have read them
+                }
                 Barrier* full = &barriers->rows_full[team][row_cursor.at];
                 barrier_expect(full, kBytesA / kTeams);
                 copy_rows(of.rows + row_cursor.at * kBytesA + team * kTileBytes, p.a, row0, kTileM, chunk * kRowChunks / kChunks, full,
@@ -95,6 +98,7 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
         // Behind the tile's b, which is waited for sooner.
         Barrier* full = &barriers->columns_full[column_cursor.at];
         barrier_wait(&barriers->columns_empty[column_cursor.at], column_cursor.phase ^ 1);
+        proxies_meet();
         barrier_expect(full, kColumnBytes);
         copy_tile(of.columns + column_cursor.at * kColumnBytes, columns_of(p, column0), kColumnBytes, full);
         column_cursor.next();

@@ -60,7 +60,7 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
 #if OUT_BITS
     if constexpr (kVector == 4) {
         // Of four neighbours, half a byte of each plane; a lane and its neighbour make whole bytes, of the lower plane and the higher.
-        constexpr int kFours = kLanes / 4, kWords = (kFours + 3) / 4;
+        constexpr int kFours = kVector == 4 ? kLanes / 4 : 1, kWords = (kFours + 3) / 4;
         uint32_t planes[2][kWords * 4] = {};
 #pragma unroll
         for (int i = 0; i < kFours; i++) {
