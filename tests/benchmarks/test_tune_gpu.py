@@ -21,7 +21,7 @@ from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile, choose, ch
 from qvit.engines.cuda.tuned import Choice, Tuned, tuned_for
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
-from qvit.spec import ModelSpec
+from qvit.spec import RESIDUALS, ModelSpec
 
 NAME = "NVIDIA X1 80GB"
 BATCH = 256  # images of 10 tokens
@@ -78,9 +78,14 @@ class Here(Executor):
 def files(make_student: Callable[..., Any], small_vit: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for bits in (2, 4):
-        student = make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits))
-        qvit.freeze(student).save(folder / f"{bits}.qvit")
+        for residual in RESIDUALS:
+            student = make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits, residual=residual))
+            qvit.freeze(student).save(folder / file_of(bits, residual))
     return folder
+
+
+def file_of(bits: int, residual: str = "float32") -> str:
+    return f"{bits}-{residual}.qvit"
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path: Path) -> Mac
     for name, value in {
         "FILES": tmp_path / "tuned",
         "Gpu": lambda device: played,
-        "make_random_model": lambda _name, bits, path, _residual: shutil.copy(files / f"{bits}.qvit", path),
+        "make_random_model": lambda _name, bits, path, residual: shutil.copy(files / file_of(bits, residual), path),
         "milliseconds": played.milliseconds,
         "compile_kernel": played.compile_kernel,
         "_compilers": compilers,
@@ -110,8 +115,9 @@ def tune(machine: Machine, *options: str, bits: int = 4) -> None:
     tune_gpu.main(["--models", "deit", "--bits", str(bits), "--batches", str(BATCH), *options])
 
 
-def tried(machine: Machine, files: Path, bits: int = 4) -> dict[tune_gpu.Site, list[Choice]]:
-    return dict(tune_gpu.Tuner(machine, IntegerModel.load(files / f"{bits}.qvit"), BATCH).options())  # type: ignore[arg-type]
+def tried(machine: Machine, files: Path, bits: int = 4, residual: str = "float32") -> dict[tune_gpu.Site, list[Choice]]:
+    model = IntegerModel.load(files / file_of(bits, residual))
+    return dict(tune_gpu.Tuner(machine, model, BATCH).options())  # type: ignore[arg-type]
 
 
 def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
@@ -133,7 +139,7 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
     kept = tuned_for(NAME)
     assert kept.all()
     assert {choice.tile for choice in kept.all()} == {large}
-    choice = kept.find("codes", 10 * BATCH, 256, 64, False)
+    choice = kept.find("codes", 10 * BATCH, 256, 64, bits=False, half=False)
     assert choice == Choice("codes", 10 * BATCH, 256, 64, False, large)
     assert "10.000 -> " in captured.out
     assert f"{len(sites[fc1])} of {len(sites[fc1])} tiles tried" in captured.out
@@ -145,7 +151,7 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
     assert calls[slow] in (6, 50)
     # The engine, with the file, launches the tile.
     machine.tuned = kept
-    launches = CudaEngine(IntegerModel.load(files / "4.qvit"), machine).launches(BATCH)  # type: ignore[arg-type]
+    launches = CudaEngine(IntegerModel.load(files / file_of(4)), machine).launches(BATCH)  # type: ignore[arg-type]
     found = [one for one in launches if one.defines.get("EPILOGUE") == 1]  # a chunk of rows each
     assert found
     for one in found:
@@ -153,9 +159,9 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
 
 
 def test_all_that_is_tried_is_compiled_before(machine: Machine, files: Path) -> None:
-    tune(machine)
+    tune(machine, "--minutes", "60")  # a second each time
     compiled = {(kernel, *sorted(defines.items())) for kernel, defines in machine.compiled}
-    engine = CudaEngine(IntegerModel.load(files / "4.qvit"), machine)  # type: ignore[arg-type]
+    engine = CudaEngine(IntegerModel.load(files / file_of(4)), machine)  # type: ignore[arg-type]
     for choices in tried(machine, files).values():
         for choice in choices[::5]:
             machine.tuned = Tuned([choice])
@@ -188,8 +194,40 @@ def test_other_shapes_choices_stay(machine: Machine, files: Path, tmp_path: Path
     machine.times = {first.tile: -3.0}
     tune(machine)
     kept = tuned_for(NAME)
-    assert kept.find("codes", 1000, 3072, 768, False) == other
-    assert kept.find(first.kind, first.m, first.n, first.k, False) == first
+    assert kept.find("codes", 1000, 3072, 768, bits=False, half=False) == other
+    assert kept.find(first.kind, first.m, first.n, first.k, bits=False, half=False) == first
+
+
+def test_both_types_of_the_stream_have_choices_in_one_file(machine: Machine, files: Path) -> None:
+    """Each found by the engine for models of its own; codes of bytes are the same for both."""
+    for site in tried(machine, files, 4, "float16"):
+        assert site.half == (site.kind != "codes")
+    chosen: dict[str, Choice] = {}
+    for residual in RESIDUALS:
+        sites = tried(machine, files, 2, residual)
+        fc2 = next(site for site in sites if (site.kind, site.k) == ("floats", 256))
+        chosen[residual] = next(one for one in sites[fc2] if one.tile.piece == (64 if fc2.half else 32))  # type: ignore[union-attr]
+        machine.times = {chosen[residual].tile: -3.0}
+        tune(machine, "--residual", residual, bits=2)
+    kept = tuned_for(NAME)
+    assert {choice.half for choice in kept.all()} == {False, True}
+    machine.tuned = kept
+    for residual, choice in chosen.items():
+        assert kept.find("floats", choice.m, choice.n, choice.k, choice.bits, residual == "float16") == choice
+        model = IntegerModel.load(files / file_of(2, residual))
+        launches = CudaEngine(model, machine).launches(BATCH)  # type: ignore[arg-type]
+        pieces = {one.defines["kPiece"] for one in launches if one.defines.get("STAGED") and one.values["k"] == 256}
+        assert pieces == {choice.tile.piece}  # type: ignore[union-attr]
+
+
+def test_a_patch_embedding_with_a_norm_behind_it_writes_float32(
+    make_student: Callable[..., Any], small_vit: Callable[..., Any]
+) -> None:
+    spec = ModelSpec.of_bits(4, residual="float16")
+    for norm, half in (({}, True), ({"pre_norm": True, "class_token": False, "global_pool": "avg"}, False)):
+        found = tune_gpu.sites(qvit.freeze(make_student(small_vit(**SMALL | norm), spec=spec)), planes=False)
+        assert [site.half for site in found if site.k == 192] == [half]
+        assert {site.half for site in found if site.k != 192 and site.kind != "codes"} == {True}
 
 
 @pytest.mark.parametrize("bits", [2, 4])

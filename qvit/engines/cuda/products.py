@@ -221,17 +221,17 @@ class Products(Steps):
         if not self._gpu.hopper:
             return None
         bits = self._bits(layer) is not None
-        choice = self._gpu.tuned.find("rows", self._shape.rows, layer.m, layer.k, bits)
+        choice = self._gpu.tuned.find("rows", self._shape.rows, layer.m, layer.k, bits, self._half)
         rule = choose_norm_behind(rows, layer.m, layer.k, self._gpu.multiprocessors, bits)
         found = rule if choice is None else choice.tile
         return with_nibbles(found, layer.k) if layer in self._packed else found
 
     def _of_floats(self, layer: c.LinearConstants, rows: int, whole: int, bits: bool, half: bool) -> Tile | None:
         """How a product of floats is computed on Hopper, of a pass of ``whole`` rows; ``None`` where there is no such tile."""
-        choice = self._gpu.tuned.find("floats", whole, layer.m, layer.k, bits)
+        choice = self._gpu.tuned.find("floats", whole, layer.m, layer.k, bits, half)
         return choice.tile if choice else choose_floats(rows, layer.m, layer.k, self._gpu.multiprocessors, bits, half)
 
-    def _pack(self, block: dict[str, Any], counts: Iterable[int], half: bool) -> None:
+    def _pack(self, block: dict[str, Any], counts: Iterable[int]) -> None:
         """Lets codes between fc1 and fc2 of a block lie two a byte, if all its launches of so many rows know how."""
         fc1, fc2, codes, table = block["fc1"], block["fc2"], block["fc2_codes"], block["activation"].permuted
         if not self._gpu.hopper or table is None or self._bits(fc2) is not None:
@@ -241,7 +241,7 @@ class Products(Steps):
         nowhere = self._bytes(0)  # where no LayerNorm has been put off
         for rows in counts:
             writes, _ = self._tile(fc1, nowhere, 32, table.column_bytes, rows)
-            reads = self._few(fc2, nowhere, rows, 8) or self._of_floats(fc2, rows, self._shape.rows, False, half)
+            reads = self._few(fc2, nowhere, rows, 8) or self._of_floats(fc2, rows, self._shape.rows, False, self._half)
             behind = self._norm_behind(fc2, rows) or reads
             if not isinstance(writes, HopperTile) or None in (with_nibbles(reads, fc2.k), with_nibbles(behind, fc2.k)):
                 return
@@ -300,7 +300,7 @@ class Products(Steps):
             return with_columns(tile, layer.k, column_bytes), True
         if (few := self._few(layer, a, rows, part)) is not None:
             return few, False
-        choice = self._gpu.tuned.find("codes", self._shape.rows, layer.m, layer.k, False)
+        choice = self._gpu.tuned.find("codes", self._shape.rows, layer.m, layer.k, False, False)
         known = None if choice is None else choice.tile
         found = known or choose(rows, layer.m, layer.k, self._gpu.multiprocessors, self._gpu.hopper)
         return with_columns(found, layer.k, column_bytes), False
