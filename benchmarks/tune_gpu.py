@@ -93,6 +93,7 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
     tiles: list[MmaTile | HopperTile | None] = [None] if site.kind in ("rows", "planes") else []
     if site.kind == "codes":
         tiles += [MmaTile(128, 128, 64, 4, 2, 2), MmaTile(128, 64, 64, 4, 4, 1)]
+        tiles += [MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1)]
     if floats:
         tiles += _whole_rows(site)
     if site.kind == "rows":
@@ -105,7 +106,7 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                 cuts = cuts or [(stages, False) for stages in (3, 4, 6, 8)]
                 tiles += [replace(base, stages=stages, twice=twice) for stages, twice in cuts]
                 continue
-            rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2)]
+            rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2), *([(64, 1)] if site.half or site.bits else [])]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
             streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4)]
             stays = [True] if bn < 192 or site.bits else [False, True] if bn == 192 else [False]
@@ -118,7 +119,9 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                     slots=slots,
                     overlaps=overlaps,
                     keeps_rows=keeps_rows,
+                    twice=twice,
                 )
+                for twice in ((False, True) if site.bits else (False,))
                 for keeps_rows in stays
                 for stages, row_stages in streams
                 for piece, slots in rings

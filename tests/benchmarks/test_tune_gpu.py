@@ -16,8 +16,17 @@ import torch
 import tune_gpu
 
 import qvit
-from qvit.engines.cuda import CudaEngine, tuned
-from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile, choose, choose_bits, with_nibbles
+from qvit.engines.cuda import CudaEngine, tiles, tuned
+from qvit.engines.cuda.tiles import (
+    MOST_SHARED,
+    HopperTile,
+    MmaTile,
+    choose,
+    choose_bits,
+    choose_floats,
+    choose_norm_behind,
+    with_nibbles,
+)
 from qvit.engines.cuda.tuned import Choice, Tuned, tuned_for
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
@@ -289,6 +298,72 @@ def test_what_the_rules_choose_for_codes_is_tried(bits: int, machine: Machine, f
             assert rule in {choice.tile for choice in choices}
             seen += 1
     assert seen == 2
+
+
+def every(cut: Callable[[int, int], tuple[HopperTile, ...]]) -> list[tuple[HopperTile, int, int]]:
+    return [(tile, n, k) for n in (64, 128, 192, 384) for k in (n, 4 * n) for tile in cut(n, k)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "half", "cuts"),
+    [
+        ("codes", False, False, [(tile, 384, 384) for tile in (*tiles._MMA, *tiles._HOPPER)]),
+        ("planes", True, False, [(tile, 384, 384) for tile in tiles._BITS]),
+        ("planes", True, True, [(tile, 384, 384) for tile in tiles._BITS]),
+        ("floats", False, False, [(tile, 384, 384) for tile in tiles._FLOATS]),
+        ("floats", False, True, [(tile, 384, 384) for tile in (*tiles._HALVES, *tiles._FLOATS)]),
+        ("floats", True, False, [(tile, 384, 384) for tile in tiles._FLOATS_OF_BITS]),
+        ("floats", True, True, [(tile, 384, 384) for tile in (*tiles._HALVES_OF_BITS, *tiles._FLOATS_OF_BITS)]),
+        *[(kind, False, half, every(tiles._whole_rows)) for kind in ("rows", "floats") for half in (False, True)],
+        *[
+            (kind, True, half, every(lambda n, _: tiles._whole_rows_of_bits(n)))
+            for kind in ("rows", "floats")
+            for half in (False, True)
+        ],
+    ],
+)
+def test_every_tile_of_the_rules_is_a_candidate(
+    kind: str, bits: bool, half: bool, cuts: list[tuple[HopperTile | MmaTile, int, int]]
+) -> None:
+    assert cuts
+    for tile, n, k in cuts:
+        assert tile in tune_gpu.candidates(tune_gpu.Site(kind, n, k, bits, half)), tile
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bits", [False, True])
+def test_what_the_rules_choose_for_deit_fits(bits: bool, half: bool) -> None:
+    """On an H100; a rule that finds nothing leaves the product to tiles for few rows, or to bytes."""
+    seen = set()
+    for width in (192, 384, 768):
+        for m in (197, 32 * 197, 256 * 197):
+            for kind, n, k in (
+                ("codes", 3 * width, width),
+                ("codes", 4 * width, width),
+                *[(kind, width, k) for kind in ("rows", "floats") for k in (width, 4 * width)],
+            ):
+                rule: HopperTile | MmaTile | None
+                if kind == "codes":
+                    rule = choose_bits(m, n, k, 132) if bits else choose(m, n, k, 132, hopper=True)  # type: ignore[assignment]
+                elif kind == "rows":
+                    rule = choose_norm_behind(m, n, k, 132, bits)
+                else:
+                    rule = choose_floats(m, n, k, 132, bits, half)
+                site = tune_gpu.Site("planes" if bits and kind == "codes" else kind, n, k, bits, half, permuted=n == 4 * width)
+                if rule is not None:
+                    assert rule in tune_gpu.candidates(site), (site, rule)
+                    assert tune_gpu.fits(rule, site, m, 132), (site, rule)
+                    seen.add((site.kind, getattr(rule, "piece", 0)))
+    pieces = {32} | ({64} if half else set())
+    assert {piece for kind, piece in seen if kind == "floats"} - {0} == pieces
+    assert {kind for kind, _ in seen} == {"planes" if bits else "codes", "rows", "floats"}
+
+
+def test_rows_of_float16_begin_at_16_bytes() -> None:
+    tile = HopperTile(2, 128, 4, piece=64, slots=1)
+    for n, fit in ((384, (True, True)), (380, (True, False)), (382, (False, False))):
+        sites = [tune_gpu.Site("floats", n, 384, False, half) for half in (False, True)]
+        assert tuple(tune_gpu.fits(tile, site, 256 * 197, 132) for site in sites) == fit
 
 
 def test_rows_of_wide_tiles_may_stay() -> None:
