@@ -104,7 +104,8 @@ def test_a_tile_of_columns_that_is_not_full(bits: int, hopper: Any, model_of: Ca
 def test_slots_of_every_length(piece: int, slots: int, hopper: Any, model_of: Callable[..., IntegerModel]) -> None:
     """Units of a row are permuted by the row in another way for each length."""
     tile = HopperTile(2, 128, 4, row_stages=4, piece=piece, slots=slots, overlaps=True)
-    hopper.tuned = Tuned((Choice("rows", 135, 384, 384, False, None), Choice("floats", 135, 384, 384, False, tile)))
+    product = 135, 384, 384, False
+    hopper.tuned = Tuned((Choice("rows", *product, None, half=True), Choice("floats", *product, tile, half=True)))
     model = model_of(4, embed_dim=384, num_heads=6, depth=1, mlp_ratio=1, img_size=16)
     assert piece in {one.get("kPiece") for one in defines_of(model, hopper, 27)}
     check(model, hopper, 27, images_too=False)
