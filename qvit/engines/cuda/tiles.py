@@ -237,6 +237,9 @@ _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # rows of 192 gain at 2 bits; rows of 384 lose, as narrow tiles and a launch for LayerNorm are faster than tiles of that width.
 WIDEST_NORM_BEHIND = 192
 
+# Blocks a multiprocessor of a LayerNorm of float16 that takes row after row, by the length of a row.
+NORM_BLOCKS = {384: 10, 768: 6}
+
 
 def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
     """All of b stays where that leaves room, else as much of it is on its way as there is room for."""

@@ -121,13 +121,13 @@ __device__ __forceinline__ void store(const Out& out, int row, int half, int fir
 // A tile's sums on their way to codes, a group of fragments at a time. `columns`: what is known of them, in shared memory where
 // kStaged.
 template <bool kStaged>
-struct Finish {
-    static constexpr int kUnits = kColumns / kGroup;
+struct FinishColumns {
+    static constexpr int kTurns = kColumns / kGroup;
     Words words[kRows][2][kTogether];
 
     __device__ __forceinline__ void begin(const GemmArgs&, int, int, int) {}
 
-    __device__ __forceinline__ void unit(int u, const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+    __device__ __forceinline__ void turn(int u, const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
                                          const int (&sums)[kRows][kColumns][4]) {
         const int t = lane % 4;
         const int4* numbers = reinterpret_cast<const int4*>(columns) + t;

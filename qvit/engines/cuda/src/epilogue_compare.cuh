@@ -33,13 +33,13 @@ __device__ __forceinline__ uint32_t steps_of(uint32_t sums, const uint32_t (&add
 // A tile's sums on their way to codes, kTogether fragments at a time. `columns`: what is known of them, in shared memory where
 // kStaged.
 template <bool kStaged>
-struct Finish {
-    static constexpr int kUnits = kColumns / kTogether;
+struct FinishColumns {
+    static constexpr int kTurns = kColumns / kTogether;
     uint32_t codes[kRows][2][2];
 
     __device__ __forceinline__ void begin(const GemmArgs&, int, int, int) {}
 
-    __device__ __forceinline__ void unit(int u, const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+    __device__ __forceinline__ void turn(int u, const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
                                          const int (&sums)[kRows][kColumns][4]) {
         const int4* const thresholds = reinterpret_cast<const int4*>(columns) + lane % 4;
         const int j = u * kTogether;
@@ -64,7 +64,7 @@ struct Finish {
                 }
             }
         }
-        if (u == kUnits - 1) {
+        if (u == kTurns - 1) {
             send(p, row0, column0, lane);
         }
     }

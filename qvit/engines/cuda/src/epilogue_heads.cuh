@@ -99,8 +99,9 @@ __device__ __forceinline__ void rectified(const GemmArgs& p, const int4* steps, 
         // Where the mean is large beside the deviation, its square takes digits from the variance.
         const float margin = part == 0 ? fmaf(p.slope, square * rstd[half] * rstd[half], p.margin)
                                        : fmaf(p.slope_k, square * rstd[half] * rstd[half], p.margin_k);
-        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes.
-        const float units = ceilf(fminf(margin * (1 << kFraction), 16384.0f));
+        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes. Both are whole numbers,
+        // and half of a unit of the margin is for making the value one.
+        const float units = floorf(fminf(margin * (1.001f * (1 << kFraction)), 16384.0f));
         reach[half] = 2 * static_cast<uint32_t>(units);
         whole[half] = 8388608.0f + (1 << (kFraction - 1)) + units;
     }
@@ -191,10 +192,10 @@ __device__ __forceinline__ void store(unsigned char* to, const uint32_t (&words)
 
 // A tile's sums on their way to codes, a head at a time. `columns`: what is known of them, in shared memory where kStaged.
 template <bool kStaged>
-struct Finish {
-    static constexpr int kUnits = kWN / HEAD_DIM;
+struct FinishColumns {
+    static constexpr int kTurns = kWN / HEAD_DIM;
     int at[kRows][2];  // where the first head's lines are
-    int part, head;    // of the next unit
+    int part, head;    // of the next turn
 
     __device__ __forceinline__ void begin(const GemmArgs& p, int row0, int column0, int lane) {
         const int width = p.heads * HEAD_DIM;
@@ -209,7 +210,7 @@ struct Finish {
         }
     }
 
-    __device__ __forceinline__ void unit(int h, const GemmArgs& p, int, int column0, int lane, const unsigned char* columns,
+    __device__ __forceinline__ void turn(int h, const GemmArgs& p, int, int column0, int lane, const unsigned char* columns,
                                          const int (&sums)[kRows][kColumns][4]) {
         const int4* const steps = reinterpret_cast<const int4*>(columns) + h * HEAD_DIM;
         const bool doubled = Q_DOUBLED && part == 0;

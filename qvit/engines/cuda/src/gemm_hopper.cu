@@ -68,12 +68,12 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #endif
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
-    const auto columns = [&] { return of.columns + column_cursor.at * kColumnBytes; };
-    const auto await_columns = [&] { barrier_wait(&of.barriers->columns_full[column_cursor.at], column_cursor.phase); };
+    const auto columns = [&] { return of.columns + column_cursor.at() * kColumnBytes; };
+    const auto await_columns = [&] { barrier_wait(&of.barriers->columns_full[column_cursor.at()], column_cursor.phase()); };
     const auto release_columns = [&] {
         __syncwarp();
         if (lane == 0) {
-            barrier_arrive(&of.barriers->columns_empty[column_cursor.at]);
+            barrier_arrive(&of.barriers->columns_empty[column_cursor.at()]);
         }
         column_cursor.next();
     };
@@ -96,7 +96,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #endif
 #if OVERLAP && COLUMN_STAGES
         const bool there = tile != range.first;  // a tile before
-        Finish<true> finishing;
+        FinishColumns<true> finishing;
         if (there) {
             await_columns();
         }
@@ -106,8 +106,8 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
                     finishing.begin(p, row_before, column_before, lane);
                 }
 #pragma unroll
-                for (int unit = slice * finishing.kUnits / kSlices; unit < (slice + 1) * finishing.kUnits / kSlices; unit++) {
-                    finishing.unit(unit, p, row_before, column_before, lane, columns(), sums_before.fragments);
+                for (int turn = slice * finishing.kTurns / kSlices; turn < (slice + 1) * finishing.kTurns / kSlices; turn++) {
+                    finishing.turn(turn, p, row_before, column_before, lane, columns(), sums_before.fragments);
                 }
             }
         });
