@@ -118,48 +118,41 @@ __device__ __forceinline__ void store(const Out& out, int row, int half, int fir
 }
 #endif
 
-// A tile's sums on their way to codes, a group of fragments at a time. `columns`: what is known of them, in shared memory where
-// kStaged.
+// `columns`: what is known of them, in shared memory where kStaged.
 template <bool kStaged>
-struct FinishColumns {
-    static constexpr int kTurns = kColumns / kGroup;
-    Words words[kRows][2][kTogether];
-
-    __device__ __forceinline__ void begin(const GemmArgs&, int, int, int) {}
-
-    __device__ __forceinline__ void turn(int u, const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
-                                         const int (&sums)[kRows][kColumns][4]) {
-        const int t = lane % 4;
-        const int4* numbers = reinterpret_cast<const int4*>(columns) + t;
-        const Tables<kStaged> tables(columns, t);
+__device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+                                               int (&sums)[kRows][kColumns][4]) {
+    const int t = lane % 4;
+    const Out out(p, row0, column0, lane);
+    const int4* numbers = reinterpret_cast<const int4*>(columns) + t;
+    const Tables<kStaged> tables(columns, t);
 #pragma unroll
-        for (int q = 0; q < kGroup / 2; q++) {
-            const int j = u * kGroup + 2 * q;
-            const int4 number[2] = {read_column<kStaged>(numbers + 4 * j), read_column<kStaged>(numbers + 4 * j + 4)};
-            const int factor[4] = {number[0].x, number[0].z, number[1].x, number[1].z};
-            const int add[4] = {number[0].y, number[0].w, number[1].y, number[1].w};
+    for (int first = 0; first < kColumns / kGroup; first += kTogether) {
+        Words words[kRows][2][kTogether];
 #pragma unroll
-            for (int i = 0; i < kRows; i++) {
+        for (int g = 0; g < kTogether; g++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint32_t x[4];
+            for (int q = 0; q < kGroup / 2; q++) {
+                const int j = (first + g) * kGroup + 2 * q;
+                const int4 number[2] = {read_column<kStaged>(numbers + 4 * j), read_column<kStaged>(numbers + 4 * j + 4)};
+                const int factor[4] = {number[0].x, number[0].z, number[1].x, number[1].z};
+                const int add[4] = {number[0].y, number[0].w, number[1].y, number[1].w};
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        x[e] = step_of<kStaged>(sums[i][j + e / 2][2 * half + e % 2], factor[e], add[e], tables, j + e / 2, e % 2);
+                for (int i = 0; i < kRows; i++) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        uint32_t x[4];
+#pragma unroll
+                        for (int e = 0; e < 4; e++) {
+                            x[e] = step_of<kStaged>(sums[i][j + e / 2][2 * half + e % 2], factor[e], add[e], tables,
+                                                    j + e / 2, e % 2);
+                        }
+                        words[i][half][g].at[q] = codes_of(x);
                     }
-                    words[i][half][u % kTogether].at[q] = codes_of(x);
                 }
             }
         }
-        if (u % kTogether == kTogether - 1) {
-            send(p, u - (kTogether - 1), row0, column0, lane);
-        }
-    }
-
-private:
-    __device__ __forceinline__ void send(const GemmArgs& p, int first, int row0, int column0, int lane) const {
-        const Out out(p, row0, column0, lane);
-        if (column0 + lane % 4 * (kWN / 4) + 2 * kGroup * first < p.n) {
+        if (column0 + t * (kWN / 4) + 2 * kGroup * first < p.n) {
 #pragma unroll
             for (int i = 0; i < kRows; i++) {
 #pragma unroll
@@ -171,13 +164,16 @@ private:
             }
         }
     }
-};
+}
 
 __device__ __forceinline__ const unsigned char* columns_of(const GemmArgs& p, int column0) {
     return p.table + column0 / kWN * kColumnBytes;
 }
 
-#include "finish_columns.cuh"
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
+                                       int (&sums)[kRows][kColumns][4]) {
+    finish_columns<false>(p, row0, column0, lane, columns_of(p, column0), sums);
+}
 
 #else
 

@@ -30,23 +30,20 @@ __device__ __forceinline__ uint32_t steps_of(uint32_t sums, const uint32_t (&add
     return up - down;
 }
 
-// A tile's sums on their way to codes, kTogether fragments at a time. `columns`: what is known of them, in shared memory where
-// kStaged.
+// `columns`: what is known of them, in shared memory where kStaged.
 template <bool kStaged>
-struct FinishColumns {
-    static constexpr int kTurns = kColumns / kTogether;
+__device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+                                               int (&sums)[kRows][kColumns][4]) {
+    const int t = lane % 4;
+    const Out out(p, row0, column0, lane);
+    const int4* const thresholds = reinterpret_cast<const int4*>(columns) + t;
     uint32_t codes[kRows][2][2];
-
-    __device__ __forceinline__ void begin(const GemmArgs&, int, int, int) {}
-
-    __device__ __forceinline__ void turn(int u, const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
-                                         const int (&sums)[kRows][kColumns][4]) {
-        const int4* const thresholds = reinterpret_cast<const int4*>(columns) + lane % 4;
-        const int j = u * kTogether;
+#pragma unroll
+    for (int j = 0; j < kColumns; j += kTogether) {
         uint32_t add[kTogether][kCompared];
 #pragma unroll
         for (int i = 0; i < kCompared; i++) {
-            const int4 four = read_column<kStaged>(thresholds + 4 * (u * kCompared + i));
+            const int4 four = read_column<kStaged>(thresholds + 4 * (j / kTogether * kCompared + i));
             add[0][i] = four.x, add[1][i] = four.y, add[2][i] = four.z, add[3][i] = four.w;
         }
 #pragma unroll
@@ -64,32 +61,27 @@ struct FinishColumns {
                 }
             }
         }
-        if (u == kTurns - 1) {
-            send(p, row0, column0, lane);
-        }
     }
-
-private:
-    __device__ __forceinline__ void send(const GemmArgs& p, int row0, int column0, int lane) const {
-        const Out out(p, row0, column0, lane);
-        if (column0 + lane % 4 * (kWN / 4) < p.n) {
+    if (column0 + t * (kWN / 4) < p.n) {
 #pragma unroll
-            for (int i = 0; i < kRows; i++) {
+        for (int i = 0; i < kRows; i++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    if (row0 + 16 * i + 8 * half + lane / 4 < p.m) {
-                        const uint32_t(&both)[2] = codes[i][half];
-                        store_plane(out.at(i, half, bit_at(0, 1)), plane_of(both[0] >> 1, both[1]));
-                        store_plane(out.at(i, half, bit_at(0, 0)), plane_of(both[0], both[1] << 1));
-                    }
+            for (int half = 0; half < 2; half++) {
+                if (row0 + 16 * i + 8 * half + lane / 4 < p.m) {
+                    const uint32_t(&both)[2] = codes[i][half];
+                    store_plane(out.at(i, half, bit_at(0, 1)), plane_of(both[0] >> 1, both[1]));
+                    store_plane(out.at(i, half, bit_at(0, 0)), plane_of(both[0], both[1] << 1));
                 }
             }
         }
     }
-};
+}
 
 __device__ __forceinline__ const unsigned char* columns_of(const GemmArgs& p, int column0) {
     return p.table + column0 / kWN * kColumnBytes;
 }
 
-#include "finish_columns.cuh"
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
+                                       int (&sums)[kRows][kColumns][4]) {
+    finish_columns<false>(p, row0, column0, lane, columns_of(p, column0), sums);
+}

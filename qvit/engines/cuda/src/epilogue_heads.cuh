@@ -99,9 +99,8 @@ __device__ __forceinline__ void rectified(const GemmArgs& p, const int4* steps, 
         // Where the mean is large beside the deviation, its square takes digits from the variance.
         const float margin = part == 0 ? fmaf(p.slope, square * rstd[half] * rstd[half], p.margin)
                                        : fmaf(p.slope_k, square * rstd[half] * rstd[half], p.margin_k);
-        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes. Both are whole numbers,
-        // and half of a unit of the margin is for making the value one.
-        const float units = floorf(fminf(margin * (1.001f * (1 << kFraction)), 16384.0f));
+        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes.
+        const float units = ceilf(fminf(margin * (1 << kFraction), 16384.0f));
         reach[half] = 2 * static_cast<uint32_t>(units);
         whole[half] = 8388608.0f + (1 << (kFraction - 1)) + units;
     }
@@ -190,38 +189,35 @@ __device__ __forceinline__ void store(unsigned char* to, const uint32_t (&words)
 #endif
 }
 
-// A tile's sums on their way to codes, a head at a time. `columns`: what is known of them, in shared memory where kStaged.
-template <bool kStaged>
-struct FinishColumns {
-    static constexpr int kTurns = kWN / HEAD_DIM;
-    int at[kRows][2];  // where the first head's lines are
-    int part, head;    // of the next turn
+constexpr int kColumnBytes = 16 * kWN;
 
-    __device__ __forceinline__ void begin(const GemmArgs& p, int row0, int column0, int lane) {
-        const int width = p.heads * HEAD_DIM;
-        part = (column0 >= width) + (column0 >= 2 * width) + (column0 >= 3 * width);  // a division takes longer
-        head = (column0 - part * width) / HEAD_DIM;
+// `columns`: what is known of them, in shared memory where kStaged.
+template <bool kStaged>
+__device__ __forceinline__ void finish_columns(const GemmArgs& p, int row0, int column0, int lane, const unsigned char* columns,
+                                               int (&sums)[kRows][kColumns][4]) {
+    const int4* const steps = reinterpret_cast<const int4*>(columns);
+    const int width = p.heads * HEAD_DIM;
+    int part = (column0 >= width) + (column0 >= 2 * width) + (column0 >= 3 * width);  // a division takes longer
+    int head = (column0 - part * width) / HEAD_DIM;
+    int at[kRows][2];
 #pragma unroll
-        for (int i = 0; i < kRows; i++) {
+    for (int i = 0; i < kRows; i++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                at[i][half] = line_of(p, row0 + 16 * i + 8 * half + lane / 4);
-            }
+        for (int half = 0; half < 2; half++) {
+            at[i][half] = line_of(p, row0 + 16 * i + 8 * half + lane / 4);
         }
     }
-
-    __device__ __forceinline__ void turn(int h, const GemmArgs& p, int, int column0, int lane, const unsigned char* columns,
-                                         const int (&sums)[kRows][kColumns][4]) {
-        const int4* const steps = reinterpret_cast<const int4*>(columns) + h * HEAD_DIM;
+#pragma unroll
+    for (int h = 0; h < kWN / HEAD_DIM; h++) {
         const bool doubled = Q_DOUBLED && part == 0;
         unsigned char* out = static_cast<unsigned char*>(part == 0 ? p.out : part == 1 ? p.out_k : p.out_v);
 #pragma unroll
         for (int i = 0; i < kRows; i++) {
             uint32_t codes[2][kWords];
             if (RECTIFY && part < 2) {
-                rectified<kStaged>(p, steps, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, part, lane, codes);
+                rectified<kStaged>(p, steps + h * HEAD_DIM, sums[i], h * kHeadColumns, column0 + h * HEAD_DIM, part, lane, codes);
             } else {
-                linear<kStaged>(steps, sums[i], h * kHeadColumns, lane, codes);
+                linear<kStaged>(steps + h * HEAD_DIM, sums[i], h * kHeadColumns, lane, codes);
             }
             const bool moves = doubled || (RECTIFY && part < 2);
             const int low = code_of(part == 0 ? p.low : p.low_k);
@@ -244,15 +240,16 @@ struct FinishColumns {
             part++;
         }
     }
-};
-
-constexpr int kColumnBytes = 16 * kWN;
+}
 
 __device__ __forceinline__ const unsigned char* columns_of(const GemmArgs& p, int column0) {
     return reinterpret_cast<const unsigned char*>(p.steps + column0);
 }
 
-#include "finish_columns.cuh"
+__device__ __forceinline__ void finish(const GemmArgs& p, int row0, int column0, int lane, unsigned char* lines,
+                                       int (&sums)[kRows][kColumns][4]) {
+    finish_columns<false>(p, row0, column0, lane, columns_of(p, column0), sums);
+}
 
 #else
 

@@ -24,7 +24,7 @@ constexpr bool kTradesRegisters = kGroups > 1;
 #include "hopper_copies.cuh"
 #include "hopper_products.cuh"
 
-static_assert(!OVERLAP || ((STAGED || COLUMN_STAGES) && kParts == 1), "what is put off passes through shared memory");
+static_assert(!OVERLAP || (STAGED && kParts == 1), "what is put off passes through shared memory");
 
 // What is behind the buffers in shared memory.
 struct Behind {
@@ -68,18 +68,6 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #endif
 #if COLUMN_STAGES
     Cursor<kColumnStages> column_cursor;
-    const auto columns = [&] { return of.columns + column_cursor.at() * kColumnBytes; };
-    const auto await_columns = [&] { barrier_wait(&of.barriers->columns_full[column_cursor.at()], column_cursor.phase()); };
-    const auto release_columns = [&] {
-        __syncwarp();
-        if (lane == 0) {
-            barrier_arrive(&of.barriers->columns_empty[column_cursor.at()]);
-        }
-        column_cursor.next();
-    };
-#endif
-#if OVERLAP && COLUMN_STAGES
-    int row_before = p.m, column_before = 0;
 #endif
     for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile;
@@ -94,29 +82,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
             part.begin(p, walk.row0 + 16 * own, lane);
         }
 #endif
-#if OVERLAP && COLUMN_STAGES
-        const bool there = tile != range.first;  // a tile before
-        FinishColumns<true> finishing;
-        if (there) {
-            await_columns();
-        }
-        multiply_all(reader, sums, [&](int slice) {
-            if (there) {
-                if (slice == 0) {
-                    finishing.begin(p, row_before, column_before, lane);
-                }
-#pragma unroll
-                for (int turn = slice * finishing.kTurns / kSlices; turn < (slice + 1) * finishing.kTurns / kSlices; turn++) {
-                    finishing.turn(turn, p, row_before, column_before, lane, columns(), sums_before.fragments);
-                }
-            }
-        });
-        if (there) {
-            release_columns();
-        }
-        row_before = walk.row0 + 16 * own, column_before = walk.column0;
-        sums_before = sums;
-#elif OVERLAP
+#if OVERLAP
         const Place before = place(tile - 1), now = place(tile);
         multiply_all(reader, sums, [&](int slice) {
 #pragma unroll
@@ -142,20 +108,20 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #elif DIRECT
         finish(p, part, lane, lines, behind.constants, sums.fragments);
 #elif COLUMN_STAGES
-        await_columns();
-        finish_columns<true>(p, walk.row0 + 16 * own, walk.column0, lane, columns(), sums.fragments);
-        release_columns();
+        barrier_wait(&of.barriers->columns_full[column_cursor.at()], column_cursor.phase());
+        finish_columns<true>(p, walk.row0 + 16 * own, walk.column0, lane, of.columns + column_cursor.at() * kColumnBytes,
+                             sums.fragments);
+        __syncwarp();
+        if (lane == 0) {
+            barrier_arrive(&of.barriers->columns_empty[column_cursor.at()]);
+        }
+        column_cursor.next();
 #else
         finish(p, walk.row0 + 16 * own, walk.column0, lane, lines, sums.fragments);
 #endif
         __syncwarp();
     }
-#if OVERLAP && COLUMN_STAGES
-    if (range.first < range.last) {
-        await_columns();
-        finish_columns<true>(p, row_before, column_before, lane, columns(), sums_before.fragments);
-    }
-#elif OVERLAP
+#if OVERLAP
     finish(p, place(range.last - 1), place(range.last), lane, slots, sums_before.fragments);
 #endif
 }

@@ -1,11 +1,10 @@
-// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp a row, or row after row, the next
-// one on its way, where so many BLOCKS a multiprocessor have them all.
+// LayerNorm of rows of floats (or none, where IDENTITY), and the codes of what comes out; a warp a row.
 //
 // GATHER: a row is put together of so many rows of x, CHANNELS / GATHER wide each: one for the tokens of Swin's windows, four for
 // the neighbours that patch merging joins.
 #include "layout.cuh"
 
-constexpr int kThreads = 32 * WARPS, kBlocks = BLOCKS ? BLOCKS : 1;  // at least so many of a multiprocessor
+constexpr int kThreads = 32 * WARPS;
 
 // Lanes take four neighbours each where the width allows it; for planes of bits a word is then one value of each lane, or a lane
 // has half a byte of each plane.
@@ -13,11 +12,11 @@ constexpr int kVector = CHANNELS % 128 == 0 ? 4 : OUT_BITS ? 1 : CHANNELS % 64 =
 
 #include "norm_places.cuh"
 
-__device__ __forceinline__ void load(const NormArgs& p, int row, int lane, float (&x)[kLanes]) {
+__device__ __forceinline__ void load(const NormArgs& p, long long row, int lane, float (&x)[kLanes]) {
 #if GATHER
     constexpr int kPiece = CHANNELS / GATHER;
     static_assert(CHANNELS % GATHER == 0 && kPiece % kVector == 0, "a lane's neighbours lie in one row");
-    load_row([&](int c) { return p.x + static_cast<size_t>(p.index[static_cast<size_t>(row) * GATHER + c / kPiece]) * p.ldx + c % kPiece; }, lane, x);
+    load_row([&](int c) { return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece; }, lane, x);
 #else
     const Source* const from = p.x + row * p.ldx;
     load_row([&](int c) { return from + c; }, lane, x);
@@ -26,13 +25,13 @@ __device__ __forceinline__ void load(const NormArgs& p, int row, int lane, float
 
 #if IDENTITY  // codes of the row as it is
 
-__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], int row, int lane) {
+__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane) {
     uint8_t* out = static_cast<uint8_t*>(p.out);
 #pragma unroll
     for (int i = 0; i < kLanes; i++) {
         const int c = channel(i, lane);
         if (c < CHANNELS) {
-            out[code_at(row, c, static_cast<int>(p.ldo))] =
+            out[code_at(static_cast<int>(row), c, static_cast<int>(p.ldo))] =
                 static_cast<uint8_t>(exact_code(x[i], p.offset[c], p.step[c], p.low, p.high));
         }
     }
@@ -40,7 +39,7 @@ __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes
 
 #elif OUT_FLOAT
 
-__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], int row, int lane) {
+__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane) {
     const Moments of = exact_moments(x, lane, p.eps);
     Stream* out = static_cast<Stream*>(p.out) + row * p.ldo;
 #pragma unroll
@@ -55,9 +54,9 @@ __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes
 #else
 
 // Codes less the lowest one in third bytes go out; of two bits as planes.
-__device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&u)[kLanes], int row, int lane) {
+__device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&u)[kLanes], long long row, int lane) {
     uint8_t* const out = static_cast<uint8_t*>(p.out);
-    const int chunks = static_cast<int>(p.ldo);
+    const int line = static_cast<int>(row), chunks = static_cast<int>(p.ldo);
 #if OUT_BITS
     if constexpr (kVector == 4) {
         // Of four neighbours, half a byte of each plane; a lane and its neighbour make whole bytes, of the lower plane and the higher.
@@ -82,7 +81,7 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
             const uint32_t bytes = odd ? other | halves[1] << 4 : halves[0] | other << 4;
 #pragma unroll
             for (int i = 4 * word; i < 4 * word + 4 && i < kFours; i++) {
-                out[code_at(row, bit_at(128 * i, odd), chunks) + lane / 2] = static_cast<uint8_t>(bytes >> (8 * (i % 4)));
+                out[code_at(line, bit_at(128 * i, odd), chunks) + lane / 2] = static_cast<uint8_t>(bytes >> (8 * (i % 4)));
             }
         }
     } else {
@@ -94,8 +93,8 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
             high = lane == i ? words[1] : high;
         }
         if (lane < kLanes) {
-            *reinterpret_cast<uint32_t*>(out + code_at(row, bit_at(32 * lane, 1), chunks)) = high;
-            *reinterpret_cast<uint32_t*>(out + code_at(row, bit_at(32 * lane, 0), chunks)) = low;
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 1), chunks)) = high;
+            *reinterpret_cast<uint32_t*>(out + code_at(line, bit_at(32 * lane, 0), chunks)) = low;
         }
     }
 #else
@@ -103,7 +102,7 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
 #pragma unroll
     for (int i = 0; i < kLanes; i += kVector) {
         const int c = channel(i, lane);
-        uint8_t* const to = out + code_at(row, c, chunks);
+        uint8_t* const to = out + code_at(line, c, chunks);
         if constexpr (kVector == 4) {
             *reinterpret_cast<uint32_t*>(to) = from_lowest(third_bytes(u[i], u[i + 1], u[i + 2], u[i + 3]), low);
         } else if constexpr (kVector == 2) {
@@ -115,44 +114,22 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
 #endif
 }
 
-// What is in doubt of a row, computed as it is defined.
-__device__ __forceinline__ void settle_doubts(const NormArgs& p, const float (&x)[kLanes], int lane, RowPlaces& of) {
-    const Moments moments = exact_moments(x, lane, p.eps);
-    if (of.close) {
-#pragma unroll
-        for (int i = 0; i < kLanes; i++) {
-            const int c = channel(i, lane);
-            if (c < CHANNELS && of.doubts(i)) {
-                const int code = exact_code(exact_value(p, moments, x[i], c), p.offset[c], p.step[c], p.low, p.high);
-                of.u[i] = static_cast<uint32_t>(code - code_of(p.low)) << 16;
-            }
-        }
-    }
-}
-
-#if BLOCKS
-// A row with a value in doubt, from its beginning, so that nothing needs registers in front of the call.
-__device__ __noinline__ void write_again(const NormArgs& p, int row, int lane) {
-    float x[kLanes];
-    load(p, row, lane, x);
-    RowPlaces of = places_of(
-        p, x, [&](int i) { return p.gain[channel(i, lane)]; }, [&](int i) { return p.shift[channel(i, lane)]; }, lane);
-    settle_doubts(p, x, lane, of);
-    store_codes(p, of.u, row, lane);
-}
-#endif
-
 template <class Gain, class Shift>
-__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], int row, int lane, const Gain& gain,
+__device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane, const Gain& gain,
                                       const Shift& shift) {
     RowPlaces of = places_of(p, x, gain, shift, lane);
     if (__any_sync(kAll, of.close)) {
-#if BLOCKS
-        write_again(p, row, lane);
-        return;
-#else
-        settle_doubts(p, x, lane, of);
-#endif
+        const Moments moments = exact_moments(x, lane, p.eps);
+        if (of.close) {
+#pragma unroll
+            for (int i = 0; i < kLanes; i++) {
+                const int c = channel(i, lane);
+                if (c < CHANNELS && of.doubts(i)) {
+                    const int code = exact_code(exact_value(p, moments, x[i], c), p.offset[c], p.step[c], p.low, p.high);
+                    of.u[i] = static_cast<uint32_t>(code - code_of(p.low)) << 16;
+                }
+            }
+        }
     }
     store_codes(p, of.u, row, lane);
 }
@@ -162,39 +139,8 @@ __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, kBlocks) kernel(const QVIT_CONSTANT NormArgs p) {
+__global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     const int lane = threadIdx.x % 32;
-    const int first = blockIdx.x * WARPS + threadIdx.x / 32;
-#if BLOCKS
-    static_assert(kVector == 4 && !GATHER && !IDENTITY && !OUT_FLOAT, "the next row is on its way as it lies in memory");
-    // Gains and shifts: in shared memory, for more warps to have registers.
-    QVIT_SHARED(memory);
-    float* const constants = reinterpret_cast<float*>(memory);
-    for (int c = threadIdx.x; c < CHANNELS; c += kThreads) {
-        constants[c] = p.gain[c];
-        constants[CHANNELS + c] = p.shift[c];
-    }
-    const auto constant = [&](int from, int i) {
-        const float4 four = *reinterpret_cast<const float4*>(constants + from + channel(i / 4 * 4, lane));
-        return i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-    };
-    __syncthreads();
-    await_former_kernel();
-    const int apart = gridDim.x * WARPS;
-    RawRow raw;
-    if (first < p.rows) {
-        raw.load(p.x + first * p.ldx, lane);
-    }
-    for (int row = first; row < p.rows; row += apart) {
-        float x[kLanes];
-        raw.to_floats(x);
-        if (row + apart < p.rows) {
-            raw.load(p.x + (row + apart) * p.ldx, lane);
-        }
-        write(
-            p, x, row, lane, [&](int i) { return constant(0, i); }, [&](int i) { return constant(CHANNELS, i); });
-    }
-#else
 #if !IDENTITY && !OUT_FLOAT
     constexpr bool kEarly = kLanes <= 24;  // registers hold constants beside the row
     float gain[kLanes], shift[kLanes];
@@ -204,18 +150,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks) kernel(const QVIT_CONSTANT 
     }
 #endif
     await_former_kernel();
-    if (first >= p.rows) {
+    const long long row = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.x / 32;
+    if (row >= p.rows) {
         return;
     }
     float x[kLanes];
-    load(p, first, lane, x);
+    load(p, row, lane, x);
 #if IDENTITY || OUT_FLOAT
-    write(p, x, first, lane);
+    write(p, x, row, lane);
 #else
     write(
-        p, x, first, lane, [&](int i) { return kEarly ? gain[i] : p.gain[channel(i, lane)]; },
+        p, x, row, lane, [&](int i) { return kEarly ? gain[i] : p.gain[channel(i, lane)]; },
         [&](int i) { return kEarly ? shift[i] : p.shift[channel(i, lane)]; });
-#endif
 #endif
 }
 

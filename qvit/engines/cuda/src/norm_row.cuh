@@ -47,40 +47,6 @@ __device__ __forceinline__ void load_row(const At& at, int lane, float (&x)[kLan
     }
 }
 
-// A lane's values of a row as they lie in memory, four neighbours at a time.
-template <class T>
-struct Fours;
-template <>
-struct Fours<float> {
-    using type = float4;
-};
-template <>
-struct Fours<Half> {
-    using type = uint2;
-};
-
-struct RawRow {
-    Fours<Source>::type at[(kLanes + 3) / 4];
-
-    __device__ __forceinline__ void load(const Source* from, int lane) {
-#pragma unroll
-        for (int i = 0; i < kLanes; i += 4) {
-            at[i / 4] = *reinterpret_cast<const Fours<Source>::type*>(from + channel(i, lane));
-        }
-    }
-    __device__ __forceinline__ void to_floats(float (&x)[kLanes]) const {
-#pragma unroll
-        for (int i = 0; i + 3 < kLanes; i += 4) {
-            float values[4];
-            load_values(reinterpret_cast<const Source*>(&at[i / 4]), values);
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                x[i + e] = values[e];
-            }
-        }
-    }
-};
-
 __device__ inline Moments exact_moments(const float (&x)[kLanes], int lane, double eps) {
     return exact_moments<CHANNELS>(x, eps, [&](int i) { return channel(i, lane) < CHANNELS; });
 }
