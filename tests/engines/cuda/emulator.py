@@ -1,4 +1,4 @@
-"""Runs the CUDA sources on the CPU: the host's C++ compiler and ``emulation*.h`` in place of NVRTC and a GPU."""
+"""Runs the CUDA sources on the CPU: the host's C++ compiler and ``emulation*`` in place of NVRTC and a GPU."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from qvit.engines.cuda.tuned import Tuned
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
-FLAGS += ["-x", "c++", "-DQVIT_EMULATION", "-Wno-unknown-pragmas", f"-I{SOURCES}", f"-I{HERE}"]
+FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+# What kernels have in common is compiled once, for speed. Kernels are many, and compiled without C++'s own headers.
+COMMON = [*FLAGS, "-O3"]
+KERNEL = [*FLAGS, "-O1", "-nostdinc++", "-DQVIT_EMULATION", "-Wno-unknown-pragmas"]
 
 
 class Emulated:
@@ -42,7 +44,7 @@ class Emulated:
             pytest.skip("no C++ compiler to emulate a GPU with")
         self._folder = Path(tempfile.gettempdir()) / "qvit-emulated"
         self._folder.mkdir(exist_ok=True)
-        self._libraries: dict[Path, Any] = {}
+        self._libraries: dict[str, Any] = {}  # by what `Launch.code` says
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
         library = self._library(launch)
@@ -56,19 +58,25 @@ class Emulated:
         return lambda stream: self.launch(launch)
 
     def _library(self, launch: Launch) -> Any:
-        defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
-        texts = [path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h")])]
-        name = hashlib.sha256(b"|".join([*texts, launch.kernel.encode(), *(define.encode() for define in defines)])).hexdigest()
-        path = self._folder / f"{launch.kernel}-{name[:24]}.so"
-        if path not in self._libraries:
-            if not path.exists():
-                beside = path.with_suffix(f".{os.getpid()}")
-                command = [str(COMPILER), *FLAGS, *defines, str(SOURCES / f"{launch.kernel}.cu"), "-o", str(beside)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr
-                beside.replace(path)
-            self._libraries[path] = ctypes.CDLL(str(path))
-        return self._libraries[path]
+        if launch.code not in self._libraries:
+            defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
+            common = self._compiled("common", COMMON, [*map(str, sorted(HERE.glob("*.cpp")))])
+            kernel = ["-x", "c++", f"-I{SOURCES}", f"-I{HERE}", str(SOURCES / f"{launch.kernel}.cu"), "-x", "none", str(common)]
+            self._libraries[launch.code] = ctypes.CDLL(str(self._compiled(launch.kernel, [*KERNEL, *defines], kernel)))
+        return self._libraries[launch.code]
+
+    def _compiled(self, kind: str, options: list[str], files: list[str]) -> Path:
+        """The library of these files, unless it is there: its name tells options and all sources."""
+        texts = [path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")])]
+        name = hashlib.sha256(b"|".join([*texts, *(option.encode() for option in options)])).hexdigest()
+        path = self._folder / f"{kind}-{name[:24]}.so"
+        if not path.exists():
+            beside = path.with_suffix(f".{os.getpid()}")
+            command = [str(COMPILER), *options, *files, "-o", str(beside)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            beside.replace(path)
+        return path
 
 
 def open_gpu(hopper: bool) -> Any:
