@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ class Emulated:
 
     def _compiled(self, kind: str, options: list[str], files: list[str]) -> Path:
         """The library of these files, unless it is there: its name tells options and all sources."""
-        texts = [path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")])]
-        name = hashlib.sha256(b"|".join([*texts, *(option.encode() for option in options)])).hexdigest()
+        name = hashlib.sha256(b"|".join([_sources(), *(option.encode() for option in options)])).hexdigest()
         path = self._folder / f"{kind}-{name[:24]}.so"
         if not path.exists():
             beside = path.with_suffix(f".{os.getpid()}")
@@ -88,6 +88,12 @@ class Emulated:
             assert done.returncode == 0, done.stderr
             beside.replace(path)
         return path
+
+
+@cache
+def _sources() -> bytes:
+    """All of them, which do not change while tests run."""
+    return b"|".join(path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]))
 
 
 def open_gpu(hopper: bool) -> Any:
