@@ -28,7 +28,8 @@ FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_
 # What kernels have in common is compiled once, for speed. Kernels are many, and most run once: with no optimisation they are
 # compiled in half the time and the tests take no longer, and C++'s own headers and libraries would take as long as a kernel.
 COMMON = [*FLAGS, "-O3"]
-KERNEL = [*FLAGS, "-O0", "-nostdinc++", "-nostdlib", "-DQVIT_EMULATION", "-Wno-unknown-pragmas"]
+KERNEL = [*FLAGS, "-O0", "-nostdinc++", "-nostdlib", "-DQVIT_EMULATION", "-Wno-unknown-pragmas", "-x", "c++"]
+INCLUDES = [f"-I{SOURCES}", f"-I{HERE}"]
 
 
 class Emulated:
@@ -62,19 +63,9 @@ class Emulated:
     def _library(self, launch: Launch) -> Any:
         if launch.code not in self._libraries:
             defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
-            common = self._compiled("common", COMMON, [*map(str, sorted(HERE.glob("*.cpp")))])
-            kernel = [
-                "-x",
-                "c++",
-                f"-I{SOURCES}",
-                f"-I{HERE}",
-                str(SOURCES / f"{launch.kernel}.cu"),
-                "-x",
-                "none",
-                str(common),
-                "-lgcc",
-            ]
-            self._libraries[launch.code] = ctypes.CDLL(str(self._compiled(launch.kernel, [*KERNEL, *defines], kernel)))
+            common = self._compiled("common", COMMON, [str(path) for path in sorted(HERE.glob("*.cpp"))])
+            files = [*INCLUDES, str(SOURCES / f"{launch.kernel}.cu"), "-x", "none", str(common), "-lgcc"]
+            self._libraries[launch.code] = ctypes.CDLL(str(self._compiled(launch.kernel, [*KERNEL, *defines], files)))
         return self._libraries[launch.code]
 
     def _compiled(self, kind: str, options: list[str], files: list[str]) -> Path:
