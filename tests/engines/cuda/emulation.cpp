@@ -2,7 +2,6 @@
 #include "emulation.h"
 
 #include <setjmp.h>
-#include <stdio.h>
 #include <ucontext.h>
 
 #include <deque>
@@ -296,7 +295,9 @@ void multiply(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 template void multiply<true>(int (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]);
 template void multiply<false>(int (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]);
 
-void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { multiply_with<uint8_t, uint8_t>(d, a, b); }
+void multiply_unsigned(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    multiply_with<uint8_t, uint8_t>(d, a, b);
+}
 
 uint32_t to_halves(float a, float b) { return emulation::to_half(a) | emulation::to_half(b) << 16; }
 void from_halves(uint32_t pair, float& a, float& b) {

@@ -2,8 +2,8 @@
 // fiber, and what a warp does together (shuffles, ldmatrix, mma) waits until all its lanes have come. Slow, and it finds no
 // missing barrier: fibers run one after another.
 //
-// What kernels have in common is compiled once, in emulation.cpp. This header is read with every kernel, so it has only C's headers:
-// the compiler would take longer for C++'s than for a kernel.
+// What kernels have in common is compiled once, in emulation.cpp. This header is read with every kernel, so it includes only C's
+// headers: the compiler would take longer for C++'s than for a kernel.
 #pragma once
 
 #include <math.h>

@@ -119,7 +119,9 @@ void products_wait_for(int left) {
     }
 }
 
-void warpgroup_product_signed(int* d, int n, Operand a, Operand b, bool add) { multiply_shared<Bytes<int8_t>>(d, n, a, b, add); }
+void warpgroup_product_signed(int* d, int n, Operand a, Operand b, bool add) {
+    multiply_shared<Bytes<int8_t>>(d, n, a, b, add);
+}
 void warpgroup_product_unsigned(int* d, int n, Operand a, Operand b, bool add) {
     multiply_shared<Bytes<uint8_t>>(d, n, a, b, add);
 }
