@@ -277,6 +277,9 @@ class Products(Choices):
         layer: c.LinearConstants = block["qkv"]
         column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
         tile, bits = self._tile(layer, a, shape.head_dim, column_bytes, shape.rows)
+        if bits:
+            assert isinstance(tile, HopperTile)
+            tile = replace(tile, twice=False)  # DeiT-S on an H100: 65.9 instead of 66.9 us
         if heads.permuted is not None:
             (margin, slope), (margin_k, slope_k) = heads.permuted_margins
             values |= {"margin": margin, "slope": slope, "margin_k": margin_k, "slope_k": slope_k}
@@ -326,13 +329,9 @@ class Products(Choices):
         if codes is not None:
             values |= {"offset": codes.offset, "step": codes.step, "low": codes.low, "high": codes.high}
         warps = 4
-        blocks = 0
-        if isinstance(norm, c.NormConstants) and codes is not None and not pieces and is_half(x):
-            blocks = tiles.NORM_BLOCKS.get(width, 0)
         defines = {
             "CHANNELS": width,
             "WARPS": warps,
-            "BLOCKS": blocks,
             "WIDE": int(codes is not None and codes.high - codes.low > _MOST_NARROW),
             "OUT_FLOAT": int(codes is None),
             "X_HALF": is_half(x),
@@ -341,9 +340,7 @@ class Products(Choices):
             "OUT_BITS": int(not isinstance(to, int) and self._bits(to) is not None),
             "GATHER": pieces,
         }
-        grid = -(-rows // warps)
-        grid = min(grid, blocks * self._gpu.multiprocessors) if blocks else grid
-        launch = Launch("norm", defines, (grid, 1, 1), 32 * warps, 8 * width if blocks else 0, values)
+        launch = Launch("norm", defines, (-(-rows // warps), 1, 1), 32 * warps, 0, values)
         plain = codes is not None and not pieces
         plain &= isinstance(to, int) or self._bits(to) is None
         if isinstance(norm, c.NormConstants) and plain and self._may_be_late:

@@ -213,6 +213,9 @@ _BITS = tuple(
     HopperTile(*sizes, bits=True, twice=True)
     for sizes in ((4, 128, 2), (3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
 )
+# k up to which what counts twice is multiplied twice in front of an activation. Microseconds of fc1 on an H100, twice and once:
+# DeiT-S (384) 44.1 and 46.6, DeiT-B (768) 122 and 109.
+_MOST_TWICE = 512
 # For floats: the same with room for what is added to them.
 _FLOATS = (
     HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, keeps_rows=False),
@@ -236,9 +239,6 @@ _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
 # rows of 192 gain at 2 bits; rows of 384 lose, as narrow tiles and a launch for LayerNorm are faster than tiles of that width.
 WIDEST_NORM_BEHIND = 192
-
-# Blocks a multiprocessor of a LayerNorm of float16 that takes row after row, by the length of a row.
-NORM_BLOCKS = {384: 10, 768: 6}
 
 
 def _whole_rows(n: int, k: int) -> tuple[HopperTile, ...]:
@@ -273,7 +273,8 @@ def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
 
 def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | None:
     """A tile for planes of two-bit codes, on Hopper; ``None`` where there is none, or too little work."""
-    return next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
+    tile = next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
+    return None if tile is None else replace(tile, twice=k <= _MOST_TWICE)
 
 
 def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:

@@ -44,7 +44,8 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
     assert isinstance(choose(256 * 197, 1152, 384, MULTIPROCESSORS, hopper=True), HopperTile)
     assert choose(256 * 197, 1152, 384, MULTIPROCESSORS, hopper=False) == MmaTile(128, 128, 64, 4, 2, 2)
     assert isinstance(choose(197, 1152, 384, MULTIPROCESSORS, hopper=True), MmaTile)
-    assert choose_bits(256 * 197, 768, 3072, MULTIPROCESSORS) == HopperTile(2, 64, 2, bits=True, twice=True)
+    assert choose_bits(256 * 197, 768, 3072, MULTIPROCESSORS) == HopperTile(2, 64, 2, bits=True)
+    assert choose_bits(256 * 197, 1536, 384, MULTIPROCESSORS) == HopperTile(4, 128, 2, bits=True, twice=True)
     assert choose_bits(197, 1152, 384, MULTIPROCESSORS) is None
     assert choose_whole_rows(256 * 197, 384, 384, MULTIPROCESSORS, bits=False) is not None
     assert choose_whole_rows(256 * 197, 768, 768, MULTIPROCESSORS, bits=False) is None
