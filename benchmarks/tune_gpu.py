@@ -35,7 +35,7 @@ from qvit.engines.cuda import CudaEngine
 from qvit.engines.cuda.compiler import compile_kernel
 from qvit.engines.cuda.constants import COLUMN_PAD
 from qvit.engines.cuda.device import Gpu
-from qvit.engines.cuda.layout import chunks, pad
+from qvit.engines.cuda.layout import chunks, has_rest, pad
 from qvit.engines.cuda.tiles import HopperTile, MmaTile
 from qvit.engines.cuda.tuned import FILES, Choice, Tuned, file_name, tuned_for, write
 from qvit.errors import UnsupportedModelError
@@ -108,8 +108,8 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                 continue
             rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2), *([(64, 1)] if site.half or site.bits else [])]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
-            streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4)]
-            stays = [True] if bn < 192 or site.bits else [False, True] if bn == 192 else [False]
+            streams = [(2, 3), (4, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4), *([(5, 4)] if site.half else [])]
+            stays = [True] if bn < 128 or site.bits else [False, True] if bn <= 192 else [False]
             tiles += [
                 replace(
                     base,
@@ -122,7 +122,8 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                     twice=twice,
                     holds=holds,
                 )
-                for twice, holds in (((False, False), (True, False), (False, True)) if site.bits else ((False, False),))
+                for twice in ((False, True) if site.bits else (False,))
+                for holds in ((False, True) if site.bits else (False,))
                 for keeps_rows in stays
                 for stages, row_stages in streams
                 for piece, slots in rings
@@ -155,6 +156,8 @@ def fits(tile: MmaTile | HopperTile | None, site: Site, m: int, multiprocessors:
     if site.permuted and COLUMN_PAD % tile.bn:
         return False
     if tile.piece and site.n % (8 if site.half else 4):  # rows begin at a multiple of 16 bytes
+        return False
+    if tile.piece and tile.holds and tile.twice and has_rest(site.k):  # weights do not lie twice there
         return False
     registers = tile.bn // (1 if tile.overlaps else 2) + 40  # of a thread: its sums, and what it works with
     registers += pad(site.k, 256) // 32 if tile.holds else 0

@@ -77,8 +77,27 @@ def test_float16_comes_and_goes_in_longer_pieces() -> None:
         assert tile is not None
         assert tile.piece == piece
         assert choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits).piece == 32  # type: ignore[union-attr]
+    wide = choose_floats(256 * 197, 768, 3072, MULTIPROCESSORS, bits=False, half=True)
+    assert wide is not None and (wide.bn, wide.stages, wide.keeps_rows) == (128, 5, False)
     assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False, half=True) is None  # not at 16 bytes
     assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False) is not None
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_planes_of_long_rows_are_held_in_registers(half: bool) -> None:
+    """Their floats go through shared memory, which two buffers of all of k leave little room in."""
+    tile = choose_floats(256 * 197, 768, 3072, MULTIPROCESSORS, bits=True, half=half)
+    assert tile is not None and tile.holds and tile.overlaps and tile.piece == 32
+
+
+def test_what_is_made_twice_of_rows_in_registers_has_whole_buffers() -> None:
+    """Weights of floats do not lie twice behind them (`REST`)."""
+    held = 0
+    for k in range(64, 3136, 64):
+        tile = choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits=True, half=True)
+        held += tile is not None and tile.holds
+        assert tile is None or not tile.defines(k)["REST"]
+    assert held
 
 
 def test_codes_two_a_byte_take_half_the_buffers() -> None:
