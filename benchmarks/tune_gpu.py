@@ -7,8 +7,9 @@ For every model, width and batch, product after product: each tile that fits is 
 the whole forward pass is timed with it (CUDA graph, images on the GPU), and the fastest stays if it gains more than noise. A
 tile with other logits than those of the rules is left out, and said. When `--minutes` are over, what has been found so far is
 kept: the file is written after every product. Models have random weights. Choices that are in the file already are kept for
-other shapes. A choice holds for both types of the residual stream, so tune the one that is used. Some 650 tiles fit DeiT-S at
-4 bits and batch 256, and 4,000 all that is tuned by default: begin with one model.
+other shapes, and for the other type of the residual stream: `--residual float16` is measured, and found, apart from float32.
+Hundreds of tiles fit DeiT-S at 4 bits and batch 256, and thousands all that is tuned by default: begin with
+one model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from qvit.engines.cuda import CudaEngine
 from qvit.engines.cuda.compiler import compile_kernel
 from qvit.engines.cuda.constants import COLUMN_PAD
 from qvit.engines.cuda.device import Gpu
-from qvit.engines.cuda.layout import chunks, pad
+from qvit.engines.cuda.layout import chunks, has_rest, pad
 from qvit.engines.cuda.tiles import HopperTile, MmaTile
 from qvit.engines.cuda.tuned import FILES, Choice, Tuned, file_name, tuned_for, write
 from qvit.errors import UnsupportedModelError
@@ -51,7 +52,7 @@ class Site:
     """A product that tiles are tried for; see `qvit.engines.cuda.tuned.Choice`.
 
     Attributes:
-        kind, n, k, bits: see there.
+        kind, n, k, bits, half: see there.
         permuted: columns are in the order of tiles, as those in front of GELU, so that tiles divide what is padded to.
     """
 
@@ -59,6 +60,7 @@ class Site:
     n: int
     k: int
     bits: bool
+    half: bool = False
     permuted: bool = field(default=False, compare=False)
 
 
@@ -66,15 +68,16 @@ def sites(model: IntegerModel, planes: bool) -> list[Site]:
     """Every product of a ViT's blocks, the largest first, and its patch embedding."""
     a = _architecture(model)
     width, hidden = a.embed_dim, a.mlp_hidden
-    kind = "planes" if planes else "codes"
+    kind, half = "planes" if planes else "codes", model.residual == "float16"
+    of_codes = planes and half  # what a product of bytes writes is the same for both types of the stream
     found = [
-        Site(kind, hidden, width, planes, permuted=True),
-        Site("rows", width, hidden, planes),
-        Site(kind, 3 * width, width, planes),
-        Site("rows", width, width, planes),
-        Site("floats", width, hidden, planes),
-        Site("floats", width, width, planes),
-        Site("floats", width, a.patch_features, False),
+        Site(kind, hidden, width, planes, of_codes, permuted=True),
+        Site("rows", width, hidden, planes, half),
+        Site(kind, 3 * width, width, planes, of_codes),
+        Site("rows", width, width, planes, half),
+        Site("floats", width, hidden, planes, half),
+        Site("floats", width, width, planes, half),
+        Site("floats", width, a.patch_features, False, half and model.norm_pre is None),
     ]
     return list(dict.fromkeys(found))  # a patch embedding may have the shape of fc2 or proj
 
@@ -90,6 +93,7 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
     tiles: list[MmaTile | HopperTile | None] = [None] if site.kind in ("rows", "planes") else []
     if site.kind == "codes":
         tiles += [MmaTile(128, 128, 64, 4, 2, 2), MmaTile(128, 64, 64, 4, 4, 1)]
+        tiles += [MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1)]
     if floats:
         tiles += _whole_rows(site)
     if site.kind == "rows":
@@ -102,10 +106,10 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                 cuts = cuts or [(stages, False) for stages in (3, 4, 6, 8)]
                 tiles += [replace(base, stages=stages, twice=twice) for stages, twice in cuts]
                 continue
-            rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2)]
+            rings = [(32, 1), (32, 2), (32, 3), (32, 4), (16, 1), (64, 2), *([(64, 1)] if site.half or site.bits else [])]
             rings = [(piece, slots) for piece, slots in rings if bn % (piece * slots) == 0]
-            streams = [(2, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4)]
-            stays = [True] if bn < 192 or site.bits else [False, True] if bn == 192 else [False]
+            streams = [(2, 3), (4, 3)] if site.bits else [(3, 2), (3, 3), (4, 3), (4, 4), *([(5, 4)] if site.half else [])]
+            stays = [True] if bn < 128 or site.bits else [False, True] if bn <= 192 else [False]
             tiles += [
                 replace(
                     base,
@@ -115,7 +119,11 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
                     slots=slots,
                     overlaps=overlaps,
                     keeps_rows=keeps_rows,
+                    twice=twice,
+                    holds=holds,
                 )
+                for twice in ((False, True) if site.bits else (False,))
+                for holds in ((False, True) if site.bits else (False,))
                 for keeps_rows in stays
                 for stages, row_stages in streams
                 for piece, slots in rings
@@ -147,7 +155,12 @@ def fits(tile: MmaTile | HopperTile | None, site: Site, m: int, multiprocessors:
         return False
     if site.permuted and COLUMN_PAD % tile.bn:
         return False
+    if tile.piece and site.n % (8 if site.half else 4):  # rows begin at a multiple of 16 bytes
+        return False
+    if tile.piece and tile.holds and tile.twice and has_rest(site.k):  # weights do not lie twice there
+        return False
     registers = tile.bn // (1 if tile.overlaps else 2) + 40  # of a thread: its sums, and what it works with
+    registers += pad(site.k, 256) // 32 if tile.holds else 0
     room = 65536 // (128 * (tile.groups + 1)) * (tile.groups + 1) // tile.groups
     return tile.suits(m, site.n, site.k, multiprocessors) and registers <= min(room, 240)
 
@@ -167,7 +180,7 @@ class Tuner:
     def choice(self, site: Site, tile: MmaTile | HopperTile | None) -> Choice:
         """A site's tile as a choice."""
         patches = site.kind == "floats" and site.k == self.model.architecture.patch_features and not site.bits
-        return Choice(site.kind, self._rows[patches], site.n, site.k, site.bits, tile)
+        return Choice(site.kind, self._rows[patches], site.n, site.k, site.bits, tile, site.half)
 
     def kernels(self, choices: Sequence[Choice]) -> set[Any]:
         """What a forward pass with these choices compiles."""
@@ -295,7 +308,7 @@ def tune(tuner: Tuner, title: str, pool: Executor, end: float, keep: Callable[[S
 
 
 def _place(choice: Choice) -> tuple[Any, ...]:
-    return choice.kind, choice.n, choice.k, choice.bits, choice.m
+    return choice.kind, choice.n, choice.k, choice.bits, choice.half, choice.m
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -53,6 +53,10 @@ class MissingDependencyError(QvitError, ImportError):
     """A part of qvit whose extra is not installed; the message names the extra."""
 
 
+class StaleBuildError(QvitError, ImportError):
+    """The compiled CPU engine was made from other sources than lie beside it; a checkout has to be installed again."""
+
+
 _TRAIN_PACKAGES = {
     "torch",
     "torchvision",

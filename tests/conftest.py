@@ -14,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Of the processes that tests start; this one's are set below.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import timm
 from hypothesis import HealthCheck, settings
 from torch import nn

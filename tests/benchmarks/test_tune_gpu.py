@@ -16,12 +16,21 @@ import torch
 import tune_gpu
 
 import qvit
-from qvit.engines.cuda import CudaEngine, tuned
-from qvit.engines.cuda.tiles import MOST_SHARED, HopperTile, MmaTile, choose, choose_bits, with_nibbles
+from qvit.engines.cuda import CudaEngine, tiles, tuned
+from qvit.engines.cuda.tiles import (
+    MOST_SHARED,
+    HopperTile,
+    MmaTile,
+    choose,
+    choose_bits,
+    choose_floats,
+    choose_norm_behind,
+    with_nibbles,
+)
 from qvit.engines.cuda.tuned import Choice, Tuned, tuned_for
 from qvit.errors import UnsupportedModelError
 from qvit.integer.model import IntegerModel
-from qvit.spec import ModelSpec
+from qvit.spec import RESIDUALS, ModelSpec
 
 NAME = "NVIDIA X1 80GB"
 BATCH = 256  # images of 10 tokens
@@ -78,9 +87,14 @@ class Here(Executor):
 def files(make_student: Callable[..., Any], small_vit: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for bits in (2, 4):
-        student = make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits))
-        qvit.freeze(student).save(folder / f"{bits}.qvit")
+        for residual in RESIDUALS:
+            student = make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits, residual=residual))
+            qvit.freeze(student).save(folder / file_of(bits, residual))
     return folder
+
+
+def file_of(bits: int, residual: str = "float32") -> str:
+    return f"{bits}-{residual}.qvit"
 
 
 @pytest.fixture
@@ -95,7 +109,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path: Path) -> Mac
     for name, value in {
         "FILES": tmp_path / "tuned",
         "Gpu": lambda device: played,
-        "make_random_model": lambda _name, bits, path, _residual: shutil.copy(files / f"{bits}.qvit", path),
+        "make_random_model": lambda _name, bits, path, residual: shutil.copy(files / file_of(bits, residual), path),
         "milliseconds": played.milliseconds,
         "compile_kernel": played.compile_kernel,
         "_compilers": compilers,
@@ -110,8 +124,9 @@ def tune(machine: Machine, *options: str, bits: int = 4) -> None:
     tune_gpu.main(["--models", "deit", "--bits", str(bits), "--batches", str(BATCH), *options])
 
 
-def tried(machine: Machine, files: Path, bits: int = 4) -> dict[tune_gpu.Site, list[Choice]]:
-    return dict(tune_gpu.Tuner(machine, IntegerModel.load(files / f"{bits}.qvit"), BATCH).options())  # type: ignore[arg-type]
+def tried(machine: Machine, files: Path, bits: int = 4, residual: str = "float32") -> dict[tune_gpu.Site, list[Choice]]:
+    model = IntegerModel.load(files / file_of(bits, residual))
+    return dict(tune_gpu.Tuner(machine, model, BATCH).options())  # type: ignore[arg-type]
 
 
 def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
@@ -133,7 +148,7 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
     kept = tuned_for(NAME)
     assert kept.all()
     assert {choice.tile for choice in kept.all()} == {large}
-    choice = kept.find("codes", 10 * BATCH, 256, 64, False)
+    choice = kept.find("codes", 10 * BATCH, 256, 64, bits=False, half=False)
     assert choice == Choice("codes", 10 * BATCH, 256, 64, False, large)
     assert "10.000 -> " in captured.out
     assert f"{len(sites[fc1])} of {len(sites[fc1])} tiles tried" in captured.out
@@ -145,7 +160,7 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
     assert calls[slow] in (6, 50)
     # The engine, with the file, launches the tile.
     machine.tuned = kept
-    launches = CudaEngine(IntegerModel.load(files / "4.qvit"), machine).launches(BATCH)  # type: ignore[arg-type]
+    launches = CudaEngine(IntegerModel.load(files / file_of(4)), machine).launches(BATCH)  # type: ignore[arg-type]
     found = [one for one in launches if one.defines.get("EPILOGUE") == 1]  # a chunk of rows each
     assert found
     for one in found:
@@ -153,9 +168,9 @@ def test_the_fastest_right_tile_is_kept_and_found_by_the_package(
 
 
 def test_all_that_is_tried_is_compiled_before(machine: Machine, files: Path) -> None:
-    tune(machine)
+    tune(machine, "--minutes", "60")  # a second each time
     compiled = {(kernel, *sorted(defines.items())) for kernel, defines in machine.compiled}
-    engine = CudaEngine(IntegerModel.load(files / "4.qvit"), machine)  # type: ignore[arg-type]
+    engine = CudaEngine(IntegerModel.load(files / file_of(4)), machine)  # type: ignore[arg-type]
     for choices in tried(machine, files).values():
         for choice in choices[::5]:
             machine.tuned = Tuned([choice])
@@ -188,8 +203,40 @@ def test_other_shapes_choices_stay(machine: Machine, files: Path, tmp_path: Path
     machine.times = {first.tile: -3.0}
     tune(machine)
     kept = tuned_for(NAME)
-    assert kept.find("codes", 1000, 3072, 768, False) == other
-    assert kept.find(first.kind, first.m, first.n, first.k, False) == first
+    assert kept.find("codes", 1000, 3072, 768, bits=False, half=False) == other
+    assert kept.find(first.kind, first.m, first.n, first.k, bits=False, half=False) == first
+
+
+def test_both_types_of_the_stream_have_choices_in_one_file(machine: Machine, files: Path) -> None:
+    """Each found by the engine for models of its own; codes of bytes are the same for both."""
+    for site in tried(machine, files, 4, "float16"):
+        assert site.half == (site.kind != "codes")
+    chosen: dict[str, Choice] = {}
+    for residual in RESIDUALS:
+        sites = tried(machine, files, 2, residual)
+        fc2 = next(site for site in sites if (site.kind, site.k) == ("floats", 256))
+        chosen[residual] = next(one for one in sites[fc2] if one.tile.piece == (64 if fc2.half else 32))  # type: ignore[union-attr]
+        machine.times = {chosen[residual].tile: -3.0}
+        tune(machine, "--residual", residual, bits=2)
+    kept = tuned_for(NAME)
+    assert {choice.half for choice in kept.all()} == {False, True}
+    machine.tuned = kept
+    for residual, choice in chosen.items():
+        assert kept.find("floats", choice.m, choice.n, choice.k, choice.bits, residual == "float16") == choice
+        model = IntegerModel.load(files / file_of(2, residual))
+        launches = CudaEngine(model, machine).launches(BATCH)  # type: ignore[arg-type]
+        pieces = {one.defines["kPiece"] for one in launches if one.defines.get("STAGED") and one.values["k"] == 256}
+        assert pieces == {choice.tile.piece}  # type: ignore[union-attr]
+
+
+def test_a_patch_embedding_with_a_norm_behind_it_writes_float32(
+    make_student: Callable[..., Any], small_vit: Callable[..., Any]
+) -> None:
+    spec = ModelSpec.of_bits(4, residual="float16")
+    for norm, half in (({}, True), ({"pre_norm": True, "class_token": False, "global_pool": "avg"}, False)):
+        found = tune_gpu.sites(qvit.freeze(make_student(small_vit(**SMALL | norm), spec=spec)), planes=False)
+        assert [site.half for site in found if site.k == 192] == [half]
+        assert {site.half for site in found if site.k != 192 and site.kind != "codes"} == {True}
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -251,6 +298,72 @@ def test_what_the_rules_choose_for_codes_is_tried(bits: int, machine: Machine, f
             assert rule in {choice.tile for choice in choices}
             seen += 1
     assert seen == 2
+
+
+def every(cut: Callable[[int, int], tuple[HopperTile, ...]]) -> list[tuple[HopperTile, int, int]]:
+    return [(tile, n, k) for n in (64, 128, 192, 384) for k in (n, 4 * n) for tile in cut(n, k)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "half", "cuts"),
+    [
+        ("codes", False, False, [(tile, 384, 384) for tile in (*tiles._MMA, *tiles._HOPPER)]),
+        ("planes", True, False, [(tile, 384, 384) for tile in tiles._BITS]),
+        ("planes", True, True, [(tile, 384, 384) for tile in tiles._BITS]),
+        ("floats", False, False, [(tile, 384, 384) for tile in tiles._FLOATS]),
+        ("floats", False, True, [(tile, 384, 384) for tile in (*tiles._HALVES, *tiles._FLOATS)]),
+        ("floats", True, False, [(tile, 384, 384) for tile in tiles._FLOATS_OF_BITS]),
+        ("floats", True, True, [(tile, 384, 384) for tile in (*tiles._HALVES_OF_BITS, *tiles._FLOATS_OF_BITS)]),
+        *[(kind, False, half, every(tiles._whole_rows)) for kind in ("rows", "floats") for half in (False, True)],
+        *[
+            (kind, True, half, every(lambda n, _: tiles._whole_rows_of_bits(n)))
+            for kind in ("rows", "floats")
+            for half in (False, True)
+        ],
+    ],
+)
+def test_every_tile_of_the_rules_is_a_candidate(
+    kind: str, bits: bool, half: bool, cuts: list[tuple[HopperTile | MmaTile, int, int]]
+) -> None:
+    assert cuts
+    for tile, n, k in cuts:
+        assert tile in tune_gpu.candidates(tune_gpu.Site(kind, n, k, bits, half)), tile
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bits", [False, True])
+def test_what_the_rules_choose_for_deit_fits(bits: bool, half: bool) -> None:
+    """On an H100; a rule that finds nothing leaves the product to tiles for few rows, or to bytes."""
+    seen = set()
+    for width in (192, 384, 768):
+        for m in (197, 32 * 197, 256 * 197):
+            for kind, n, k in (
+                ("codes", 3 * width, width),
+                ("codes", 4 * width, width),
+                *[(kind, width, k) for kind in ("rows", "floats") for k in (width, 4 * width)],
+            ):
+                rule: HopperTile | MmaTile | None
+                if kind == "codes":
+                    rule = choose_bits(m, n, k, 132) if bits else choose(m, n, k, 132, hopper=True)  # type: ignore[assignment]
+                elif kind == "rows":
+                    rule = choose_norm_behind(m, n, k, 132, bits)
+                else:
+                    rule = choose_floats(m, n, k, 132, bits, half)
+                site = tune_gpu.Site("planes" if bits and kind == "codes" else kind, n, k, bits, half, permuted=n == 4 * width)
+                if rule is not None:
+                    assert rule in tune_gpu.candidates(site), (site, rule)
+                    assert tune_gpu.fits(rule, site, m, 132), (site, rule)
+                    seen.add((site.kind, getattr(rule, "piece", 0)))
+    pieces = {32} | ({64} if half else set())
+    assert {piece for kind, piece in seen if kind == "floats"} - {0} == pieces
+    assert {kind for kind, _ in seen} == {"planes" if bits else "codes", "rows", "floats"}
+
+
+def test_rows_of_float16_begin_at_16_bytes() -> None:
+    tile = HopperTile(2, 128, 4, piece=64, slots=1)
+    for n, fit in ((384, (True, True)), (380, (True, False)), (382, (False, False))):
+        sites = [tune_gpu.Site("floats", n, 384, False, half) for half in (False, True)]
+        assert tuple(tune_gpu.fits(tile, site, 256 * 197, 132) for site in sites) == fit
 
 
 def test_rows_of_wide_tiles_may_stay() -> None:

@@ -45,7 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_fused_step_is_the_plain_one(case: str, make_student: Factory, small_vit: Factory, device: torch.device) -> None:
-    teacher = small_vit(drop_path_rate=0.0)
+    # Two blocks where they differ, and once where they do not: Triton's interpreter is slow.
+    teacher = small_vit(drop_path_rate=0.0, depth=2 if case in ("q-vit", "what stays plain") else 1)
     student = make_student(teacher, spec=ModelSpec(**({"weight_bits": 2, "act_bits": 2} | CASES[case])))
     _same_step(student, teacher, (3, 3, 48, 48), device)
 

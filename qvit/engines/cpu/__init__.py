@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qvit.errors import InputError, MissingDependencyError
+from qvit.engines.cpu import digest
+from qvit.errors import InputError, MissingDependencyError, StaleBuildError
 from qvit.integer.model import IntegerModel
 
 if TYPE_CHECKING:
@@ -26,6 +27,24 @@ def is_built() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _load() -> Any:
+    """The compiled module; raises what `CpuEngine` says.
+
+    An old module would pass over what it does not know of a model, compute other answers, and say nothing.
+    """
+    try:
+        from qvit.engines.cpu import _native
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"The CPU engine's compiled module is missing ({error}): install qvit with pip where there is a C++ compiler."
+        ) from None
+    if not digest.is_current(getattr(_native, "sources", None)):
+        raise StaleBuildError(
+            f"The compiled CPU engine was not made from {digest.SOURCES} as it is now: install qvit again (pip install -e .)."
+        )
+    return _native
 
 
 class CpuEngine:
@@ -42,6 +61,7 @@ class CpuEngine:
 
     Raises:
         MissingDependencyError: the compiled module was not built.
+        StaleBuildError: it was built from other sources than this checkout has.
         InputError: ``threads`` or an environment variable is none of the possible values.
         UnsupportedModelError: a head is wider than 512 channels, or there are more than 65,536 tokens.
     """
@@ -50,12 +70,7 @@ class CpuEngine:
     takes_pixels = True  # uint8 images as they are: they are the codes of the patch embedding
 
     def __init__(self, model: IntegerModel, threads: int | None = None) -> None:
-        try:
-            from qvit.engines.cpu import _native
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"The CPU engine's compiled module is missing ({error}): install qvit with pip where there is a C++ compiler."
-            ) from None
+        _native = _load()
         from qvit.engines.cpu.build import build
 
         self.model = model

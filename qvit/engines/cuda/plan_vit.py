@@ -28,10 +28,10 @@ class VitPlan(Plan):
         embedded = self._stream if constants.norm_pre is None else torch.float32
         first, x = self._floats(rows, width, embedded), self._floats(rows, width, self._stream)
         one_bit = self._bits(constants.blocks[0]["proj"]) is not None
-        half = self._stream == torch.float16
-        self._row_chunks = row_chunks(rows, chunk_rows(width, one_bit, half, self._gpu.hopper, self._gpu.multiprocessors))
+        size = chunk_rows(width, one_bit, self._half, self._gpu.hopper, self._gpu.multiprocessors)
+        self._row_chunks = row_chunks(rows, size)
         for block in constants.blocks:
-            self._pack(block, {part.count for part in self._row_chunks}, half)
+            self._pack(block, {part.count for part in self._row_chunks})
         # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
         may_be_late = self._may_be_late
         self._may_be_late = may_be_late and len(self._row_chunks) == 1

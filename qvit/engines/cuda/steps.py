@@ -55,6 +55,12 @@ class Steps:
         self.steps: list[Step] = []
         self._packed: set[c.LinearConstants] = set()  # layers that read codes two a byte
         self._shape: Shape  # of the blocks that launches are made for
+        self._stream = torch.float32  # type of the residual stream, where a plan says nothing else
+
+    @property
+    def _half(self) -> bool:
+        """Whether the residual stream is float16."""
+        return self._stream == torch.float16
 
     def _bytes(self, *shape: int) -> torch.Tensor:
         out = torch.empty(shape, dtype=torch.uint8, device=self._device)
@@ -117,7 +123,7 @@ class Steps:
         return self._bits_of(layer, rows) or whole
 
     def _bits_of(self, layer: c.LinearConstants, rows: int) -> HopperTile | None:
-        choice = self._gpu.tuned.find("planes", self._shape.rows, layer.m, layer.k, True)
+        choice = self._gpu.tuned.find("planes", self._shape.rows, layer.m, layer.k, True, self._half)
         if choice is not None:
             return choice.tile if isinstance(choice.tile, HopperTile) else None
         return choose_bits(rows, layer.m, layer.k, self._gpu.multiprocessors)

@@ -213,6 +213,9 @@ _BITS = tuple(
     HopperTile(*sizes, bits=True, twice=True)
     for sizes in ((4, 128, 2), (3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
 )
+# k up to which what counts twice is multiplied twice in front of an activation. Microseconds of fc1 on an H100, twice and once:
+# DeiT-S (384) 44.1 and 46.6, DeiT-B (768) 122 and 109.
+_MOST_TWICE = 512
 # For floats: the same with room for what is added to them.
 _FLOATS = (
     HopperTile(2, 192, 4, row_stages=4, piece=32, slots=3, overlaps=True, keeps_rows=False),
@@ -224,12 +227,19 @@ _FLOATS_OF_BITS = (
     HopperTile(3, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
     HopperTile(2, 128, 2, bits=True, piece=32, slots=2, overlaps=True),
     HopperTile(2, 64, 2, bits=True, piece=32, slots=2, overlaps=True),
+    HopperTile(2, 64, 2, bits=True, holds=True, piece=32, slots=1, overlaps=True),
 )
 # For float16, of which longer pieces are as many bytes. On an H100, DeiT-S at batch 256: W4A4 4.82 instead of 4.94 ms (of proj
 # alone, whose rows are short enough to stay), W2A2 3.85 instead of 4.00.
 _HALVES = (HopperTile(2, 128, 4, piece=64, slots=2, overlaps=True),)
 _HALVES_OF_BITS = (HopperTile(3, 128, 2, bits=True, twice=True, piece=64, slots=1, overlaps=True),)
 _MOST_HALVES = 384  # k of bytes up to which that holds
+# Of rows of 768 and longer: DeiT-B at W4A4 12.05 instead of 12.16 ms.
+_WIDE_HALVES = (HopperTile(2, 128, 5, row_stages=4, piece=64, slots=2, overlaps=True, keeps_rows=False),)
+_LEAST_WIDE = 768
+# Of rows held in registers, for whole buffers of k (`has_rest`): DeiT-S at W2A2 3.86 instead of 3.88 ms, of fc2.
+_LONG_HALVES_OF_BITS = (HopperTile(3, 64, 4, bits=True, twice=True, holds=True, piece=64, slots=1, overlaps=True),)
+_LEAST_LONG = 1024
 _NIBBLE_STAGES = 3  # buffers of codes that lie two a byte, at most: each has twice as many k
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
@@ -269,7 +279,8 @@ def choose(m: int, n: int, k: int, multiprocessors: int, hopper: bool) -> Tile:
 
 def choose_bits(m: int, n: int, k: int, multiprocessors: int) -> HopperTile | None:
     """A tile for planes of two-bit codes, on Hopper; ``None`` where there is none, or too little work."""
-    return next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
+    tile = next((tile for tile in _BITS if tile.suits(m, n, k, multiprocessors)), None)
+    return None if tile is None else replace(tile, twice=k <= _MOST_TWICE)
 
 
 def with_columns(tile: Tile, k: int, column_bytes: int) -> Tile:
@@ -299,8 +310,10 @@ def choose_floats(m: int, n: int, k: int, multiprocessors: int, bits: bool, half
     ``half``: they are float16, and rows a multiple of eight wide.
     """
     tiles: tuple[HopperTile, ...] = _FLOATS_OF_BITS if bits else _FLOATS
-    if half and (bits or k <= _MOST_HALVES):
-        tiles = (_HALVES_OF_BITS if bits else _HALVES) + tiles
+    if half and bits:
+        tiles = (_LONG_HALVES_OF_BITS if k >= _LEAST_LONG and not has_rest(k) else ()) + _HALVES_OF_BITS + tiles
+    elif half:
+        tiles = (_WIDE_HALVES if n >= _LEAST_WIDE else _HALVES if k <= _MOST_HALVES else ()) + tiles
     even = n % (8 if half else 4) == 0
     fitting = (tile for tile in tiles if even and (n % tile.bn == 0 or tile.bn % 192 != 0))
     narrow = next((tile for tile in fitting if tile.suits(m, n, k, multiprocessors)), None)

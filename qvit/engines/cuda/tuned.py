@@ -30,6 +30,8 @@ class Choice:
         m, n, k: of the product.
         bits: whether the product is of planes of bits.
         tile: ``None``: not in this way.
+        half: whether the floats of ``floats`` and ``rows`` are float16, and the residual stream of ``planes``; ``codes`` have
+            nothing of either.
     """
 
     kind: str
@@ -38,11 +40,13 @@ class Choice:
     k: int
     bits: bool
     tile: MmaTile | HopperTile | None
+    half: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For a file."""
         tile = None if self.tile is None else {"kernel": self.tile.kernel, **asdict(self.tile)}
-        return {"kind": self.kind, "m": self.m, "n": self.n, "k": self.k, "bits": self.bits, "tile": tile}
+        product = {"kind": self.kind, "m": self.m, "n": self.n, "k": self.k, "bits": self.bits, "half": self.half}
+        return {**product, "tile": tile}
 
     @classmethod
     def of_json(cls, row: dict[str, Any]) -> Choice:
@@ -55,13 +59,13 @@ class Tuned:
     """The choices for one kind of GPU."""
 
     def __init__(self, choices: Iterable[Choice] = ()) -> None:
-        self._choices: dict[tuple[str, int, int, bool], list[Choice]] = {}
+        self._choices: dict[tuple[str, int, int, bool, bool], list[Choice]] = {}
         for choice in choices:
-            self._choices.setdefault((choice.kind, choice.n, choice.k, choice.bits), []).append(choice)
+            self._choices.setdefault((choice.kind, choice.n, choice.k, choice.bits, choice.half), []).append(choice)
 
-    def find(self, kind: str, m: int, n: int, k: int, bits: bool) -> Choice | None:
+    def find(self, kind: str, m: int, n: int, k: int, bits: bool, half: bool) -> Choice | None:
         """The choice for the nearest number of rows; ``None`` where there is none near it."""
-        known = self._choices.get((kind, n, k, bits), ())
+        known = self._choices.get((kind, n, k, bits, half), ())
         nearest = min(known, key=lambda choice: _ratio(choice.m, m), default=None)
         return nearest if nearest is not None and _ratio(nearest.m, m) <= _NEAR else None
 

@@ -1,4 +1,4 @@
-"""Runs the CUDA sources on the CPU: the host's C++ compiler and ``emulation*.h`` in place of NVRTC and a GPU."""
+"""Runs the CUDA sources on the CPU: the host's C++ compiler and ``emulation*`` in place of NVRTC and a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from qvit.engines.cuda.tuned import Tuned
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-FLAGS = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
-FLAGS += ["-x", "c++", "-DQVIT_EMULATION", "-Wno-unknown-pragmas", f"-I{SOURCES}", f"-I{HERE}"]
+FLAGS = ["-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-shared", "-fPIC"]
+# What kernels have in common is compiled once, for speed. Kernels are many, and most run once: with no optimisation they are
+# compiled in half the time and the tests take no longer, and C++'s own headers and libraries would take as long as a kernel.
+COMMON = [*FLAGS, "-O3"]
+KERNEL = [*FLAGS, "-O0", "-nostdinc++", "-nostdlib", "-DQVIT_EMULATION", "-Wno-unknown-pragmas", "-x", "c++"]
+INCLUDES = [f"-I{SOURCES}", f"-I{HERE}"]
 
 
 class Emulated:
@@ -42,7 +47,7 @@ class Emulated:
             pytest.skip("no C++ compiler to emulate a GPU with")
         self._folder = Path(tempfile.gettempdir()) / "qvit-emulated"
         self._folder.mkdir(exist_ok=True)
-        self._libraries: dict[Path, Any] = {}
+        self._libraries: dict[str, Any] = {}  # by what `Launch.code` says
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
         library = self._library(launch)
@@ -56,19 +61,30 @@ class Emulated:
         return lambda stream: self.launch(launch)
 
     def _library(self, launch: Launch) -> Any:
-        defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
-        texts = [path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h")])]
-        name = hashlib.sha256(b"|".join([*texts, launch.kernel.encode(), *(define.encode() for define in defines)])).hexdigest()
-        path = self._folder / f"{launch.kernel}-{name[:24]}.so"
-        if path not in self._libraries:
-            if not path.exists():
-                beside = path.with_suffix(f".{os.getpid()}")
-                command = [str(COMPILER), *FLAGS, *defines, str(SOURCES / f"{launch.kernel}.cu"), "-o", str(beside)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr
-                beside.replace(path)
-            self._libraries[path] = ctypes.CDLL(str(path))
-        return self._libraries[path]
+        if launch.code not in self._libraries:
+            defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
+            common = self._compiled("common", COMMON, [str(path) for path in sorted(HERE.glob("*.cpp"))])
+            files = [*INCLUDES, str(SOURCES / f"{launch.kernel}.cu"), "-x", "none", str(common), "-lgcc"]
+            self._libraries[launch.code] = ctypes.CDLL(str(self._compiled(launch.kernel, [*KERNEL, *defines], files)))
+        return self._libraries[launch.code]
+
+    def _compiled(self, kind: str, options: list[str], files: list[str]) -> Path:
+        """The library of these files, unless it is there: its name tells options and all sources."""
+        name = hashlib.sha256(b"|".join([_sources(), *(option.encode() for option in options)])).hexdigest()
+        path = self._folder / f"{kind}-{name[:24]}.so"
+        if not path.exists():
+            beside = path.with_suffix(f".{os.getpid()}")
+            command = [str(COMPILER), *options, *files, "-o", str(beside)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            beside.replace(path)
+        return path
+
+
+@cache
+def _sources() -> bytes:
+    """All of them, which do not change while tests run."""
+    return b"|".join(path.read_bytes() for path in sorted([*SOURCES.glob("*.cu*"), *HERE.glob("*.h"), *HERE.glob("*.cpp")]))
 
 
 def open_gpu(hopper: bool) -> Any:

@@ -100,11 +100,30 @@ def test_a_tile_of_columns_that_is_not_full(bits: int, hopper: Any, model_of: Ca
     check(model, hopper, 27, images_too=False)
 
 
+@pytest.mark.parametrize("of", ["wide", "long", "longest"])
+def test_tiles_of_wide_and_of_long_rows(
+    of: str, hopper: Any, model_of: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the rules keep for DeiT-B, and for DeiT-S's fc2 at two bits, of a model small enough for emulation."""
+    monkeypatch.setattr(tiles, "_LEAST_WIDE", 256)
+    monkeypatch.setattr(tiles, "_LEAST_LONG", 256)
+    if of == "longest":
+        monkeypatch.setattr(tiles, "_LONG_HALVES_OF_BITS", ())
+        monkeypatch.setattr(tiles, "_HALVES_OF_BITS", tiles._FLOATS_OF_BITS[-1:])
+    bits, cut = (4, (2, 128, 5, 0, 0)) if of == "wide" else (2, (3, 64, 4, 1, 1) if of == "long" else (2, 64, 2, 1, 0))
+    model = model_of(bits, embed_dim=256, num_heads=8, depth=1, mlp_ratio=2, img_size=16)
+    floats = [one for one in defines_of(model, hopper, 27) if one.get("STAGED") and one["RESIDUAL"]]
+    assert {tuple(one[name] for name in ("kGroups", "kBN", "kStages", "HELD", "TWICE")) for one in floats} == {cut}
+    assert len(floats) == 2 and (bits == 2 or {one["A_NIBBLES"] for one in floats} == {0, 1})
+    check(model, hopper, 27, images_too=False)
+
+
 @pytest.mark.parametrize(("piece", "slots"), [(16, 2), (64, 1), (128, 1)])
 def test_slots_of_every_length(piece: int, slots: int, hopper: Any, model_of: Callable[..., IntegerModel]) -> None:
     """Units of a row are permuted by the row in another way for each length."""
     tile = HopperTile(2, 128, 4, row_stages=4, piece=piece, slots=slots, overlaps=True)
-    hopper.tuned = Tuned((Choice("rows", 135, 384, 384, False, None), Choice("floats", 135, 384, 384, False, tile)))
+    product = 135, 384, 384, False
+    hopper.tuned = Tuned((Choice("rows", *product, None, half=True), Choice("floats", *product, tile, half=True)))
     model = model_of(4, embed_dim=384, num_heads=6, depth=1, mlp_ratio=1, img_size=16)
     assert piece in {one.get("kPiece") for one in defines_of(model, hopper, 27)}
     check(model, hopper, 27, images_too=False)

@@ -44,7 +44,8 @@ def test_large_products_take_hoppers_way_and_small_ones_many_blocks() -> None:
     assert isinstance(choose(256 * 197, 1152, 384, MULTIPROCESSORS, hopper=True), HopperTile)
     assert choose(256 * 197, 1152, 384, MULTIPROCESSORS, hopper=False) == MmaTile(128, 128, 64, 4, 2, 2)
     assert isinstance(choose(197, 1152, 384, MULTIPROCESSORS, hopper=True), MmaTile)
-    assert choose_bits(256 * 197, 768, 3072, MULTIPROCESSORS) == HopperTile(2, 64, 2, bits=True, twice=True)
+    assert choose_bits(256 * 197, 768, 3072, MULTIPROCESSORS) == HopperTile(2, 64, 2, bits=True)
+    assert choose_bits(256 * 197, 1536, 384, MULTIPROCESSORS) == HopperTile(4, 128, 2, bits=True, twice=True)
     assert choose_bits(197, 1152, 384, MULTIPROCESSORS) is None
     assert choose_whole_rows(256 * 197, 384, 384, MULTIPROCESSORS, bits=False) is not None
     assert choose_whole_rows(256 * 197, 768, 768, MULTIPROCESSORS, bits=False) is None
@@ -76,8 +77,27 @@ def test_float16_comes_and_goes_in_longer_pieces() -> None:
         assert tile is not None
         assert tile.piece == piece
         assert choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits).piece == 32  # type: ignore[union-attr]
+    wide = choose_floats(256 * 197, 768, 3072, MULTIPROCESSORS, bits=False, half=True)
+    assert wide is not None and (wide.bn, wide.stages, wide.keeps_rows) == (128, 5, False)
     assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False, half=True) is None  # not at 16 bytes
     assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False) is not None
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_planes_of_long_rows_are_held_in_registers(half: bool) -> None:
+    """Their floats go through shared memory, which two buffers of all of k leave little room in."""
+    tile = choose_floats(256 * 197, 768, 3072, MULTIPROCESSORS, bits=True, half=half)
+    assert tile is not None and tile.holds and tile.overlaps and tile.piece == 32
+
+
+def test_what_is_made_twice_of_rows_in_registers_has_whole_buffers() -> None:
+    """Weights of floats do not lie twice behind them (`REST`)."""
+    held = 0
+    for k in range(64, 3136, 64):
+        tile = choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits=True, half=True)
+        held += tile is not None and tile.holds
+        assert tile is None or not tile.defines(k)["REST"]
+    assert held
 
 
 def test_codes_two_a_byte_take_half_the_buffers() -> None:

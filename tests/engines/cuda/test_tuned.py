@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,27 @@ CHOICES = [
     Choice("codes", 50432, 1536, 384, False, MmaTile(128, 128, 64, 4, 2, 2)),
     Choice("codes", 197, 1536, 384, False, HopperTile(2, 64, 4)),
     Choice("rows", 50432, 384, 384, True, None),
+    Choice("floats", 50432, 384, 384, True, HopperTile(2, 128, 2, bits=True, piece=32, slots=2)),
+    Choice("floats", 50432, 384, 384, True, HopperTile(2, 128, 2, bits=True, piece=64, slots=1), half=True),
 ]
 
 
 def test_the_nearest_number_of_rows_counts() -> None:
     known = Tuned(CHOICES)
-    assert known.find("codes", 50432, 1536, 384, False) == CHOICES[0]
-    assert known.find("codes", 45000, 1536, 384, False) == CHOICES[0]
-    assert known.find("codes", 160, 1536, 384, False) == CHOICES[1]
-    assert known.find("codes", 4000, 1536, 384, False) is None
-    assert known.find("codes", 50432, 1536, 384, True) is None
-    assert known.find("rows", 50432, 384, 384, True) == CHOICES[2]
-    assert Tuned().find("rows", 1, 1, 1, False) is None
+    assert known.find("codes", 50432, 1536, 384, bits=False, half=False) == CHOICES[0]
+    assert known.find("codes", 45000, 1536, 384, bits=False, half=False) == CHOICES[0]
+    assert known.find("codes", 160, 1536, 384, bits=False, half=False) == CHOICES[1]
+    assert known.find("codes", 4000, 1536, 384, bits=False, half=False) is None
+    assert known.find("codes", 50432, 1536, 384, bits=True, half=False) is None
+    assert known.find("rows", 50432, 384, 384, bits=True, half=False) == CHOICES[2]
+    assert Tuned().find("rows", 1, 1, 1, bits=False, half=False) is None
+
+
+def test_float16_has_choices_of_its_own() -> None:
+    known = Tuned(CHOICES)
+    assert [known.find("floats", 50432, 384, 384, True, half) for half in (False, True)] == CHOICES[3:]
+    assert known.find("rows", 50432, 384, 384, bits=True, half=True) is None
+    assert [choice.to_json()["half"] for choice in known.all()] == [False, False, False, False, True]
 
 
 def test_a_file_keeps_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +84,48 @@ def test_plans_take_them(
         assert sum(one.defines.get("EPILOGUE") == 3 for one in launches) == fused
 
 
+@pytest.mark.parametrize("residual", ["float32", "float16"])
+def test_plans_take_those_of_their_stream(
+    residual: str, make_student: Callable[..., Any], small_vit: Callable[..., Any]
+) -> None:
+    """Of a ViT with a norm in front of its blocks, whose patch embedding is float32 in any case."""
+    small = {
+        "embed_dim": 64,
+        "num_heads": 2,
+        "img_size": 24,
+        "patch_size": 8,
+        "depth": 2,
+        "pre_norm": True,
+        "class_token": False,
+    }
+    small |= {"global_pool": "avg"}
+    model = qvit.freeze(make_student(small_vit(**small), spec=ModelSpec.of_bits(2, residual=residual)))
+    gpu, half = Emulated(hopper=True), residual == "float16"
+    gpu.multiprocessors = 1
+    rows = 700 * 9
+
+    def launches(*choices: Choice) -> list[Any]:
+        gpu.tuned = Tuned(choices)
+        return [(one.kernel, one.grid, one.defines) for one in CudaEngine(model, gpu).launches(700)]
+
+    alone = tuple(Choice("rows", rows, 64, k, True, None, half=half) for k in (64, 256))
+    floats = HopperTile(1, 64, 2, bits=True, piece=16, slots=1)
+    of_patches = HopperTile(1, 64, 3, row_stages=2, piece=16, slots=1)
+    for choice, before in (
+        (alone[0], ()),
+        (Choice("floats", rows, 64, 256, True, floats, half=half), alone),
+        (Choice("planes", rows, 192, 64, True, None, half=half), ()),
+        (Choice("floats", rows, 64, 192, False, of_patches), ()),
+        (
+            Choice("codes", rows, 192, 64, False, MmaTile(64, 64, 64, 3, 4, 1)),
+            (Choice("planes", rows, 192, 64, True, None, half=half),),
+        ),
+    ):
+        plain = launches(*before)
+        assert launches(*before, choice) != plain, choice
+        assert launches(*before, replace(choice, half=not choice.half)) == plain, choice
+
+
 def check_file(path: Path) -> None:
     """A file of a GPU as the package may hold it: read by its name, every tile one that the GPU has room for."""
     content = json.loads(path.read_text())
@@ -84,6 +136,7 @@ def check_file(path: Path) -> None:
     for choice in choices:
         assert choice.kind in ("codes", "floats", "rows", "planes")
         assert min(choice.m, choice.n, choice.k) > 0
+        assert not (choice.half and choice.kind == "codes")
         if choice.tile is None:
             assert choice.kind in ("rows", "planes")
         else:

@@ -138,6 +138,7 @@ NB_MODULE(_native, m) {
     using namespace qvit::cpu;
     m.doc() = "The compiled part of qvit's CPU engine; use qvit.load(..., engine='cpu').";
     nb::set_leak_warnings(false);
+    m.attr("sources") = QVIT_SOURCES;  // see digest.py
     m.def("isa_names", [] { return isa_names(); }, "The instruction sets that run here, best first.");
     m.def("choose_isa", [](const std::string& name) { return std::string(name_of(choose_isa(name))); }, "name"_a);
     m.def(

@@ -99,8 +99,9 @@ __device__ __forceinline__ void rectified(const GemmArgs& p, const int4* steps, 
         // Where the mean is large beside the deviation, its square takes digits from the variance.
         const float margin = part == 0 ? fmaf(p.slope, square * rstd[half] * rstd[half], p.margin)
                                        : fmaf(p.slope_k, square * rstd[half] * rstd[half], p.margin_k);
-        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes.
-        const float units = ceilf(fminf(margin * (1 << kFraction), 16384.0f));
+        // In units of the last bit; a value is in doubt that lies within it of the boundary between two codes. Values are made whole
+        // numbers of units, as boundaries are, which takes half a unit of the margin.
+        const float units = floorf(fminf(margin * (1.001f * (1 << kFraction)), 16384.0f));
         reach[half] = 2 * static_cast<uint32_t>(units);
         whole[half] = 8388608.0f + (1 << (kFraction - 1)) + units;
     }

@@ -108,12 +108,12 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #elif DIRECT
         finish(p, part, lane, lines, behind.constants, sums.fragments);
 #elif COLUMN_STAGES
-        barrier_wait(&of.barriers->columns_full[column_cursor.at], column_cursor.phase);
-        finish_columns<true>(p, walk.row0 + 16 * own, walk.column0, lane, of.columns + column_cursor.at * kColumnBytes,
+        barrier_wait(&of.barriers->columns_full[column_cursor.at()], column_cursor.phase());
+        finish_columns<true>(p, walk.row0 + 16 * own, walk.column0, lane, of.columns + column_cursor.at() * kColumnBytes,
                              sums.fragments);
         __syncwarp();
         if (lane == 0) {
-            barrier_arrive(&of.barriers->columns_empty[column_cursor.at]);
+            barrier_arrive(&of.barriers->columns_empty[column_cursor.at()]);
         }
         column_cursor.next();
 #else

@@ -40,17 +40,27 @@ struct Buffers {
 // Counts through buffers; the phase turns with every round.
 template <int kCount>
 struct Cursor {
-    int at = 0, phase = 0;
+    static constexpr bool kBits = (kCount & (kCount - 1)) == 0;  // both are bits of one number
+    unsigned turn = 0, round = 0;
+
+    __device__ __forceinline__ int at() const { return static_cast<int>(kBits ? turn % kCount : turn); }
+    __device__ __forceinline__ int phase() const { return static_cast<int>(kBits ? turn / kCount % 2 : round); }
     // Before a tile that goes through kTile buffers: where that is whole rounds, the compiler is told so.
     template <int kTile>
     __device__ __forceinline__ void begin() {
-        at = kTile % kCount == 0 ? 0 : at;
-        phase = kTile % (2 * kCount) == 0 ? 0 : phase;
+        if (kBits) {
+            turn = kTile % (2 * kCount) == 0 ? 0 : kTile % kCount == 0 ? turn & kCount : turn;
+        } else {
+            turn = kTile % kCount == 0 ? 0 : turn;
+            round = kTile % (2 * kCount) == 0 ? 0 : round;
+        }
     }
     __device__ __forceinline__ void next() {
-        if (++at == kCount) {
-            at = 0;
-            phase ^= 1;
+        if (kBits) {
+            turn++;
+        } else if (++turn == kCount) {
+            turn = 0;
+            round ^= 1;
         }
     }
 };

@@ -57,17 +57,17 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
             if ((!RESIDENT || fresh) && (!A_NIBBLES || chunk % 2 == 0)) {
                 // The first round finds its buffers empty: it waits for the phase before the first.
                 if (!RESIDENT) {
-                    barrier_wait(&barriers->rows_empty[team][row_cursor.at], row_cursor.phase ^ 1);
+                    barrier_wait(&barriers->rows_empty[team][row_cursor.at()], row_cursor.phase() ^ 1);
                 } else if (tile != range.first && (A_NIBBLES || chunk == 0)) {
-                    barrier_wait(&barriers->rows_empty[team][row_cursor.at], rows_phase);
-                    rows_phase ^= static_cast<int>(!A_NIBBLES || row_cursor.at == kRowChunks - 1);
+                    barrier_wait(&barriers->rows_empty[team][row_cursor.at()], rows_phase);
+                    rows_phase ^= static_cast<int>(!A_NIBBLES || row_cursor.at() == kRowChunks - 1);
                 }
                 if (HELD || A_NIBBLES) {
                     proxies_meet();  // ordinary loads have read them
                 }
-                Barrier* full = &barriers->rows_full[team][row_cursor.at];
+                Barrier* full = &barriers->rows_full[team][row_cursor.at()];
                 barrier_expect(full, kBytesA / kTeams);
-                copy_rows(of.rows + row_cursor.at * kBytesA + team * kTileBytes, p.a, row0, kTileM, chunk * kRowChunks / kChunks, full,
+                copy_rows(of.rows + row_cursor.at() * kBytesA + team * kTileBytes, p.a, row0, kTileM, chunk * kRowChunks / kChunks, full,
                           kRowChunks);
                 row_cursor.next();
             }
@@ -78,10 +78,10 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
                 continue;
             }
             for (int unit = 0; unit < kUnits; unit++) {
-                Barrier* full = &barriers->full[cursor.at];
-                unsigned char* stage = of.stages + cursor.at * kStage;
+                Barrier* full = &barriers->full[cursor.at()];
+                unsigned char* stage = of.stages + cursor.at() * kStage;
                 if (!BITS || chunk == 0) {
-                    barrier_wait(&barriers->empty[cursor.at], cursor.phase ^ 1);
+                    barrier_wait(&barriers->empty[cursor.at()], cursor.phase() ^ 1);
                     barrier_expect(full, kStage);
                 }
                 if (BITS) {
@@ -96,11 +96,11 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
         }
 #if COLUMN_STAGES
         // Behind the tile's b, which is waited for sooner.
-        Barrier* full = &barriers->columns_full[column_cursor.at];
-        barrier_wait(&barriers->columns_empty[column_cursor.at], column_cursor.phase ^ 1);
+        Barrier* full = &barriers->columns_full[column_cursor.at()];
+        barrier_wait(&barriers->columns_empty[column_cursor.at()], column_cursor.phase() ^ 1);
         proxies_meet();
         barrier_expect(full, kColumnBytes);
-        copy_tile(of.columns + column_cursor.at * kColumnBytes, columns_of(p, column0), kColumnBytes, full);
+        copy_tile(of.columns + column_cursor.at() * kColumnBytes, columns_of(p, column0), kColumnBytes, full);
         column_cursor.next();
 #endif
     }

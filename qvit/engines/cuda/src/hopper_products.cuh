@@ -38,16 +38,16 @@ struct Reader {
 
     // Which buffer has this warpgroup's rows of a chunk of a's.
     __device__ __forceinline__ int await_rows_at(int chunk) const {
-        const int at = RESIDENT ? chunk : row_cursor.at;
+        const int at = RESIDENT ? chunk : row_cursor.at();
         if (!RESIDENT || fresh) {
-            barrier_wait(&of.barriers->rows_full[team][at], RESIDENT ? rows_phase : row_cursor.phase);
+            barrier_wait(&of.barriers->rows_full[team][at], RESIDENT ? rows_phase : row_cursor.phase());
         }
         return at;
     }
     __device__ __forceinline__ Operand await_rows(int chunk) const { return advance(rows, await_rows_at(chunk) * kBytesA); }
     __device__ __forceinline__ Operand await_stage() const {
-        barrier_wait(&of.barriers->full[cursor.at], B_STAYS ? 0 : cursor.phase);
-        return advance(stages, cursor.at * kStage);
+        barrier_wait(&of.barriers->full[cursor.at()], B_STAYS ? 0 : cursor.phase());
+        return advance(stages, cursor.at() * kStage);
     }
     __device__ __forceinline__ void release(int stage) const {
         if (!B_STAYS && lane == 0) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
         change(sums, [](int x) { return 2 * x; });
         multiply_and_wait(sums, [&] { multiply(0, 0, true); }, [&] { meanwhile(3); });
     }
-    reader.release(reader.cursor.at);
+    reader.release(reader.cursor.at());
     reader.cursor.next();
 }
 
@@ -237,13 +237,13 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
         }
         if (chunk % 2 == 1 && (!RESIDENT || reader.last)) {
             __syncwarp();
-            reader.release_rows(RESIDENT ? chunk / 2 : reader.row_cursor.at);
+            reader.release_rows(RESIDENT ? chunk / 2 : reader.row_cursor.at());
         }
         if (chunk % 2 == 1) {
             reader.row_cursor.next();
         }
         meanwhile(chunk);
-        before = reader.cursor.at;
+        before = reader.cursor.at();
         reader.cursor.next();
     }
     products_wait<0>();
@@ -278,7 +278,7 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
             reader.release(before);
         }
         meanwhile(chunk);
-        before = reader.cursor.at;
+        before = reader.cursor.at();
         reader.cursor.next();
     }
     products_wait<0>();
@@ -321,10 +321,10 @@ __device__ __forceinline__ void multiply_all(Reader& reader, Sums& sums, const M
             if (part == kParts - 1) {
                 meanwhile(chunk);
             }
-            before = reader.cursor.at;
+            before = reader.cursor.at();
             reader.cursor.next();
         }
-        rows_before = reader.row_cursor.at;
+        rows_before = reader.row_cursor.at();
         reader.row_cursor.next();
     }
     products_wait<0>();

@@ -36,7 +36,8 @@ __device__ __forceinline__ RowPlaces places_of(const NormArgs& p, const float (&
     const float rstd = rsqrtf(fmaxf(fmaf(-of.mean, of.mean, square), 0.0f) + p.eps_float), moved = -of.mean * rstd;
     // Where the mean is large beside the deviation, its square takes digits from the variance.
     const float margin = fmaf(p.slope, square * rstd * rstd, p.margin);
-    const float units = ceilf(fminf(margin * (1 << kPlaces), 1 << (kPlaces - 2)));
+    // In units of the last place: values are made whole numbers of them, as boundaries are, which takes half a unit of the margin.
+    const float units = floorf(fminf(margin * (1.001f * (1 << kPlaces)), 1 << (kPlaces - 2)));
     of.reach = 2 * static_cast<uint32_t>(units) << (16 - kPlaces);
     const float most = (p.high - p.low) * (1 << kPlaces), whole = 8388608.0f + (1 << (kPlaces - 1)) + units;
     uint32_t least = 0xFFFFFFFFu;
