@@ -78,7 +78,8 @@ def test_float16_comes_and_goes_in_longer_pieces() -> None:
         assert tile.piece == piece
         assert choose_floats(256 * 197, 384, k, MULTIPROCESSORS, bits).piece == 32  # type: ignore[union-attr]
     wide = choose_floats(256 * 197, 768, 3072, MULTIPROCESSORS, bits=False, half=True)
-    assert wide is not None and (wide.bn, wide.stages, wide.keeps_rows) == (128, 5, False)
+    assert wide is not None
+    assert (wide.bn, wide.stages, wide.keeps_rows) == (128, 5, False)
     assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False, half=True) is None  # not at 16 bytes
     assert choose_floats(256 * 197, 1004, 384, MULTIPROCESSORS, bits=False) is not None
 
@@ -87,7 +88,10 @@ def test_float16_comes_and_goes_in_longer_pieces() -> None:
 def test_planes_of_long_rows_are_held_in_registers(half: bool) -> None:
     """Their floats go through shared memory, which two buffers of all of k leave little room in."""
     tile = choose_floats(256 * 197, 768, 3072, MULTIPROCESSORS, bits=True, half=half)
-    assert tile is not None and tile.holds and tile.overlaps and tile.piece == 32
+    assert tile is not None
+    assert tile.holds
+    assert tile.overlaps
+    assert tile.piece == 32
 
 
 def test_what_is_made_twice_of_rows_in_registers_has_whole_buffers() -> None:
