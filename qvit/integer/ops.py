@@ -24,6 +24,7 @@ All arrays here are NumPy; float vectors are float32, whatever they were stored 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -110,6 +111,10 @@ class Linear:
 
     def folded_bias(self) -> np.ndarray | None:
         """``bias[m] + sum_k value_w[m, k] * offset_x[k]``, float32 [M], summed in float64; ``None`` if it is zero."""
+        return self._folded_bias
+
+    @cached_property
+    def _folded_bias(self) -> np.ndarray | None:
         if self.input.offset is None:
             return self.bias
         values = self.weight.values()

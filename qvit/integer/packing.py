@@ -11,6 +11,8 @@ codes are stored in two's complement of b bits. The last byte is filled up with 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from qvit.errors import FileFormatError
@@ -48,9 +50,19 @@ def unpack(packed: np.ndarray, count: int, bits: int, signed: bool) -> np.ndarra
         )
     if bits == 8:
         return packed.view(np.int8) if signed else packed.copy()
-    stream = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    codes = np.packbits(stream, axis=1, bitorder="little")[:, 0]
+    together = 8 // math.gcd(bits, 8)  # codes that fill whole bytes
+    size = together * bits // 8
+    groups = np.zeros((-(-packed.size // size), 1 if size == 1 else 8), np.uint8)
+    whole = packed.size // size
+    groups[:whole, :size] = packed[: whole * size].reshape(whole, size)
+    groups[whole:, : packed.size - whole * size] = packed[whole * size :]
+    numbers = groups.view(np.uint8 if size == 1 else "<u8")[:, 0]
+    codes = np.empty((len(numbers), together), np.uint8)
+    for i in range(together):
+        codes[:, i] = numbers >> (bits * i)  # and what is above: the next lines take it away
+    flat = codes.reshape(-1)[:count]
     if not signed:
-        return codes
+        return flat & np.uint8((1 << bits) - 1)
     # Moves the sign bit to the top and back, which repeats it.
-    return (codes << (8 - bits)).view(np.int8) >> (8 - bits)
+    flat <<= 8 - bits
+    return flat.view(np.int8) >> (8 - bits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from qvit.architecture import VitArchitecture
 from qvit.engines.cuda import constants as c
 from qvit.engines.cuda.windows import WindowConstants
 from qvit.engines.tables import embedding
+from qvit.integer import ops
 from qvit.integer.model import IntegerModel
+
+_THREADS = 4  # of blocks; NumPy gives the interpreter back while it computes
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,29 +38,10 @@ class ModelConstants:
         """Moves a model's constants to a device."""
         to, a = c.Constants(device), model.architecture
         vit = a if isinstance(a, VitArchitecture) else None
-        blocks = []
-        for block in model.blocks:
-            width, hidden, windows = block.fc2.weight.shape[0], block.fc2.weight.shape[1], block.attention.windows
-            blocks.append(
-                {
-                    "windows": None if windows is None else WindowConstants.of(windows, to),
-                    "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
-                    "qkv": c.LinearConstants.of(block.qkv, to, behind_norm=True),
-                    "heads": c.HeadConstants.of(block.attention, block.qkv, to),
-                    "attention": c.AttentionConstants.of(block.attention, to),
-                    "values": c.ValueConstants.of(block.attention, block.proj.input, to),
-                    "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
-                    "proj": c.LinearConstants.of(block.proj, to),
-                    "ls1": None if block.ls1 is None else to.floats(block.ls1, width),
-                    "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
-                    "fc1": c.LinearConstants.of(block.fc1, to, behind_norm=True),
-                    "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
-                    "fc2_margin": c.activation_margin(block.fc2.input),
-                    "activation": c.ActivationConstants.of(block.fc1, block.fc2.input, a.activation, to),
-                    "fc2": c.LinearConstants.of(block.fc2, to),
-                    "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
-                }
-            )
+        with ThreadPoolExecutor(_THREADS) as pool:
+            blocks = tuple(pool.map(partial(_block, activation=a.activation, to=to), model.blocks))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # these threads have a stream of their own
         merging: list[tuple[c.NormConstants, c.LinearConstants] | None] = []
         for stage in model.stages:
             part = stage.merging
@@ -77,9 +63,31 @@ class ModelConstants:
             patch=c.LinearConstants.of(model.patch, to),
             embed=None if vit is None else to.array(embedding(model)),
             norm_pre=None if model.norm_pre is None else c.NormConstants.of(model.norm_pre, None, to),
-            blocks=tuple(blocks),
+            blocks=blocks,
             merging=tuple(merging),
             norm=None if model.norm is None or not averaged else c.NormConstants.of(model.norm, None, to),
             heads=tuple(heads),
             pooled_norm=None if between is None else c.NormConstants.of(between, None, to),
         )
+
+
+def _block(block: ops.Block, activation: str, to: c.Constants) -> dict[str, Any]:
+    width, hidden, windows = block.fc2.weight.shape[0], block.fc2.weight.shape[1], block.attention.windows
+    return {
+        "windows": None if windows is None else WindowConstants.of(windows, to),
+        "norm1": c.NormConstants.of(block.norm1, block.qkv.input, to),
+        "qkv": c.LinearConstants.of(block.qkv, to, behind_norm=True),
+        "heads": c.HeadConstants.of(block.attention, block.qkv, to),
+        "attention": c.AttentionConstants.of(block.attention, to),
+        "values": c.ValueConstants.of(block.attention, block.proj.input, to),
+        "proj_codes": c.CodeConstants.of(block.proj.input, width, to),
+        "proj": c.LinearConstants.of(block.proj, to),
+        "ls1": None if block.ls1 is None else to.floats(block.ls1, width),
+        "norm2": c.NormConstants.of(block.norm2, block.fc1.input, to),
+        "fc1": c.LinearConstants.of(block.fc1, to, behind_norm=True),
+        "fc2_codes": c.CodeConstants.of(block.fc2.input, hidden, to),
+        "fc2_margin": c.activation_margin(block.fc2.input),
+        "activation": c.ActivationConstants.of(block.fc1, block.fc2.input, activation, to),
+        "fc2": c.LinearConstants.of(block.fc2, to),
+        "ls2": None if block.ls2 is None else to.floats(block.ls2, width),
+    }
