@@ -6,7 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 # What an installation is made from: a change of these makes it again, the compiled engine included.
-INSTALLED := pyproject.toml CMakeLists.txt $(shell find qvit/engines/cpu/src -type f)
+INSTALLED := pyproject.toml CMakeLists.txt qvit/engines/cpu/digest.py $(shell find qvit/engines/cpu/src)
 
 .PHONY: demo test lint base-install soak sanitize aarch64 clean
 

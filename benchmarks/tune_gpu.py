@@ -102,7 +102,8 @@ def candidates(site: Site) -> list[MmaTile | HopperTile | None]:
         for bn in (64, 128, 192, *([384] if floats else [])):
             base = HopperTile(groups, bn, 4, bits=site.bits)
             if not floats:
-                cuts = [(stages, twice) for stages in (1, 2, 3, 4) for twice in (True, False)] if site.bits else []
+                kinds = (True, False) if site.permuted else (False,)  # nothing is made twice in front of heads
+                cuts = [(stages, twice) for stages in (1, 2, 3, 4) for twice in kinds] if site.bits else []
                 cuts = cuts or [(stages, False) for stages in (3, 4, 6, 8)]
                 tiles += [replace(base, stages=stages, twice=twice) for stages, twice in cuts]
                 continue

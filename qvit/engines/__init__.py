@@ -105,6 +105,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None,
         FileFormatError: the file is damaged, or of a newer format.
         MissingDependencyError: the engine needs a package that is not installed, or was not built.
         UnsupportedModelError: the engine that was asked for cannot run the model, or not on this GPU.
+        StaleBuildError: the CPU engine was not compiled from the sources beside it.
     """
     return Runner(model := IntegerModel.load(path), create_engine(model, engine, device, threads))
 

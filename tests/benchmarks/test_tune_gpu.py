@@ -288,6 +288,11 @@ def test_a_kernel_is_compiled_in_a_process_of_its_own(tmp_path: Path, monkeypatc
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["pool"]
 
 
+def as_launched(rule: Any, site: tune_gpu.Site) -> Any:
+    """Nothing is made twice in front of heads."""
+    return replace(rule, twice=False) if site.kind == "planes" and not site.permuted else rule
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_what_the_rules_choose_for_codes_is_tried(bits: int, machine: Machine, files: Path) -> None:
     seen = 0
@@ -295,7 +300,7 @@ def test_what_the_rules_choose_for_codes_is_tried(bits: int, machine: Machine, f
         if site.kind in ("planes", "codes"):
             product, on = (choices[0].m, site.n, site.k), machine.multiprocessors
             rule = choose_bits(*product, on) if site.bits else choose(*product, on, hopper=True)
-            assert rule in {choice.tile for choice in choices}
+            assert as_launched(rule, site) in {choice.tile for choice in choices}
             seen += 1
     assert seen == 2
 
@@ -351,7 +356,7 @@ def test_what_the_rules_choose_for_deit_fits(bits: bool, half: bool) -> None:
                     rule = choose_floats(m, n, k, 132, bits, half)
                 site = tune_gpu.Site("planes" if bits and kind == "codes" else kind, n, k, bits, half, permuted=n == 4 * width)
                 if rule is not None:
-                    assert rule in tune_gpu.candidates(site), (site, rule)
+                    assert as_launched(rule, site) in tune_gpu.candidates(site), (site, rule)
                     assert tune_gpu.fits(rule, site, m, 132), (site, rule)
                     seen.add((site.kind, getattr(rule, "piece", 0)))
     pieces = {32} | ({64} if half else set())

@@ -16,7 +16,10 @@ _SUFFIXES = (".cpp", ".h")
 
 def digest(folder: Path = SOURCES) -> str:
     """SHA-256, in hexadecimal, of the C++ files below a folder and their names; empty where there are none."""
-    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    found = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES and not path.name.startswith("."))
+    files = sorted(
+        (path.relative_to(folder).as_posix(), path) for path in found if path.is_file()
+    )  # an editor's locks are none
     whole = hashlib.sha256()
     for name, path in files:
         content = path.read_bytes()

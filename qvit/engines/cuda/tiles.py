@@ -210,8 +210,7 @@ MOST_HELD = {False: 384, True: 512}  # k up to which registers hold rows, of byt
 _MMA = (MmaTile(128, 128, 64, 4, 2, 2), MmaTile(64, 64, 64, 4, 4, 1), MmaTile(32, 64, 64, 4, 2, 1))
 _HOPPER = tuple(HopperTile(*sizes) for sizes in ((3, 128, 4), (3, 128, 3), (2, 128, 4), (2, 64, 4)))
 _BITS = tuple(
-    HopperTile(*sizes, bits=True, twice=True)
-    for sizes in ((4, 128, 2), (3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
+    HopperTile(*sizes, bits=True) for sizes in ((4, 128, 2), (3, 128, 4), (3, 128, 2), (2, 128, 3), (2, 128, 2), (2, 64, 2))
 )
 # k up to which what counts twice is multiplied twice in front of an activation. Microseconds of fc1 on an H100, twice and once:
 # DeiT-S (384) 44.1 and 46.6, DeiT-B (768) 122 and 109.

@@ -48,6 +48,7 @@ def test_every_change_of_a_source_is_another_digest(folder: Path) -> None:
     seen = [digest.digest(folder)]
     assert len(seen[0]) == 64
     (folder / "notes.txt").write_text("no source")
+    (folder / ".#engine.h").symlink_to("an.editor@somewhere")  # dangling
     (folder / "engine.cpp.orig").write_text("no source")
     assert digest.digest(folder) == seen[0]
     (folder / "engine.cpp").write_text("int c;")

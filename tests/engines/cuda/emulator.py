@@ -67,7 +67,8 @@ class Emulated:
             defines = [f"-D{key}={value}" for key, value in sorted(launch.defines.items())]
             common = self._compiled("common", COMMON, [str(path) for path in sorted(HERE.glob("*.cpp"))])
             files = [*INCLUDES, str(SOURCES / f"{launch.kernel}.cu"), "-x", "none", str(common), "-lgcc"]
-            self._libraries[launch.code] = ctypes.CDLL(str(self._compiled(launch.kernel, [*KERNEL, *defines], files)))
+            options = [*KERNEL, *defines, f'-DCOMMON="{common.name}"']  # which the library needs, so its name is to tell it
+            self._libraries[launch.code] = ctypes.CDLL(str(self._compiled(launch.kernel, options, files)))
         return self._libraries[launch.code]
 
     def _compiled(self, kind: str, options: list[str], files: list[str]) -> Path:

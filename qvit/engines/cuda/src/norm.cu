@@ -5,9 +5,6 @@
 #include "layout.cuh"
 
 constexpr int kThreads = 32 * WARPS;
-// Blocks that a multiprocessor has registers for, at least. Of rows of 768 the compiler would let it have four: 53 instead of 48 us
-// for DeiT-B at batch 256 on an H100.
-constexpr int kBlocks = CHANNELS == 768 ? 20 / WARPS : 1;
 
 // Lanes take four neighbours each where the width allows it; for planes of bits a word is then one value of each lane, or a lane
 // has half a byte of each plane.
@@ -142,7 +139,7 @@ __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes
 #ifndef QVIT_EMULATION
 extern "C"
 #endif
-__global__ void __launch_bounds__(kThreads, kBlocks) kernel(const NormArgs p) {
+__global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
     const int lane = threadIdx.x % 32;
 #if !IDENTITY && !OUT_FLOAT
     constexpr bool kEarly = kLanes <= 24;  // registers hold constants beside the row
