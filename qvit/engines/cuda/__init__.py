@@ -159,6 +159,7 @@ class CudaEngine:
         return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=self.device.type != "cuda")
 
     def _shown(self, plan: Plan, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> torch.Tensor:
+        self._gpu.compile(step.launch for step in plan.steps)
         self._gpu.launch(plan.pixels(images))
         codes["patch_embed.proj.input"] = plan.patch_tap()
         for step in plan.steps:

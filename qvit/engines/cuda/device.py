@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -40,6 +42,10 @@ class Device(Protocol):
 
     def current(self) -> AbstractContextManager[object]:
         """Within it, the calling thread may queue what has been `prepared`, record it and replay it."""
+        ...
+
+    def compile(self, launches: Iterable[Launch]) -> None:
+        """Compiles the kernels of launches that are to come, as many at once as there are cores."""
         ...
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
@@ -101,6 +107,7 @@ class Gpu:
         self.most_shared = int(driver.cuDeviceGetAttribute(most, index)[1])
         self._overlaps = major >= _OVERLAP_CAPABILITY and driver.cuDriverGetVersion()[1] >= _OVERLAP_DRIVER
         self._functions: dict[str, Any] = {}
+        self._compiled: dict[str, bytes] = {}  # what has not been loaded yet
 
     @property
     def name(self) -> str:
@@ -121,6 +128,13 @@ class Gpu:
         with torch.cuda.device(self.device):  # does nothing where a new thread has this GPU by default, but no context yet
             self._driver.cuCtxSetCurrent(self._context)
             yield
+
+    def compile(self, launches: Iterable[Launch]) -> None:
+        """See `Device`: NVRTC gives the interpreter back."""
+        known = self._functions.keys() | self._compiled.keys()
+        new = {launch.code: launch for launch in launches if launch.code not in known}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._compiled |= zip(new, pool.map(self._code, new.values()), strict=True)
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
         """Queues a kernel on the current stream; see `Device`."""
@@ -164,8 +178,11 @@ class Gpu:
         config.attrs, config.numAttrs = [attribute], 1
         return config
 
+    def _code(self, launch: Launch) -> bytes:
+        return compile_kernel(launch.kernel, launch.defines, self.architecture)
+
     def _load(self, launch: Launch) -> Any:
-        code = compile_kernel(launch.kernel, launch.defines, self.architecture)
+        code = self._compiled.pop(launch.code, None) or self._code(launch)
         status, module = self._driver.cuModuleLoadData(code)
         self._check(status, launch.kernel)
         status, function = self._driver.cuModuleGetFunction(module, b"kernel")

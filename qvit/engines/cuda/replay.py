@@ -35,6 +35,7 @@ class Replay:
         self._first: dict[torch.dtype, tuple[Launch, Queue]] = {}
         *steps, self._last = (step.launch for step in plan.steps)
         assert self._last.values["out"] is plan.logits
+        gpu.compile([*steps, self._last])
         recorded = gpu.device.type == "cuda"
         self._steps = steps[_AHEAD:] if recorded else []
         self._ahead = [gpu.prepared(launch, overlap) for launch in (steps[:_AHEAD] if recorded else steps)]

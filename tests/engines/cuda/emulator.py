@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,9 @@ class Emulated:
         self._folder = Path(tempfile.gettempdir()) / "qvit-emulated"
         self._folder.mkdir(exist_ok=True)
         self._libraries: dict[str, Any] = {}  # by what `Launch.code` says
+
+    def compile(self, launches: Iterable[Launch]) -> None:
+        pass
 
     def launch(self, launch: Launch, behind: bool = False) -> None:
         library = self._library(launch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -142,6 +143,37 @@ def test_a_missing_compiler_is_found_before_the_first_images(played: Driver, mon
     monkeypatch.setattr(compiler, "_nvrtc", missing)
     with pytest.raises(MissingDependencyError, match="NVRTC is missing"):
         Gpu()
+
+
+def test_kernels_that_are_to_come_are_compiled_together(played: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits for the other."""
+    met, compiled = threading.Barrier(2, timeout=30), []
+
+    def compile_kernel(name: str, defines: dict[str, int], architecture: str) -> bytes:
+        met.wait()
+        compiled.append((name, defines["A"], architecture))
+        return b"code"
+
+    monkeypatch.setattr(device, "compile_kernel", compile_kernel)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    gpu = Gpu()
+    one, two = (Launch("pool", {"A": a}, (1, 1, 1), 32, 0, {}) for a in (1, 2))
+    gpu.compile([one, two, one])
+    assert sorted(compiled) == [("pool", 1, "sm_86"), ("pool", 2, "sm_86")]
+    gpu.launch(one)
+    gpu.compile([two, one])
+    gpu.launch(two)
+    gpu.compile([one, two])
+    assert len(compiled) == len(played.launched) == 2
+
+
+def test_a_kernel_that_does_not_compile_is_told_beforehand(played: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_kernel(*_: Any) -> bytes:
+        raise UnsupportedModelError("The CUDA kernel pool does not compile")
+
+    monkeypatch.setattr(device, "compile_kernel", compile_kernel)
+    with pytest.raises(UnsupportedModelError, match="pool does not compile"):
+        Gpu().compile([launch()])
 
 
 def test_a_kernel_is_loaded_once_and_launched_on_the_current_stream(played: Driver) -> None:
