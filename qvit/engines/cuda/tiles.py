@@ -238,7 +238,7 @@ _WIDE_HALVES = (HopperTile(2, 128, 5, row_stages=4, piece=64, slots=2, overlaps=
 _LEAST_WIDE = 768
 # Of rows held in registers, for whole buffers of k (`has_rest`): DeiT-S at W2A2 3.86 instead of 3.88 ms, of fc2.
 _LONG_HALVES_OF_BITS = (HopperTile(3, 64, 4, bits=True, twice=True, holds=True, piece=64, slots=1, overlaps=True),)
-_LEAST_LONG = 1024
+_LEAST_LONG = 1536
 _NIBBLE_STAGES = 3  # buffers of codes that lie two a byte, at most: each has twice as many k
 _WIDTHS = (64, 128, 192, 384)  # of whole rows that a warpgroup's registers hold
 # Columns up to which LayerNorm follows a product of floats in the same launch. Measured on an H100 (docs/performance-gpu.md):
