@@ -317,7 +317,7 @@ def test_two_bits_behind_an_activation_are_compared_on_hopper(
 
     With ``step`` zero lies one or two codes above the least value of GELU, so that codes fall before they rise.
     """
-    monkeypatch.setattr(tiles, "_BITS", (tiles.HopperTile(2, columns, 2, bits=True, twice=True),))
+    monkeypatch.setattr(tiles, "_BITS", (tiles.HopperTile(2, columns, 2, bits=True),))
     monkeypatch.setitem(tiles.MOST_HELD, True, 512 if holds else 0)
     gpu = open_gpu(hopper=True)
     options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 3.0, "img_size": 16}
