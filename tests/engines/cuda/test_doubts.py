@@ -1,7 +1,7 @@
-"""Values beside the boundary between two codes, nearer than float32 can tell: the kernels must doubt them, and decide as defined.
+"""Values beside the boundary between two codes, nearer than float32 can tell: kernels must doubt them, and decide as defined.
 
-Random models have few such values, so biases are set here that bring all channels of one row there; a row whose mean is far from
-zero, as its square takes digits from the variance.
+Random models have few such values, so biases are set here that bring all channels of one row there; a row whose mean is far
+from zero, as its square takes digits from the variance.
 """
 
 from __future__ import annotations
