@@ -41,15 +41,16 @@ class Silent:
 
 @pytest.fixture
 def make_engine(make_student: Callable[..., Any], small_vit: Callable[..., Any]) -> Callable[..., CudaEngine]:
-    def make(device: Any, bits: int = 4, residual: str = "float32", **options: Any) -> CudaEngine:
+    def make(device: Any, bits: int = 4, residual: str = "float32", all_tokens: bool = False, **options: Any) -> CudaEngine:
         spec = ModelSpec.of_bits(bits, residual=residual)
-        return CudaEngine(qvit.freeze(make_student(small_vit(**SMALL | options), spec=spec)), device)
+        model = qvit.freeze(make_student(small_vit(**SMALL | options), spec=spec))
+        return CudaEngine(model, device, all_tokens=all_tokens)
 
     return make
 
 
 def test_the_work_is_the_architectures(make_engine: Callable[..., CudaEngine]) -> None:
-    engine = make_engine(Silent())
+    engine = make_engine(Silent(), all_tokens=True)
     launches, batch = engine.launches(3), 3
     products = model_cost(engine.model.architecture, engine.model.specs).products
     linear = sum(p.multiplies for p in products if p.parameters)
@@ -83,7 +84,7 @@ def test_codes_two_a_byte_are_half_the_bytes(make_engine: Callable[..., CudaEngi
     monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", 0)
     moved = []
     for bits in (8, 4):
-        engine = make_engine(device, bits, embed_dim=128, depth=1)
+        engine = make_engine(device, bits, all_tokens=True, embed_dim=128, depth=1)
         launches = [one for one in engine.launches(27) if one.kernel == "gemm_hopper"]
         moved.append([work_of(one).bytes for one in launches if 512 in (one.values["n"], one.values["k"])])
     rows = 270
@@ -144,7 +145,7 @@ def test_pooling_is_counted(make_engine: Callable[..., CudaEngine]) -> None:
 
 def test_rows(make_engine: Callable[..., CudaEngine]) -> None:
     device = Silent()
-    engine = make_engine(device)
+    engine = make_engine(device, all_tokens=True)
     seen: list[Sequence[Launch]] = []
 
     def clock(launches: Sequence[Launch]) -> float:

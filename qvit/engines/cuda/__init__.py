@@ -43,6 +43,8 @@ class CudaEngine:
         device: ``cuda`` or ``cuda:<n>``, or what runs launches in its place.
         one_bit: on Hopper, multiply two-bit codes as planes of bits; else as bytes, with the same result.
         overlap: on Hopper and later, let a kernel load its constants while the one before it still runs.
+        all_tokens: behind the keys and values of a ViT's last block, compute tokens that no head reads as well, for comparison;
+            with the same result.
 
     Raises:
         MissingDependencyError: cuda-bindings or NVRTC is not installed.
@@ -61,6 +63,7 @@ class CudaEngine:
         device: str | torch.device | Device = "cuda",
         one_bit: bool = True,
         overlap: bool = True,
+        all_tokens: bool = False,
     ) -> None:
         check(model)
         if isinstance(device, (str, torch.device)):
@@ -68,7 +71,7 @@ class CudaEngine:
 
             device = Gpu(device)
         self.model = model
-        self._gpu, self._one_bit, self._overlap = device, one_bit, overlap
+        self._gpu, self._one_bit, self._overlap, self._all_tokens = device, one_bit, overlap, all_tokens
         self.device = device.device
         _check_length(model, device.most_shared)
         try:
@@ -96,7 +99,8 @@ class CudaEngine:
         Args:
             images: [B, C, H, W] on any device.
             codes: if given, filled with the codes at every activation point by name (int16), of all images at once: where
-                the memory does not hold them, this too is an `InputError`.
+                the memory does not hold them, this too is an `InputError`. They are of a pass of their own, in which nothing
+                is left out because it reaches no logit; the logits are those of a pass as it is without.
         """
         count = len(images)
         if count > self._most and codes is None:
@@ -133,11 +137,9 @@ class CudaEngine:
     def _logits(self, images: torch.Tensor, codes: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         with self._gpu.current():
             if codes is not None:
-                plan = self._plan(len(images), with_map=True)
-                logits = self._shown(plan, images, codes)
-            else:
-                replay = self._replay(len(images))
-                plan, logits = replay.plan, replay.run(images)
+                self._show(images, codes)
+            replay = self._replay(len(images))
+            plan, logits = replay.plan, replay.run(images)
         if images.dtype != torch.uint8 and int(plan.strange):
             plan.strange.zero_()
             raise InputError("The images hold values that are not finite (NaN or infinity).")
@@ -156,9 +158,11 @@ class CudaEngine:
 
     def _plan(self, batch: int, with_map: bool = False) -> Plan:
         kind = SwinPlan if isinstance(self.model.architecture, SwinArchitecture) else VitPlan
-        return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison=self.device.type != "cuda")
+        poison = self.device.type != "cuda"
+        return kind(self.model, self._constants, batch, self._gpu, with_map, self._one_bit, poison, self._all_tokens)
 
-    def _shown(self, plan: Plan, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _show(self, images: torch.Tensor, codes: dict[str, torch.Tensor]) -> None:
+        plan = self._plan(len(images), with_map=True)
         self._gpu.compile(step.launch for step in plan.steps)
         self._gpu.launch(plan.pixels(images))
         codes["patch_embed.proj.input"] = plan.patch_tap()
@@ -166,7 +170,6 @@ class CudaEngine:
             self._gpu.launch(step.launch)
             for name, read in step.taps.items():
                 codes[name] = read()
-        return plan.logits
 
     def _replay(self, batch: int) -> Replay:
         replay = self._plans.get(batch)

@@ -23,6 +23,7 @@ def attention_launch(
     out: torch.Tensor,
     ldo: int,
     out_bits: bool,
+    queries: int | None = None,
 ) -> Launch:
     """Attention of all heads of a block.
 
@@ -35,13 +36,15 @@ def attention_launch(
         out: codes of proj's input, in tiles.
         ldo: tiles of a row of ``out``.
         out_bits: whether these are planes of bits.
+        queries: tokens of an image that have a row of ``out``, its first ones; all of them where it is left out.
     """
+    queries = shape.tokens if queries is None else queries
     of: c.AttentionConstants = block["attention"]
     windows: WindowConstants | None = block["windows"]
     codes: c.CodeConstants = block["proj_codes"]
     found: c.ValueConstants = block["values"]
     near = found.near(shape.tokens * of.map_high)
-    cut = choose_attention(shape, gpu.multiprocessors, gpu.hopper, windows is not None)
+    cut = choose_attention(shape, gpu.multiprocessors, gpu.hopper, windows is not None, queries)
     q, k, v = q_k_v
     values = {
         "q": q,
@@ -76,6 +79,7 @@ def attention_launch(
     defines = {
         "HEAD_DIM": shape.head_dim,
         "TOKENS": shape.tokens,
+        "QUERIES": queries,
         **cut.defines(),
         "Q_HALF": int(of.q_half),
         "Q_DOUBLED": int(block["heads"].doubled),

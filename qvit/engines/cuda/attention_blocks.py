@@ -2,7 +2,8 @@
 
 The three ways of ``src/attention.cu``:
 
-- split: few heads. A block has 16 queries of a head, and its warps share out the keys, so that more of the GPU is busy.
+- split: few heads, or few queries of each. A block has 16 queries of a head, and its warps share out the keys, so that more of
+  the GPU is busy.
 - ring: Hopper, and at least one image for each block that a head has. One block a multiprocessor, with so many heads in shared
   memory that warps seldom wait for one.
 - plain: all else, and windows. A block has one head of several images, one after another, and two of them in shared memory.
@@ -67,7 +68,9 @@ class AttentionBlocks:
         }
 
 
-def choose_attention(shape: Shape, multiprocessors: int, hopper: bool, windowed: bool) -> AttentionBlocks:
+def choose_attention(
+    shape: Shape, multiprocessors: int, hopper: bool, windowed: bool, queries: int | None = None
+) -> AttentionBlocks:
     """The way that is fastest.
 
     Args:
@@ -75,14 +78,16 @@ def choose_attention(shape: Shape, multiprocessors: int, hopper: bool, windowed:
         multiprocessors: of the GPU.
         hopper: whether it has bulk copies.
         windowed: whether sequences are windows, whose scores get a bias of positions.
+        queries: of a sequence, its first tokens; all of them where it is left out.
     """
+    queries = shape.tokens if queries is None else queries
     long = shape.tokens > _LONGEST_IN_REGISTERS
     if not (windowed or long):
-        if shape.images * shape.heads * _tiles(shape) <= _SPLIT_MOST * multiprocessors:
-            return _split(shape)
+        if queries < shape.tokens or shape.images * shape.heads * _tiles(queries) <= _SPLIT_MOST * multiprocessors:
+            return _split(shape, queries)
         if hopper and shape.images >= multiprocessors // shape.heads:
             return _ring(shape, multiprocessors)
-    return _plain(shape, multiprocessors, long, windowed)
+    return _plain(shape, multiprocessors, long, windowed, queries)
 
 
 def most_tokens(head_dim: int, most_shared: int) -> int:
@@ -90,9 +95,9 @@ def most_tokens(head_dim: int, most_shared: int) -> int:
     return min(_MOST_TOKENS, most_shared // (_KEYS * _key_and_value(head_dim)) * _KEYS)
 
 
-def _tiles(shape: Shape) -> int:
-    """Of a head's queries."""
-    return -(-shape.tokens // _QUERIES)
+def _tiles(queries: int) -> int:
+    """Of a head."""
+    return -(-queries // _QUERIES)
 
 
 def _keys_and_values(shape: Shape) -> int:
@@ -104,24 +109,24 @@ def _key_and_value(head_dim: int) -> int:
     return 2 * head_dim + 4
 
 
-def _split(shape: Shape) -> AttentionBlocks:
+def _split(shape: Shape, queries: int) -> AttentionBlocks:
     warps = -(-shape.tokens // _KEYS)
     # Totals of rows, what warps tell each other, three constants a channel, then sums of values and of the map's codes.
     shared = _keys_and_values(shape) + 128 * warps + pad(12 * warps, 16) + 12 * shape.head_dim
     shared += warps * (4 * _QUERIES * shape.head_dim + 256)
-    return AttentionBlocks(warps, _SPLIT_BLOCKS, (_tiles(shape), shape.images * shape.heads, 1), shared, split=True)
+    return AttentionBlocks(warps, _SPLIT_BLOCKS, (_tiles(queries) * shape.images * shape.heads, 1, 1), shared, split=True)
 
 
 def _ring(shape: Shape, multiprocessors: int) -> AttentionBlocks:
     of_head = _keys_and_values(shape) + shape.tokens * shape.head_dim
     ring = min(_RING_MOST, (MOST_SHARED - _RING_BESIDE) // of_head)
-    warps = min(_RING_WARPS if shape.tokens <= _MANY_TOKENS else 8, _tiles(shape))
+    warps = min(_RING_WARPS if shape.tokens <= _MANY_TOKENS else 8, _tiles(shape.tokens))
     shared = ring * of_head + 12 * shape.head_dim + pad(24 * ring + 4, 16)  # three constants a channel, barriers, a counter
     pack = -(-shape.images // max(1, multiprocessors // shape.heads))
     return AttentionBlocks(warps, 1, (-(-shape.images // pack) * shape.heads, 1, 1), shared, pack, ring)
 
 
-def _plain(shape: Shape, multiprocessors: int, long: bool, windowed: bool) -> AttentionBlocks:
+def _plain(shape: Shape, multiprocessors: int, long: bool, windowed: bool, queries: int) -> AttentionBlocks:
     warps, resident, heads = _PLAIN_WARPS, _PLAIN_BLOCKS, shape.images * shape.heads
     if windowed and shape.tokens <= 64:
         resident = 16 // warps
@@ -135,5 +140,5 @@ def _plain(shape: Shape, multiprocessors: int, long: bool, windowed: bool) -> At
         pack = -(-heads // (resident * multiprocessors))
     shared = (1 if long else 2) * _keys_and_values(shape) + (bias_bytes(shape.tokens) if windowed else 0)
     # Few heads: their queries are shared out among more blocks, each of which loads the keys and values.
-    parts = min(-(-_tiles(shape) // warps), max(1, 2 * multiprocessors // heads)) if pack == 1 else 1
+    parts = min(-(-_tiles(queries) // warps), max(1, 2 * multiprocessors // heads)) if pack == 1 else 1
     return AttentionBlocks(warps, resident, (-(-shape.images // pack) * shape.heads, parts, 1), shared, pack, long=long)

@@ -15,6 +15,7 @@ from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.layout import chunks, untiled
 from qvit.engines.cuda.model_constants import ModelConstants
 from qvit.engines.cuda.products import Products
+from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.steps import is_half
 from qvit.integer.model import IntegerModel
 
@@ -40,10 +41,12 @@ class Plan(Products, ABC):
         with_map: bool = False,
         one_bit: bool = True,
         poison: bool = False,
+        all_tokens: bool = False,
     ) -> None:
         a = model.architecture
         super().__init__(gpu, constants.patch.b.device, one_bit, poison, a.activation, may_be_late=not with_map)
         self.model, self.constants, self.batch = model, constants, batch
+        self._all_tokens = all_tokens or with_map  # also where they reach nothing
         self._patches = self._codes(batch * a.num_patches, a.patch_features)
         self._stream = getattr(torch, model.residual)  # type of the residual stream
         self.strange = torch.zeros(1, dtype=torch.int32, device=self._device)
@@ -92,11 +95,18 @@ class Plan(Products, ABC):
         return codes.reshape(self.batch, a.num_patches, -1).to(torch.int16)
 
     def _attention(
-        self, block: dict[str, Any], q_k_v: tuple[torch.Tensor, ...], maps: torch.Tensor | None, out: torch.Tensor
+        self,
+        block: dict[str, Any],
+        q_k_v: tuple[torch.Tensor, ...],
+        maps: torch.Tensor | None,
+        out: torch.Tensor,
+        within: Shape | None = None,
     ) -> None:
+        """Attention of a block; where its rows are tokens ``within`` longer sequences, keys and values are of these."""
         proj: LinearConstants = block["proj"]
-        bits = self._bits(proj) is not None
-        self._add(attention_launch(self._shape, self._gpu, block, q_k_v, maps, out, self._chunks(proj), bits))
+        bits, queries = self._bits(proj) is not None, self._shape.tokens
+        shape = within or self._shape
+        self._add(attention_launch(shape, self._gpu, block, q_k_v, maps, out, self._chunks(proj), bits, queries))
 
     def _average(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """The final norm of every token, if there is one, and the average of an image's tokens from ``first`` on."""

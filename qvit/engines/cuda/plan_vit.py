@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ class VitPlan(Plan):
         one_bit = self._bits(constants.blocks[0]["proj"]) is not None
         size = chunk_rows(width, one_bit, self._half, self._gpu.hopper, self._gpu.multiprocessors)
         self._row_chunks = row_chunks(rows, size)
+        alone = None if self._all_tokens or self._averages(a) else constants.blocks[-1]  # computed for the heads alone
         for block in constants.blocks:
-            self._pack(block, {part.count for part in self._row_chunks})
+            if block is not alone:
+                self._pack(block, {part.count for part in self._row_chunks})
         # Norms of chunks have launches of their own: a launch over all rows, as qkv's, does not make what each of them would.
         may_be_late = self._may_be_late
         self._may_be_late = may_be_late and len(self._row_chunks) == 1
@@ -65,6 +68,9 @@ class VitPlan(Plan):
                 self._norm(block["norm1"], source, codes, rows, width, block["qkv"])
             self._tap_input(f"{name}.attn.qkv.input", codes, block["qkv"], batch, n)
             self._heads(block, codes, (q, k, v), name)
+            if block is alone:
+                self._for_heads_alone(block, (q, k, v), source, x, attended, codes, hidden)
+                break
             self._attention(block, (q, k, v), maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
@@ -76,7 +82,36 @@ class VitPlan(Plan):
             self._tap_input(f"{name}.mlp.fc2.input", hidden, block["fc2"], batch, n)
             source = x
         self._may_be_late = may_be_late
-        self._classify(source, a)
+        self._classify(x, a)
+
+    def _for_heads_alone(
+        self,
+        block: dict[str, Any],
+        q_k_v: tuple[torch.Tensor, ...],
+        source: torch.Tensor,
+        x: torch.Tensor,
+        attended: torch.Tensor,
+        codes: torch.Tensor,
+        hidden: torch.Tensor,
+    ) -> None:
+        """The last block from its attention on, of those tokens alone that the heads read: others reach nothing any more.
+
+        Their rows lie one behind the other between the launches, and in ``x`` where they always are. Arguments: see
+        `_behind_attention`; ``codes`` are those of fc1's input.
+        """
+        a, whole = self.model.architecture, self._shape
+        shape = self._shape = replace(whole, tokens=len(a.heads))
+        rows, index = shape.rows, None
+        if self.batch > 1:
+            images, tokens = torch.arange(self.batch)[:, None], torch.arange(shape.tokens)
+            index = (images * whole.tokens + tokens).reshape(-1).to(self._device, torch.int32)
+        self._pack(block, [rows])
+        self._attention(block, q_k_v, None, attended, whole)
+        proj, fc2 = block["proj"], block["fc2"]
+        self._linear(proj, attended, x, rows, residual=source, gamma=block["ls1"], index=index, tile=self._bits(proj, rows))
+        self._norm(block["norm2"], x, codes, rows, whole.width, block["fc1"], index=index)
+        self._activation(block, codes, hidden)
+        self._linear(fc2, hidden, x, rows, residual=x, gamma=block["ls2"], index=index, tile=self._bits(fc2, rows))
 
     def _behind_attention(
         self,
@@ -159,9 +194,14 @@ class VitPlan(Plan):
         """Codes that a layer of a block reads, from the first of some rows on."""
         return rows.codes(memory, self._chunks(layer))
 
+    @staticmethod
+    def _averages(a: VitArchitecture) -> bool:
+        """Whether heads read an average of tokens; else head i reads token i."""
+        return a.global_pool == "avg" and not a.dist_token
+
     def _classify(self, x: torch.Tensor, a: VitArchitecture) -> None:
         width = a.embed_dim
         apart = a.num_tokens * width
-        if a.global_pool == "avg" and not a.dist_token:
+        if self._averages(a):
             x, apart = self._average(x, 0 if a.pool_include_prefix else a.num_prefix_tokens), width
         self._logits(x, apart)

@@ -233,7 +233,8 @@ class Products(Choices):
             "OUT_NIBBLES": int(block["fc2"] in self._packed),
         }
         column_bytes = 0 if permuted is None else permuted.column_bytes
-        tile, bits = self._tile(layer, a, 32 if defines["CELLS"] or defines["OUT_BITS"] else 16, column_bytes, rows)
+        part = 64 if defines["OUT_BITS"] else 32 if defines["CELLS"] else 16
+        tile, bits = self._tile(layer, a, part, column_bytes, rows)
         assert isinstance(tile, HopperTile) or not defines["OUT_NIBBLES"]
         if isinstance(tile, HopperTile) and tile.column_bytes:
             stays = bool(tile.defines(layer.k)["RESIDENT"])  # a measured tile's rows may stream

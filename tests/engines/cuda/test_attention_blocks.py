@@ -37,7 +37,7 @@ def test_deit_small(images: int, hopper: bool, expected: str) -> None:
         assert (found.ring, found.warps, found.resident) == (5, 12, 1)
         assert found.grid[0] <= MULTIPROCESSORS
     if expected == "split":
-        assert (found.grid, found.warps) == ((13, 6 * images, 1), 7)
+        assert (found.grid, found.warps) == ((13 * 6 * images, 1, 1), 7)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 50, 197, 208, 209, 257, 264, 265, 577])
@@ -52,7 +52,7 @@ def test_blocks_have_room_and_leave_nothing_out(tokens: int, width: int, images:
             assert found.shared <= (tiles.MOST_SHARED if found.ring else few_tiles.MOST_SHARED)
             assert found.long == (tokens > 264)
             if found.split:
-                assert found.grid == (-(-tokens // 16), images * heads, 1)
+                assert found.grid == (-(-tokens // 16) * images * heads, 1, 1)
                 assert 32 * (found.warps - 1) < tokens <= 32 * found.warps
             else:
                 blocks_of_head = found.grid[0] // heads
@@ -65,6 +65,33 @@ def test_blocks_have_room_and_leave_nothing_out(tokens: int, width: int, images:
                 assert (found.ring >= 4, found.resident, hopper) == (True, 1, True)
                 assert (found.ring - 1) * parts >= 2 * found.warps
                 assert 2 * parts + min(2, parts - 1) + 2 > 2 * found.warps
+
+
+@pytest.mark.parametrize("tokens", [5, 17, 50, 197, 264, 265, 577])
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("images", [1, 7, 22, 4096])
+def test_few_queries_are_split_however_many_images_there_are(tokens: int, width: int, images: int) -> None:
+    """As those of the last block; but not of sequences that no registers hold."""
+    shape = Shape(images, tokens, 3 * width, 3, 1)
+    for hopper in (False, True):
+        for queries in (1, 2):
+            found = choose_attention(shape, MULTIPROCESSORS, hopper, False, queries)
+            assert found.shared <= few_tiles.MOST_SHARED
+            assert (way(found), found.long) == (("split", False) if tokens <= 264 else ("plain", True))
+            if found.split:
+                assert found.grid == (3 * images, 1, 1)
+                assert 32 * (found.warps - 1) < tokens <= 32 * found.warps
+            else:
+                blocks = found.grid[0] // 3
+                assert (blocks - 1) * found.pack < images <= blocks * found.pack
+                assert found.grid[1] == 1  # there is but one tile of queries to share out
+        if 17 < tokens <= 264:
+            assert choose_attention(shape, MULTIPROCESSORS, hopper, False, 17).grid == (2 * 3 * images, 1, 1)
+        whole = choose_attention(shape, MULTIPROCESSORS, hopper, False, tokens)
+        assert whole == choose_attention(shape, MULTIPROCESSORS, hopper, False)
+        assert images < 4096 or not whole.split
+    windows = Shape(images, tokens, 3 * width, 3, 1, windows=1)
+    assert way(choose_attention(windows, MULTIPROCESSORS, True, True, 1)) == "plain"
 
 
 @pytest.mark.parametrize(("tokens", "resident"), [(49, 4), (64, 4), (144, 3), (256, 2), (576, 3)])

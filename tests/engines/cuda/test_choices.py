@@ -67,7 +67,7 @@ def test_measured_tiles_are_those_of_the_whole_pass(
     """All rows at once, or chunks of a fifth of them."""
     monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: size)
     model = freeze()
-    plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=(*MEASURED.values(), *ALONE)))  # type: ignore[arg-type]
+    plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=(*MEASURED.values(), *ALONE)), all_tokens=True)  # type: ignore[arg-type]
     found = {(one.values["n"], one.values["k"], kind_of(one)): one for one in launches(plan) if "n" in one.values}
     rows = {one.values["m"] for one in launches(plan) if one.values.get("residual") is not None}
     assert rows == {size or ROWS}
@@ -88,7 +88,7 @@ def test_what_was_measured_of_as_many_rows_as_a_chunk_has_does_not_count(
     model = freeze()
 
     def cuts(*choices: Choice) -> list[dict[str, int]]:
-        plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=choices))  # type: ignore[arg-type]
+        plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=choices), all_tokens=True)  # type: ignore[arg-type]
         return [cut_of(one) for one in launches(plan)]
 
     of_chunk = [Choice(one.kind, CHUNK, one.n, one.k, False, one.tile) for one in (*MEASURED.values(), *ALONE)]

@@ -62,7 +62,7 @@ def make_launches(make_student: Callable[..., Any], small_vit: Callable[..., Any
     def make(name: str, width: int, side: int, multiprocessors: int, hopper: bool = False) -> list[Launch]:
         options = {"embed_dim": width, "num_heads": width // 64, "depth": 1, "patch_size": 2, "img_size": 2 * side}
         far = Far(multiprocessors, hopper)
-        engine = CudaEngine(qvit.freeze(make_student(small_vit(name, **options))), far)  # type: ignore[arg-type]
+        engine = CudaEngine(qvit.freeze(make_student(small_vit(name, **options))), far, all_tokens=True)  # type: ignore[arg-type]
         return engine.launches(1)
 
     return make
@@ -239,8 +239,27 @@ def test_two_bits_that_are_compared_compile(
     monkeypatch.setitem(tiles.MOST_HELD, True, 512 if holds else 0)
     options = {"embed_dim": 384, "num_heads": 6, "depth": 1, "patch_size": 2, "img_size": 28}
     model = qvit.freeze(make_student(small_vit("deit_small_patch16_224", **options), spec=ModelSpec.of_bits(2)))
-    engine = CudaEngine(model, Far(1, hopper=True))  # type: ignore[arg-type]
+    engine = CudaEngine(model, Far(1, hopper=True), all_tokens=True)  # type: ignore[arg-type]
     fc1 = next(one for one in engine.launches(2) if one.defines.get("RISING"))
     assert (fc1.defines["OUT_BITS"], fc1.defines["BITS"], fc1.defines["HELD"], fc1.defines["REST"]) == (1, 1, holds, holds)
     assert fc1.shared <= 227 * 1024
     assert compile_kernel("gemm_hopper", fc1.defines, "sm_90a").startswith(b"\x7fELF")
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize(("bits", "hopper"), [(4, False), (2, True)], ids=["few rows", "planes of bits"])
+def test_the_last_block_compiles(
+    bits: int, hopper: bool, make_student: Callable[..., Any], small_vit: Callable[..., Any]
+) -> None:
+    """Of two tokens of each of two images, which are gathered and scattered."""
+    options = {"embed_dim": 384, "num_heads": 6, "depth": 1, "patch_size": 2, "img_size": 28}
+    student = make_student(small_vit("deit_small_distilled_patch16_224", **options), spec=ModelSpec.of_bits(bits))
+    engine = CudaEngine(qvit.freeze(student), Far(1 if hopper else _MULTIPROCESSORS, hopper))  # type: ignore[arg-type]
+    launches = engine.launches(2)
+    first = next(i for i, one in enumerate(launches) if one.kernel == "attention")
+    attention, proj, norm, *_ = launches[first:]
+    assert (attention.defines["QUERIES"], attention.defines["SPLIT"], attention.defines["OUT_BITS"]) == (2, 1, int(hopper))
+    assert (proj.kernel, proj.defines["SCATTER"]) == ("gemm_hopper" if hopper else "gemm_few", 1)
+    assert (norm.kernel, norm.defines["GATHER"], norm.defines["OUT_BITS"]) == ("norm", 1, int(hopper))
+    for launch in (attention, proj, norm):
+        assert compile_kernel(launch.kernel, launch.defines, "sm_90a" if hopper else "sm_80").startswith(b"\x7fELF")

@@ -53,14 +53,16 @@ def check(model: IntegerModel, gpu: Any, count: int = 3, images_too: bool = True
     wanted: dict[str, torch.Tensor] = {}
     codes: dict[str, torch.Tensor] = {}
     logits = ReferenceEngine(model).forward(images, wanted)
-    engine = CudaEngine(model, gpu)
+    engine = CudaEngine(model, gpu, all_tokens=True)
     assert torch.equal(engine.forward(pixels, codes).cpu(), logits)
     assert wanted.keys() == codes.keys()
     for name in wanted:
         assert torch.equal(codes[name].cpu(), wanted[name]), name
-    for same in (pixels, images, images.double()) if images_too else (pixels,):
-        for _ in range(2):  # buffers are used again
-            assert torch.equal(engine.forward(same).cpu(), logits)
+    for same in (pixels, images, images.double()) if images_too else (pixels,):  # buffers are used again
+        assert torch.equal(engine.forward(same).cpu(), logits)
+    engine = CudaEngine(model, gpu)
+    for _ in range(2):
+        assert torch.equal(engine.forward(pixels).cpu(), logits)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -139,7 +141,7 @@ def test_rows_wider_than_a_warp_has_words(make_student: Factory, small_vit: Fact
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(2))))
     if gpu.device.type == "cpu":
         gpu.multiprocessors = 1
-        launches = CudaEngine(model, gpu).launches(20)
+        launches = CudaEngine(model, gpu, all_tokens=True).launches(20)
         norms = [one.defines for one in launches if one.kernel == "norm" and one.defines["CHANNELS"] == 1088]
         assert norms
         assert not any(one["OUT_BITS"] for one in norms)
@@ -164,7 +166,7 @@ def test_where_norms_are_computed(
     options = {"embed_dim": 128, "num_heads": 4, "depth": 1, "mlp_ratio": 0.5, "img_size": 16}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3))))
     if gpu.device.type == "cpu":
-        launches = CudaEngine(model, gpu).launches(27)
+        launches = CudaEngine(model, gpu, all_tokens=True).launches(27)
         assert any(one.defines.get("EPILOGUE") == 3 for one in launches) == (where == "behind")
         floats = [one.defines for one in launches if one.kernel == "gemm_hopper" and one.defines["EPILOGUE"] == 0]
         assert {(one["DIRECT"], one["STAGED"]) for one in floats if one["RESIDUAL"]} == {
@@ -182,7 +184,7 @@ def test_rows_that_registers_do_not_hold_whole_pass_through_shared_memory(
     options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 1.0, "img_size": 16}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
     if gpu.device.type == "cpu":
-        staged = [one.defines for one in CudaEngine(model, gpu).launches(33) if one.defines.get("STAGED")]
+        staged = [one.defines for one in CudaEngine(model, gpu, all_tokens=True).launches(33) if one.defines.get("STAGED")]
         assert [(one["POSITION"], one["RESIDUAL"], one["BITS"]) for one in staged] == [(1, 0, 0), *[(0, 1, int(bits == 2))] * 2]
     check(model, gpu, 33)
 
@@ -198,7 +200,7 @@ def test_the_longest_tables_pass_through_shared_memory(
     options = {"depth": 1, "mlp_ratio": 6.0, "img_size": 16}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
     if gpu.device.type == "cpu":
-        (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("CELLS"))
+        (fc1,) = (one for one in CudaEngine(model, gpu, all_tokens=True).launches(count) if one.defines.get("CELLS"))
         each = -(-5 * count // (64 * fc1.defines["kGroups"])) * -(-384 // fc1.defines["kBN"]) // fc1.grid[0]
         assert (fc1.defines["CELLS"], fc1.defines["COLUMN_STAGES"], each) == (128, 2, 4)
     check(model, gpu, count)
@@ -220,7 +222,7 @@ def test_heads_go_through_a_ring_on_hopper(
     options = {"embed_dim": 64 * heads, "num_heads": heads, "depth": 1, "patch_size": patch, "img_size": image}
     model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(bits))))
     count = 9 * max(1, gpu.multiprocessors // heads) + 1
-    (launch,) = (one for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
+    (launch,) = (one for one in CudaEngine(model, gpu, all_tokens=True).launches(count) if one.kernel == "attention")
     images = -(-count // max(1, gpu.multiprocessors // heads))
     assert 2 < launch.defines["RING"] < images
     assert launch.grid == (heads * -(-count // images), 1, 1)
@@ -228,7 +230,9 @@ def test_heads_go_through_a_ring_on_hopper(
     (block,) = model.blocks
     least = float(constants.AttentionConstants.of(block.attention, CPU).score_scale.min())
     monkeypatch.setattr(margins, "ULPS", 1e-6 * 2**24 * least / 600)
-    assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(count) if one.kernel == "attention")
+    assert all(
+        one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu, all_tokens=True).launches(count) if one.kernel == "attention"
+    )
     check(model, gpu, count, images_too=False)
 
 
@@ -244,9 +248,82 @@ def test_few_heads_share_keys_among_all_warps_of_a_block(
     if doubt:
         least = float(constants.AttentionConstants.of(model.blocks[0].attention, CPU).score_scale.min())
         monkeypatch.setattr(margins, "ULPS", min(1e-6 * 2**24 * least * doubt, 1.0))
-    (launch,) = (one for one in CudaEngine(model, gpu).launches(2) if one.kernel == "attention")
-    assert (launch.defines["SPLIT"], launch.defines["WARPS"], launch.grid[0]) == (1, 2, 4)
+    (launch,) = (one for one in CudaEngine(model, gpu, all_tokens=True).launches(2) if one.kernel == "attention")
+    assert (launch.defines["SPLIT"], launch.defines["WARPS"], launch.grid[0]) == (1, 2, 8 * options["num_heads"])
     check(model, gpu, 2)
+
+
+def heads_alone(model: IntegerModel, gpu: Any, count: int) -> list[Launch]:
+    """Launches of the last block from its attention to fc2, of those tokens alone that heads read."""
+    launches = CudaEngine(model, gpu).launches(count)
+    first = max(i for i, one in enumerate(launches) if one.kernel == "attention")
+    end = max(i for i, one in enumerate(launches) if one.defines.get("RESIDUAL") and not one.defines["HALVED"])
+    assert launches[first].defines["QUERIES"] == len(model.architecture.heads)
+    return launches[first : end + 1]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_last_block_of_two_heads(
+    bits: int, either: Any, make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    """Rows are gathered from and scattered to those of several images, but not of one; LayerScale.
+
+    Of the only block they are added to those of the embedding. Codes are seen of all tokens.
+    """
+    options = {"depth": 1, "img_size": 16, "init_values": 0.5} if bits == 2 else {"depth": 2, "img_size": 16}
+    student = make_student(small_vit("deit_tiny_distilled_patch16_224", **SMALL | options), spec=ModelSpec.of_bits(bits))
+    model = qvit.freeze(perturb(student))
+    for count in (3, 1):
+        scattered = {one.defines["SCATTER"] for one in heads_alone(model, either, count) if "SCATTER" in one.defines}
+        assert scattered == {int(count > 1)}
+        check(model, either, count, images_too=False)
+    pixels = pixels_for(model)
+    wanted: dict[str, torch.Tensor] = {}
+    codes: dict[str, torch.Tensor] = {}
+    logits = ReferenceEngine(model).forward(torch.from_numpy(model.preprocessing.normalise(pixels.numpy())), wanted)
+    assert torch.equal(CudaEngine(model, either).forward(pixels, codes).cpu(), logits)
+    assert wanted.keys() == codes.keys()
+    assert all(torch.equal(codes[name].cpu(), wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("bits", "residual", "scaled"), [(2, "float32", False), (2, "float16", True), (4, "float16", False), (4, "float32", True)]
+)
+def test_many_rows_of_the_last_block_on_hopper(
+    bits: int, residual: str, scaled: bool, make_student: Factory, small_vit: Factory, perturb: Factory
+) -> None:
+    """As many as have Hopper's own products, of bytes or as planes of bits: two tiles of rows, of which the second is not full.
+
+    Sums go through shared memory to rows that do not follow each other; with and without LayerScale.
+    """
+    gpu, count = open_gpu(hopper=True), 66
+    gpu.multiprocessors = 1
+    options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 1.0, "img_size": 16}
+    options |= {"init_values": 0.5} if scaled else {}
+    spec = ModelSpec.of_bits(bits, residual=residual)
+    model = qvit.freeze(perturb(make_student(small_vit("deit_tiny_distilled_patch16_224", **SMALL | options), spec=spec)))
+    attention, *behind = heads_alone(model, gpu, count)
+    assert (attention.defines["SPLIT"], attention.defines["OUT_BITS"]) == (1, int(bits == 2))
+    proj, norm, fc1, fc2 = (one.defines for one in behind)
+    assert (norm["GATHER"], norm["OUT_BITS"], norm["X_HALF"]) == (1, int(bits == 2), int(residual == "float16"))
+    assert (fc1["EPILOGUE"], fc1["BITS"], fc1["OUT_BITS"]) == (1, int(bits == 2), int(bits == 2))
+    for one in (proj, fc2):
+        assert (one["STAGED"], one["SCATTER"], one["GAMMA"], one["BITS"]) == (1, 1, int(scaled), int(bits == 2))
+        assert one["OUT_HALF"] == int(residual == "float16")
+    assert {one.values["m"] for one in behind if "m" in one.values} == {2 * count}
+    check(model, gpu, count, images_too=False)
+
+
+def test_the_last_block_of_long_sequences(make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    """Of 325 tokens, whose scores are computed thrice, one asks; of two images, whose rows follow each other."""
+    gpu = open_gpu(hopper=False)
+    options = {"embed_dim": 64, "num_heads": 1, "patch_size": 4, "img_size": 72, "depth": 1}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3))))
+    attention, *_ = heads_alone(model, gpu, 2)
+    assert (attention.defines["LONG"], attention.defines["SPLIT"], attention.grid[1]) == (1, 0, 1)
+    pixels = pixels_for(model, 2)
+    logits = ReferenceEngine(model).forward(torch.from_numpy(model.preprocessing.normalise(pixels.numpy())))
+    assert torch.equal(CudaEngine(model, gpu).forward(pixels).cpu(), logits)
 
 
 @pytest.mark.parametrize(("rows", "columns", "spread"), [(32, (96,), True), (16, (32,), False)])
@@ -271,7 +348,7 @@ def test_tiles_of_few_rows(
     try:
         options = {"embed_dim": 96, "num_heads": 3, "depth": 1, "mlp_ratio": 1.5, "num_classes": 8, "init_values": 1e-2}
         model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
-        few = [one.defines for one in CudaEngine(model, gpu).launches(2) if one.kernel == "gemm_few"]
+        few = [one.defines for one in CudaEngine(model, gpu, all_tokens=True).launches(2) if one.kernel == "gemm_few"]
         assert {(one["kBM"], one["SPREAD"]) for one in few} == {(rows, int(spread))}
         assert {one["NORM"] for one in few} == {0, 1}
         assert {one["kRounds"] > 1 for one in few} == {False, True}
@@ -285,10 +362,11 @@ def test_two_bits_are_multiplied_as_planes_on_hopper(make_student: Factory, smal
     gpu = open_gpu(hopper=True)
     for bits in (2, 3):
         model = qvit.freeze(make_student(small_vit(**SMALL), spec=ModelSpec.of_bits(bits)))
-        launches = CudaEngine(model, gpu).launches(2048 if gpu.device.type == "cuda" else 48)
+        launches = CudaEngine(model, gpu, all_tokens=True).launches(2048 if gpu.device.type == "cuda" else 48)
         used = {launch.defines["BITS"] for launch in launches if launch.kernel == "gemm_hopper"}
         assert (1 in used) == (bits == 2)
-        assert all(not launch.defines.get("BITS") for launch in CudaEngine(model, gpu, one_bit=False).launches(48))
+        bytes_alone = CudaEngine(model, gpu, one_bit=False, all_tokens=True).launches(48)
+        assert all(not launch.defines.get("BITS") for launch in bytes_alone)
         assert {launch.defines["OUT_BITS"] for launch in launches if launch.kernel == "attention"} == {int(bits == 2)}
 
 
@@ -329,7 +407,7 @@ def test_two_bits_behind_an_activation_are_compared_on_hopper(
         object.__setattr__(reads, "scale", np.full_like(reads.scale, step))
         object.__setattr__(reads, "offset", np.full_like(reads.scale, -0.17))
     count = 39 if gpu.device.type == "cpu" else 3500
-    (fc1,) = (one for one in CudaEngine(model, gpu).launches(count) if one.defines.get("EPILOGUE") == 1)
+    (fc1,) = (one for one in CudaEngine(model, gpu, all_tokens=True).launches(count) if one.defines.get("EPILOGUE") == 1)
     assert (fc1.kernel, fc1.defines["OUT_BITS"], fc1.defines["kBN"]) == ("gemm_hopper", 1, columns)
     assert (fc1.defines["RISING"], fc1.defines["FALLING"]) == counts
     assert (fc1.defines["CELLS"] > 0) == (counts == (0, 0))
@@ -340,7 +418,7 @@ def test_two_bits_behind_an_activation_are_compared_on_hopper(
 def test_products_read_no_rows_beyond_their_buffers(make_student: Factory, small_vit: Factory) -> None:
     """Tiles of 192 rows too, the last of which may begin at any multiple of 64."""
     model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1, "img_size": 16}), spec=ModelSpec.of_bits(4)))
-    launches = CudaEngine(model, Emulated(hopper=True)).launches(40)  # 200 rows
+    launches = CudaEngine(model, Emulated(hopper=True), all_tokens=True).launches(40)  # 200 rows
     products = [one for one in launches if one.kernel == "gemm_hopper"]
     assert any(one.defines["kGroups"] == 3 for one in products)
     for one in products:
@@ -367,7 +445,9 @@ def test_where_many_boundaries_of_the_map_are_next_to_a_score(
     model = qvit.freeze(student)
     least = min(float(constants.AttentionConstants.of(block.attention, CPU).score_scale.min()) for block in model.blocks)
     monkeypatch.setattr(margins, "ULPS", 1e-6 * 2**24 * least / 600)
-    assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(1) if one.kernel == "attention")
+    assert all(
+        one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu, all_tokens=True).launches(1) if one.kernel == "attention"
+    )
     check(model, gpu)
 
 
@@ -380,7 +460,9 @@ def test_boundaries_are_checked_where_scores_are_close_together(
     for block in model.blocks:
         least = float(constants.AttentionConstants.of(block.attention, CPU).score_scale[: block.attention.heads].min())
         object.__setattr__(block.attention, "factor", block.attention.factor * 3e-4 / least)
-    assert all(one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu).launches(1) if one.kernel == "attention")
+    assert all(
+        one.defines["ROW_CHECK"] for one in CudaEngine(model, gpu, all_tokens=True).launches(1) if one.kernel == "attention"
+    )
     check(model, gpu)
 
 
@@ -464,7 +546,7 @@ def test_more_tokens_than_attention_has_room_for(make_student: Factory, small_vi
     model = qvit.freeze(make_student(small_vit(**SMALL | {"depth": 1, "img_size": 72, "patch_size": 4})))  # 325 tokens
     gpu = Emulated()
     gpu.most_shared = 352 * (2 * 32 + 4)
-    (launch,) = (one for one in CudaEngine(model, gpu).launches(1) if one.kernel == "attention")
+    (launch,) = (one for one in CudaEngine(model, gpu, all_tokens=True).launches(1) if one.kernel == "attention")
     assert (launch.shared, launch.defines["HEAD_DIM"]) == (gpu.most_shared, 32)
     gpu.most_shared -= 1
     with pytest.raises(UnsupportedModelError) as caught:

@@ -49,7 +49,7 @@ def small(make_student: Factory, small_vit: Factory, perturb: Factory) -> Callab
 
 def between(model: IntegerModel, gpu: Any, count: int) -> tuple[list[Defines], list[Defines]]:
     """Constants of the launches that write codes two a byte, and of those that read them."""
-    all_of = [dict(one.defines) for one in CudaEngine(model, gpu).launches(count)]
+    all_of = [dict(one.defines) for one in CudaEngine(model, gpu, all_tokens=True).launches(count)]
     return [one for one in all_of if one.get("OUT_NIBBLES")], [one for one in all_of if one.get("A_NIBBLES")]
 
 
@@ -86,7 +86,11 @@ def test_rows_stay_for_wide_tiles(gpu: Any, small: Callable[..., IntegerModel]) 
     model = small(384, 4, 768)
     (fc2,) = check_packed(model, gpu, 27)
     assert (fc2["kBN"], fc2["RESIDENT"], fc2["kStages"], fc2["kSlots"]) == (192, 1, 3, 2)
-    (proj,) = (one for one in CudaEngine(model, gpu).launches(27) if one.defines.get("DEPTH") == 384 and one.values["n"] == 384)
+    (proj,) = (
+        one
+        for one in CudaEngine(model, gpu, all_tokens=True).launches(27)
+        if one.defines.get("DEPTH") == 384 and one.values["n"] == 384
+    )
     assert (proj.defines["kStages"], proj.defines["RESIDENT"], proj.defines["A_NIBBLES"]) == (3, 1, 0)
 
 
@@ -127,6 +131,28 @@ def test_chunks_of_rows(gpu: Any, small: Callable[..., IntegerModel], monkeypatc
     monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 128)
     gpu.multiprocessors = 1
     check_packed(small(128, 4, 256), gpu, 66, launches=3)
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "depth", "count", "reads"),
+    [
+        (2, 2, 27, [0]),  # 27 rows in place of 135
+        (1, 1, 66, [1]),  # to rows that do not follow each other
+    ],
+    ids=["bytes in the last block alone", "packed"],
+)
+def test_the_last_block(
+    multiprocessors: int, depth: int, count: int, reads: list[int], gpu: Any, small: Callable[..., IntegerModel]
+) -> None:
+    """Whether few rows know how is asked for the tokens that heads read."""
+    gpu.multiprocessors = multiprocessors
+    model = small(128, 4, 256, depth=depth)
+    launches = CudaEngine(model, gpu).launches(count)
+    (*blocks, last) = (one for one in launches if "n" in one.values and (one.values["n"], one.values["k"]) == (128, 256))
+    assert [one.defines["A_NIBBLES"] for one in blocks] == [1] * (depth - 1)
+    assert [last.defines["A_NIBBLES"]] == reads
+    assert (last.values["m"], last.defines["SCATTER"]) == (count, 1)
+    check(model, gpu, count, images_too=False)
 
 
 @pytest.mark.parametrize(

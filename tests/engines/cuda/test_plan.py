@@ -21,6 +21,7 @@ from tests.engines.cuda.emulator import Emulated
 
 Factory = Callable[..., Any]
 SMALL = cases.SMALL | {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8, "depth": 3}  # 10 tokens
+DISTILLED = "deit_tiny_distilled_patch16_224"
 
 
 @pytest.fixture
@@ -34,6 +35,17 @@ def launches_of(model: IntegerModel, batch: int, hopper: bool, **options: Any) -
     gpu = Emulated(hopper)
     gpu.multiprocessors = 4
     return CudaEngine(model, gpu, **options).launches(batch)
+
+
+def rows_of(launch: Launch) -> int:
+    return launch.values["rows"] if launch.kernel == "norm" else launch.values["m"]
+
+
+def parts_of(launches: list[Launch]) -> tuple[list[Launch], list[Launch], list[Launch]]:
+    """What comes before the last attention, from there to fc2, and behind that: the heads."""
+    first = max(i for i, one in enumerate(launches) if one.kernel == "attention")
+    end = 1 + max(i for i, one in enumerate(launches) if "n" in one.values and one.values["k"] == 256)
+    return launches[:first], launches[first:end], launches[end:]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,7 @@ def named(values: Mapping[str, Any], fields: type) -> None:
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("batch", [1, 600])
 def test_kernels_know_what_they_are_told(bits: int, batch: int, hopper: bool, freeze: Callable[..., IntegerModel]) -> None:
-    launches = launches_of(freeze(bits=bits, depth=1, init_values=0.1), batch, hopper)
+    launches = launches_of(freeze(bits=bits, depth=2, init_values=0.1), batch, hopper)
     for launch in launches:
         named(launch.values, ARGUMENTS[launch.kernel])
         assert all(isinstance(value, int) for value in launch.defines.values())
@@ -83,7 +95,7 @@ def test_every_tile_of_every_product_has_a_block(freeze: Callable[..., IntegerMo
     seen = Counter()
     for hopper in (False, True):
         for batch in (1, 23, 600):
-            for launch in launches_of(freeze(depth=1), batch, hopper):
+            for launch in launches_of(freeze(depth=2), batch, hopper):
                 if launch.kernel not in ("gemm", "gemm_few"):
                     continue
                 of, values = launch.defines, launch.values
@@ -96,7 +108,7 @@ def test_every_tile_of_every_product_has_a_block(freeze: Callable[..., IntegerMo
 @pytest.mark.parametrize("hopper", [False, True])
 def test_the_last_launch_writes_the_logits(hopper: bool, freeze: Callable[..., IntegerModel]) -> None:
     """With two heads the second adds its half to the first's."""
-    launches = launches_of(freeze("deit_tiny_distilled_patch16_224", depth=1), 3, hopper)
+    launches = launches_of(freeze(DISTILLED, depth=1), 3, hopper)
     first, last = [one for one in launches if one.values.get("n") == SMALL["num_classes"]]
     assert launches[-1] is last
     assert first.values["out"].shape == (3, SMALL["num_classes"])
@@ -104,9 +116,89 @@ def test_the_last_launch_writes_the_logits(hopper: bool, freeze: Callable[..., I
     assert (first.defines["HALVED"], last.defines["HALVED"]) == (0, 1)
 
 
+@pytest.mark.parametrize(("name", "heads"), [("vit_tiny_patch16_224", 1), (DISTILLED, 2)])
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("batch", [3, 600])
+def test_the_last_block_computes_what_heads_read(
+    batch: int, hopper: bool, name: str, heads: int, freeze: Callable[..., IntegerModel]
+) -> None:
+    """Of its attention too only these tokens ask; behind it their rows are one after another, but not in the stream."""
+    tokens = 9 + heads
+    launches = launches_of(freeze(name), batch, hopper)
+    queries = [one.defines["QUERIES"] for one in launches if one.kernel == "attention"]
+    assert queries == [tokens, tokens, heads]
+    before, (attention, *behind), heads_alone = parts_of(launches)
+    assert (attention.defines["SPLIT"], attention.defines["TOKENS"]) == (1, tokens)
+    assert attention.grid == (2 * batch, 1, 1)  # two heads of attention
+    assert [one.defines.get("EPILOGUE", one.kernel) for one in behind] == [0, "norm", 1, 0]
+    assert {rows_of(one) for one in behind} == {heads * batch}
+    stream = torch.arange(batch * tokens).reshape(batch, tokens)
+    proj, norm, _, fc2 = behind
+    for one in (proj, norm, fc2):
+        assert torch.equal(one.values["index"], stream[:, :heads].reshape(-1).int())
+    assert proj.values["residual"] is fc2.values["residual"] is fc2.values["out"]
+    assert norm.values["x"].data_ptr() == proj.values["out"].data_ptr() == fc2.values["out"].data_ptr()
+    assert {rows_of(one) for one in heads_alone} == {batch}
+    fc1s = [one.values["m"] for one in before if one.values.get("n") == 256]
+    assert sum(fc1s) == 2 * batch * tokens  # of the other two blocks, in chunks of rows
+
+
+@pytest.mark.parametrize(("name", "heads"), [("vit_tiny_patch16_224", 1), (DISTILLED, 2)])
+@pytest.mark.parametrize("hopper", [False, True])
+def test_tokens_that_heads_read_of_one_image_lie_one_behind_the_other(
+    hopper: bool, name: str, heads: int, freeze: Callable[..., IntegerModel]
+) -> None:
+    """Nothing is gathered or scattered, and every norm is within the product that reads its codes."""
+    launches = launches_of(freeze(name), 1, hopper)
+    _, (attention, *behind), _ = parts_of(launches)
+    assert (attention.defines["QUERIES"], attention.defines["SPLIT"], attention.grid) == (heads, 1, (2, 1, 1))
+    assert [(one.kernel, one.defines["NORM"], one.values["m"]) for one in behind] == [("gemm_few", x, heads) for x in (0, 1, 0)]
+    assert len(launches) == 2 + 3 * 5 + heads
+    assert all(one.values.get("index") is None and not one.defines.get("SCATTER") for one in launches)
+
+
+@pytest.mark.parametrize("batch", [1, 600])
+def test_where_all_tokens_are_computed_to_the_end(
+    batch: int, freeze: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where heads read an average of them, and where they are wanted."""
+    monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 0)
+    blocks = []
+    for pool, options in (("avg", {}), ("avg", {"all_tokens": True}), ("token", {"all_tokens": True}), ("token", {})):
+        launches = launches_of(freeze(global_pool=pool), batch, True, **options)
+        _, block, _ = parts_of(launches)
+        blocks.append([(one.kernel, one.defines, one.grid) for one in block])
+        alone = (pool, options) == ("token", {})
+        assert [one.defines["QUERIES"] for one in launches if one.kernel == "attention"] == [10, 10, 1 if alone else 10]
+        assert {rows_of(one) for one in block[1:]} == {batch if alone else 10 * batch}
+    assert blocks[0] == blocks[1] == blocks[2] != blocks[3]
+
+
+class Recording(Emulated):
+    """Notes of each attention how many tokens ask and whether its map is shown, and computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+
+    def launch(self, launch: Launch, behind: bool = False) -> None:
+        if launch.kernel == "attention":
+            self.seen.append((launch.defines["QUERIES"], launch.defines["SHOW"]))
+
+
+def test_codes_to_be_seen_are_of_all_tokens_and_logits_of_the_plan_as_it_is(freeze: Callable[..., IntegerModel]) -> None:
+    gpu = Recording()
+    codes: dict[str, torch.Tensor] = {}
+    engine = CudaEngine(freeze(depth=2), gpu)
+    engine.forward(torch.zeros(2, 3, 24, 24, dtype=torch.uint8), codes)
+    assert gpu.seen == [(10, 1), (10, 1), (10, 0), (1, 0)]
+    assert codes["blocks.1.mlp.fc2.input"].shape == (2, 10, 256)
+    assert codes["blocks.1.attn.map"].shape == (2, 2, 10, 10)
+
+
 def test_planes_go_from_one_launch_to_the_next_as_such(freeze: Callable[..., IntegerModel]) -> None:
     """What writes codes writes planes exactly where what reads them multiplies planes."""
-    launches = launches_of(freeze(bits=2, depth=1), 600, True)
+    launches = launches_of(freeze(bits=2, depth=2), 600, True)
     writers = {}
     for launch in launches:
         values, of = launch.values, launch.defines
@@ -119,7 +211,7 @@ def test_planes_go_from_one_launch_to_the_next_as_such(freeze: Callable[..., Int
             if launch.kernel != "pixels" and isinstance(values.get(name), torch.Tensor) and values[name].dtype == torch.uint8:
                 writers[values[name].data_ptr()] = launch
     assert {one.defines["BITS"] for one in launches if one.kernel == "gemm_hopper"} == {0, 1}
-    assert not any(one.defines.get("BITS") for one in launches_of(freeze(bits=2, depth=1), 600, True, one_bit=False))
+    assert not any(one.defines.get("BITS") for one in launches_of(freeze(bits=2, depth=2), 600, True, one_bit=False))
 
 
 class Watching(Emulated):
@@ -145,4 +237,4 @@ def test_pixels_are_read_in_pieces_as_large_as_they_lie_and_divide_a_row(freeze:
             assert view.is_contiguous()
             engine.forward(view)
             engine.forward(view, {})
-        assert gpu.seen == [(0, unit)] * 6
+        assert gpu.seen == [(0, unit)] * 9  # a pass of its own shows codes

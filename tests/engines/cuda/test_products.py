@@ -63,7 +63,7 @@ def test_rows_of_fc1_are_held_where_they_stay(
     monkeypatch.setattr(plan_vit, "chunk_rows", lambda *_: 0)
     choice = Choice("codes", ROWS, HIDDEN, WIDTH, False, HopperTile(1, 128, 2, keeps_rows=stays))
     model = freeze()
-    plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=(choice,)))  # type: ignore[arg-type]
+    plan = VitPlan(model, ModelConstants.of(model, CPU), IMAGES, Known(choices=(choice,)), all_tokens=True)  # type: ignore[arg-type]
     made = [one.defines for one in launches(plan) if kind_of(one) == "activation"]
     assert made
     assert {(one["RESIDENT"], one["HELD"]) for one in made} == {(int(stays), int(stays))}

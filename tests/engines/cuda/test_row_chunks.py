@@ -62,7 +62,7 @@ def in_chunks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def within_blocks(model: IntegerModel, gpu: Any, count: int = COUNT) -> list[tuple[str, int]]:
     """What is launched over rows between one attention and the next: what leaves it, and how many rows."""
     kinds = {0: "floats", 1: "activation", 2: "heads", 3: "floats and codes"}
-    launches = CudaEngine(model, gpu).launches(count)
+    launches = CudaEngine(model, gpu, all_tokens=True).launches(count)
     (first, second) = (i for i, one in enumerate(launches) if one.kernel == "attention")
     return [(kinds.get(one.defines.get("EPILOGUE", -1), one.kernel), rows_of(one)) for one in launches[first + 1 : second]]
 
@@ -89,7 +89,7 @@ def test_same_codes_and_logits(
     in_chunks_of(size, monkeypatch)
     gpu = open_gpu(hopper=True)
     model = qvit.freeze(perturb(small(make_student, small_vit, bits, width)))
-    launches = [one for one in CudaEngine(model, gpu).launches(count) if one.kernel in PRODUCTS]
+    launches = [one for one in CudaEngine(model, gpu, all_tokens=True).launches(count) if one.kernel in PRODUCTS]
     parts = [one.defines for one in launches if rows_of(one) == size]
     assert parts
     if gpu.device.type == "cpu":
@@ -108,11 +108,12 @@ def test_launches_take_turns(
     whole = [*((name, 330) for name in names), ("heads", 330)]
     in_chunks_of(0, monkeypatch)
     assert within_blocks(model, gpu) == whole
-    last = CudaEngine(model, gpu).launches(COUNT)[-1]
+    last = CudaEngine(model, gpu, all_tokens=True).launches(COUNT)[-1]
     assert last.defines["NORM"] == 1
     in_chunks_of(128, monkeypatch)
     assert within_blocks(model, gpu) == [*((name, rows) for rows in (128, 128, 74) for name in names), whole[-1]]
-    assert CudaEngine(model, gpu).launches(COUNT)[-1].code == last.code  # with the norm in front, as without chunks
+    in_chunks = CudaEngine(model, gpu, all_tokens=True).launches(COUNT)[-1]
+    assert in_chunks.code == last.code  # with the norm in front, as without chunks
     in_chunks_of(512, monkeypatch)  # one chunk
     assert within_blocks(model, gpu) == whole
 

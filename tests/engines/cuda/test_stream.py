@@ -40,7 +40,7 @@ def model_of(make_student: Factory, small_vit: Factory, perturb: Factory) -> Cal
 
 
 def defines_of(model: IntegerModel, gpu: Any, count: int) -> list[dict[str, Any]]:
-    return [{"kernel": one.kernel, **one.defines} for one in CudaEngine(model, gpu).launches(count)]
+    return [{"kernel": one.kernel, **one.defines} for one in CudaEngine(model, gpu, all_tokens=True).launches(count)]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_plans_take_them(
 
     def used(*choices: Choice) -> list[tuple[str, int, int]]:
         gpu.tuned = Tuned(choices)
-        launches = CudaEngine(model, gpu).launches(700)
+        launches = CudaEngine(model, gpu, all_tokens=True).launches(700)
         return [(one.kernel, one.defines["BITS"], one.defines["kBN"]) for one in launches if one.kernel == "gemm_hopper"]
 
     rows = 700 * 10
@@ -80,7 +80,7 @@ def test_plans_take_them(
     for widest, proj, fused in ((64, None, 1), (64, whole_rows, 3), (0, None, 0), (0, whole_rows, 2)):
         monkeypatch.setattr(tiles, "WIDEST_NORM_BEHIND", widest)
         gpu.tuned = Tuned([Choice("rows", rows, 64, 64, True, proj)])
-        launches = CudaEngine(model, gpu).launches(700)
+        launches = CudaEngine(model, gpu, all_tokens=True).launches(700)
         assert sum(one.defines.get("EPILOGUE") == 3 for one in launches) == fused
 
 
@@ -106,7 +106,7 @@ def test_plans_take_those_of_their_stream(
 
     def launches(*choices: Choice) -> list[Any]:
         gpu.tuned = Tuned(choices)
-        return [(one.kernel, one.grid, one.defines) for one in CudaEngine(model, gpu).launches(700)]
+        return [(one.kernel, one.grid, one.defines) for one in CudaEngine(model, gpu, all_tokens=True).launches(700)]
 
     alone = tuple(Choice("rows", rows, 64, k, True, None, half=half) for k in (64, 256))
     floats = HopperTile(1, 64, 2, bits=True, piece=16, slots=1)

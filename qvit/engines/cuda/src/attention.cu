@@ -8,7 +8,7 @@
 //
 // How the work is shared out (`attention_blocks.py` chooses):
 //
-//     SPLIT    few heads: a block has 16 queries, each of its warps 32 of the keys
+//     SPLIT    few heads, or few QUERIES of each: a block has 16 queries, each of its warps 32 of the keys
 //     RING     many heads, on Hopper: one block a multiprocessor, RING heads in shared memory; a warp has 16 queries of any of them
 //     else     a block has one head of p.pack images, one after another, with k and v of two in shared memory
 //
@@ -27,7 +27,8 @@ extern "C"
 __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT AttentionArgs p) {
     QVIT_SHARED(memory);
 #if SPLIT
-    const int part = blockIdx.x, of_image = blockIdx.y % p.heads, image_of = blockIdx.y / p.heads;
+    const unsigned part = blockIdx.x % kQueryTiles, of_all = blockIdx.x / kQueryTiles;
+    const int of_image = of_all % p.heads, image_of = of_all / p.heads;
     const Head head = {memory,
                        memory + kBytes,
                        nullptr,
@@ -36,11 +37,11 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
                        nullptr,
                        image_of,
                        of_image,
-                       static_cast<size_t>(blockIdx.y) * TOKENS,
+                       static_cast<size_t>(of_all) * TOKENS,
                        p.score_scale[of_image],
                        p.map_scale[of_image],
                        reinterpret_cast<const float*>(memory + kGainsAt)};
-    const Rows rows = {p, head, 16 * part, static_cast<int>(threadIdx.x % 32)};
+    const Rows rows = {p, head, static_cast<int>(16 * part), static_cast<int>(threadIdx.x % 32)};
     const Split split = {p, memory, rows, static_cast<int>(threadIdx.x / 32), rows.lane};
     split.begin();
     await_former_kernel();
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, BLOCKS) kernel(const QVIT_CONSTANT A
         const int tile = round + warp, next = tile + WARPS * gridDim.y;
         const Head head = head_at(tile), next_head = head_at(next);
         const Rows rows = rows_of(tile, head), next_rows = rows_of(next, next_head);
-        if (tile >= count * kRound || rows.query0 >= TOKENS) {
+        if (tile >= count * kRound || rows.query0 >= QUERIES) {
             next_rows.load_q(q);
             continue;
         }

@@ -12,7 +12,7 @@ struct AttentionArgs {
     const int8_t* q;           // codes [B, H, N, D]; Q_DOUBLED: 2 c + 1
     const int8_t* k;           // the same
     const uint8_t* v;          // the same; signed or not: V_SIGNED
-    uint8_t* out;              // codes [B N, H D] of proj's input, ldo tiles a row
+    uint8_t* out;              // codes [B QUERIES, H D] of proj's input, ldo tiles a row
     uint8_t* map;              // SHOW: codes [B, H, N, N]
     const float* score_scale;  // [H]: scale_q * factor * scale_k, halved where whole numbers are doubled
     const float* map_scale;    // [H]
@@ -36,7 +36,7 @@ constexpr int kThreads = 32 * WARPS;
 constexpr bool kHoldsBias = BIAS && TOKENS <= 64;          // in shared memory
 constexpr int kGroups = (TOKENS + 31) / 32;                // of 32 keys, a step of the second product
 constexpr int kPairs = (TOKENS + 15) / 16;                 // of tiles of 8 keys
-constexpr int kQueryTiles = (TOKENS + 15) / 16;
+constexpr int kQueryTiles = (QUERIES + 15) / 16;           // of the first QUERIES tokens, the only ones that ask
 constexpr int kSteps = HEAD_DIM / 32;                      // of the first product
 constexpr int kColumns = HEAD_DIM / 16;                    // pieces of 16 of a head's channels
 constexpr int kBytes = 32 * kGroups * HEAD_DIM;            // of k or v in shared memory

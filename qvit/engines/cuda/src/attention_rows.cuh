@@ -11,11 +11,11 @@ struct Rows {
     __device__ __forceinline__ int query(int half) const { return query_of(lane, half); }
     __device__ __forceinline__ int query_of(int of_lane, int half) const { return query0 + of_lane / 4 + 8 * half; }
     __device__ __forceinline__ const int8_t* q_of(int query) const {
-        const int row = query < TOKENS ? query : TOKENS - 1;
+        const int row = query < QUERIES ? query : QUERIES - 1;
         return RING ? reinterpret_cast<const int8_t*>(head.queries) + row * HEAD_DIM : p.q + (head.first + row) * HEAD_DIM;
     }
     __device__ __forceinline__ Place place(int query) const {
-        const int row = query < TOKENS ? query : TOKENS - 1;
+        const int row = query < QUERIES ? query : QUERIES - 1;
         return {BIAS ? head.bias + row * kBiasLine : nullptr, head.regions, MASK ? head.regions[row] : 0};
     }
 
@@ -69,7 +69,7 @@ struct Rows {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const int key = 16 * pair + i / 2 * 8 + 2 * (lane % 4) + i % 2;
-                if (key < TOKENS && query(half) < TOKENS) {
+                if (key < TOKENS && query(half) < QUERIES) {
                     p.map[(static_cast<size_t>(head.image * p.heads + head.index) * TOKENS + query(half)) * TOKENS + key] =
                         static_cast<uint8_t>((half ? words.row8 : words.row) >> (8 * i));
                 }

@@ -187,7 +187,7 @@ struct Values {
         unsigned column;
     };
     __device__ __forceinline__ static Line line_of(const Rows& rows, int half, int column) {
-        const unsigned row = rows.head.image * TOKENS + min(rows.query(half), TOKENS - 1);
+        const unsigned row = rows.head.image * QUERIES + min(rows.query(half), QUERIES - 1);
         return {rows.p.out + static_cast<size_t>(row / kTileRows) * static_cast<unsigned>(rows.p.ldo * kTileBytes) +
                     (column / kChunk * kTileBytes + row % kTileRows * kChunk),
                 (column ^ row % 8 * 16) % kChunk};
