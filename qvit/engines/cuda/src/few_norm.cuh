@@ -26,24 +26,12 @@ __device__ __noinline__ inline void codes_again(const NormArgs& p, const Source*
                                                 unsigned char* codes) {
     float x[kLanes];
     load_row([&](int c) { return row + c; }, lane, x);
-    // Sums of differences from what is nearly the mean: the square of theirs is too small to take digits from the variance, so
-    // both can be added up at once.
-    double sum = 0.0, squares = 0.0;
-#pragma unroll
-    for (int i = 0; i < kLanes; i++) {
-        const double d = channel(i, lane) < CHANNELS ? static_cast<double>(x[i]) - static_cast<double>(near) : 0.0;
-        sum += d;
-        squares = fma(d, d, squares);
-    }
-    add_both<32>(sum, squares);
-    const double beside = sum * (1.0 / CHANNELS);
-    const Moments of = {static_cast<double>(near) + beside, rsqrt(squares * (1.0 / CHANNELS) - beside * beside + p.eps)};
+    const Moments of = moments_near<CHANNELS>(x, near, p.eps, [&](int i) { return channel(i, lane) < CHANNELS; });
 #pragma unroll 1
     while (doubts != 0) {
         const int c = channel(__ffs(static_cast<int>(doubts)) - 1, lane);
         doubts &= doubts - 1;
-        codes[code_in_line(c)] =
-            static_cast<unsigned char>(exact_code(exact_value(p, of, value_of(row[c]), c), p.offset[c], p.step[c], p.low, p.high));
+        codes[code_in_line(c)] = static_cast<unsigned char>(exact_code_at(p, of, value_of(row[c]), c));
     }
 }
 

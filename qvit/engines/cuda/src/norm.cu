@@ -12,14 +12,14 @@ constexpr int kVector = CHANNELS % 128 == 0 ? 4 : OUT_BITS ? 1 : CHANNELS % 64 =
 
 #include "norm_places.cuh"
 
-__device__ __forceinline__ void load(const NormArgs& p, long long row, int lane, float (&x)[kLanes]) {
+// Where a value of a row is.
+__device__ __forceinline__ const Source* source_of(const NormArgs& p, long long row, int c) {
 #if GATHER
     constexpr int kPiece = CHANNELS / GATHER;
     static_assert(CHANNELS % GATHER == 0 && kPiece % kVector == 0, "a lane's neighbours lie in one row");
-    load_row([&](int c) { return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece; }, lane, x);
+    return p.x + static_cast<size_t>(p.index[row * GATHER + c / kPiece]) * p.ldx + c % kPiece;
 #else
-    const Source* const from = p.x + row * p.ldx;
-    load_row([&](int c) { return from + c; }, lane, x);
+    return p.x + row * p.ldx + c;
 #endif
 }
 
@@ -114,22 +114,37 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
 #endif
 }
 
+// The codes in doubt of a row, as they are defined. There is one in every tenth or fiftieth row, and others wait for it: so little
+// code as can be, which is seldom at hand.
+__device__ __forceinline__ void decide(const NormArgs& p, const float (&x)[kLanes], long long row, int lane, RowPlaces& of) {
+    const Moments moments = moments_near<CHANNELS>(x, of.mean, p.eps, [&](int i) { return channel(i, lane) < CHANNELS; });
+#pragma unroll
+    for (int first = 0; first < kLanes; first += 32) {
+        uint32_t doubts = 0;  // a bit for each of the lane's next values
+#pragma unroll
+        for (int i = first; i < kLanes && i < first + 32; i++) {
+            const bool there = CHANNELS % 32 == 0 || channel(i, lane) < CHANNELS;
+            doubts |= static_cast<uint32_t>(there && of.doubts(i)) << (i - first);
+        }
+#pragma unroll 1
+        while (doubts != 0) {
+            const int which = first + __ffs(static_cast<int>(doubts)) - 1, c = channel(which, lane);
+            doubts &= doubts - 1;
+            const int code = exact_code_at(p, moments, value_of(*source_of(p, row, c)), c) - code_of(p.low);
+#pragma unroll
+            for (int i = first; i < kLanes && i < first + 32; i++) {
+                of.u[i] = i == which ? static_cast<uint32_t>(code) << 16 : of.u[i];
+            }
+        }
+    }
+}
+
 template <class Gain, class Shift>
 __device__ __forceinline__ void write(const NormArgs& p, const float (&x)[kLanes], long long row, int lane, const Gain& gain,
                                       const Shift& shift) {
     RowPlaces of = places_of(p, x, gain, shift, lane);
     if (__any_sync(kAll, of.close)) {
-        const Moments moments = exact_moments(x, lane, p.eps);
-        if (of.close) {
-#pragma unroll
-            for (int i = 0; i < kLanes; i++) {
-                const int c = channel(i, lane);
-                if (c < CHANNELS && of.doubts(i)) {
-                    const int code = exact_code(exact_value(p, moments, x[i], c), p.offset[c], p.step[c], p.low, p.high);
-                    of.u[i] = static_cast<uint32_t>(code - code_of(p.low)) << 16;
-                }
-            }
-        }
+        decide(p, x, row, lane, of);
     }
     store_codes(p, of.u, row, lane);
 }
@@ -155,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) kernel(const NormArgs p) {
         return;
     }
     float x[kLanes];
-    load(p, row, lane, x);
+    load_row([&](int c) { return source_of(p, row, c); }, lane, x);
 #if IDENTITY || OUT_FLOAT
     write(p, x, row, lane);
 #else

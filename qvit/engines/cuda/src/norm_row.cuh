@@ -55,3 +55,6 @@ __device__ __forceinline__ float exact_value(const NormArgs& p, const Moments& o
     const double z = (static_cast<double>(x) - of.mean) * of.rstd;
     return __double2float_rn(z * static_cast<double>(p.weight[c]) + static_cast<double>(p.bias[c]));
 }
+__device__ __forceinline__ int exact_code_at(const NormArgs& p, const Moments& of, float x, int c) {
+    return exact_code(exact_value(p, of, x, c), p.offset[c], p.step[c], p.low, p.high);
+}
