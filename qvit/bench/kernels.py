@@ -119,7 +119,7 @@ def work_of(launch: Launch) -> Work:
 
 def _gemm(launch: Launch) -> Work:
     values = launch.values
-    m, n, k = values["m"], values["n"], values["k"]
+    m, n, k = values["m"], values["n"] - launch.defines.get("FIRST", 0), values["k"]
     bits, out = bool(launch.defines.get("BITS")), values["out"].element_size()
     packed = 4 if launch.defines.get("OUT_BITS") else 2 if launch.defines.get("OUT_NIBBLES") else 1  # codes a byte
     moved = (m * k + n * k) // (4 if bits else 1) + m * n * out // (packed if out == 1 else 1)
@@ -139,11 +139,15 @@ def _gemm(launch: Launch) -> Work:
 
 
 def _attention(launch: Launch) -> Work:
-    tokens, width, values = launch.defines["TOKENS"], launch.defines["HEAD_DIM"], launch.values
+    of, values = launch.defines, launch.values
+    tokens, queries, width = of["TOKENS"], of["QUERIES"], of["HEAD_DIM"]
     heads = values["images"] * values["heads"]
-    codes = heads * tokens * width  # of each of q, k, v and what comes out
-    moved = 3 * codes + codes // (4 if launch.defines["OUT_BITS"] else 1) + _bytes(values["bias"]) + _bytes(values["regions"])
-    return Work(f"{heads} heads of {tokens} x {width}", 4 * heads * tokens * tokens * width, moved)
+    row, out = heads * width, heads * queries * width  # a token of q, k or v; what comes out
+    moved = (
+        row * (2 * tokens + queries) + out // (4 if of["OUT_BITS"] else 1) + _bytes(values["bias"]) + _bytes(values["regions"])
+    )
+    some = f", {queries} queries" if queries < tokens else ""
+    return Work(f"{heads} heads of {tokens} x {width}{some}", 4 * heads * queries * tokens * width, moved)
 
 
 def _norm(launch: Launch) -> Work:

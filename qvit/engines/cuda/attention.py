@@ -24,6 +24,7 @@ def attention_launch(
     ldo: int,
     out_bits: bool,
     queries: int | None = None,
+    alone: bool = False,
 ) -> Launch:
     """Attention of all heads of a block.
 
@@ -31,12 +32,13 @@ def attention_launch(
         shape: the sequences.
         gpu: where it is to run.
         block: the block's constants, see `ModelConstants`.
-        q_k_v: codes, uint8 [images, H, N, D] each.
+        q_k_v: codes, uint8 [images, H, N, D] each; q [images, H, queries, D] where these are ``alone``.
         maps: uint8 [images, H, N, N] for the softmax map's codes, to look at; ``None``: they are not kept.
         out: codes of proj's input, in tiles.
         ldo: tiles of a row of ``out``.
         out_bits: whether these are planes of bits.
         queries: tokens of an image that have a row of ``out``, its first ones; all of them where it is left out.
+        alone: whether q has no others.
     """
     queries = shape.tokens if queries is None else queries
     of: c.AttentionConstants = block["attention"]
@@ -80,6 +82,7 @@ def attention_launch(
         "HEAD_DIM": shape.head_dim,
         "TOKENS": shape.tokens,
         "QUERIES": queries,
+        "Q_ROWS": queries if alone else shape.tokens,
         **cut.defines(),
         "Q_HALF": int(of.q_half),
         "Q_DOUBLED": int(block["heads"].doubled),

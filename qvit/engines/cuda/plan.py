@@ -101,12 +101,16 @@ class Plan(Products, ABC):
         maps: torch.Tensor | None,
         out: torch.Tensor,
         within: Shape | None = None,
+        alone: bool = False,
     ) -> None:
-        """Attention of a block; where its rows are tokens ``within`` longer sequences, keys and values are of these."""
+        """Attention of a block; where its rows are tokens ``within`` longer sequences, keys and values are of these.
+
+        ``alone``: q has none but those rows.
+        """
         proj: LinearConstants = block["proj"]
         bits, queries = self._bits(proj) is not None, self._shape.tokens
         shape = within or self._shape
-        self._add(attention_launch(shape, self._gpu, block, q_k_v, maps, out, self._chunks(proj), bits, queries))
+        self._add(attention_launch(shape, self._gpu, block, q_k_v, maps, out, self._chunks(proj), bits, queries, alone))
 
     def _average(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """The final norm of every token, if there is one, and the average of an image's tokens from ``first`` on."""

@@ -67,10 +67,10 @@ class VitPlan(Plan):
             if i == 0:
                 self._norm(block["norm1"], source, codes, rows, width, block["qkv"])
             self._tap_input(f"{name}.attn.qkv.input", codes, block["qkv"], batch, n)
-            self._heads(block, codes, (q, k, v), name)
             if block is alone:
-                self._for_heads_alone(block, (q, k, v), source, x, attended, codes, hidden)
+                self._for_heads_alone(block, name, (q, k, v), source, x, attended, codes, hidden)
                 break
+            self._heads(block, codes, (q, k, v), name)
             self._attention(block, (q, k, v), maps, attended)
             if maps is not None:
                 self._tap(f"{name}.attn.map", maps, tuple(maps.shape), False)
@@ -87,6 +87,7 @@ class VitPlan(Plan):
     def _for_heads_alone(
         self,
         block: dict[str, Any],
+        name: str,
         q_k_v: tuple[torch.Tensor, ...],
         source: torch.Tensor,
         x: torch.Tensor,
@@ -94,19 +95,25 @@ class VitPlan(Plan):
         codes: torch.Tensor,
         hidden: torch.Tensor,
     ) -> None:
-        """The last block from its attention on, of those tokens alone that the heads read: others reach nothing any more.
+        """The last block, behind keys and values of those tokens alone that the heads read: others reach nothing any more.
 
         Their rows lie one behind the other between the launches, and in ``x`` where they always are. Arguments: see
-        `_behind_attention`; ``codes`` are those of fc1's input.
+        `_behind_attention`; ``codes`` are those of qkv's input, then of fc1's.
         """
         a, whole = self.model.architecture, self._shape
-        shape = self._shape = replace(whole, tokens=len(a.heads))
+        shape = replace(whole, tokens=len(a.heads))
         rows, index = shape.rows, None
         if self.batch > 1:
             images, tokens = torch.arange(self.batch)[:, None], torch.arange(shape.tokens)
             index = (images * whole.tokens + tokens).reshape(-1).to(self._device, torch.int32)
+        apart = self._queries_apart(block, rows)
+        self._heads(block, codes, q_k_v, name, (1, 3) if apart else (0, 3))
+        self._shape = shape
+        if apart:
+            self._norm(block["norm1"], source, codes, rows, whole.width, block["qkv"], index=index)
+            self._heads(block, codes, q_k_v, name, (0, 1))
         self._pack(block, [rows])
-        self._attention(block, q_k_v, None, attended, whole)
+        self._attention(block, q_k_v, None, attended, whole, apart)
         proj, fc2 = block["proj"], block["fc2"]
         self._linear(proj, attended, x, rows, residual=source, gamma=block["ls1"], index=index, tile=self._bits(proj, rows))
         self._norm(block["norm2"], x, codes, rows, whole.width, block["fc1"], index=index)

@@ -42,8 +42,11 @@ class Products(Choices):
         a: torch.Tensor,
         values: dict[str, Any],
         tile: Tile | None = None,
+        columns: tuple[int, int] | None = None,
     ) -> None:
+        """A product and its epilogue; of some columns, if given, in whole tiles, which begin with the first but on Hopper."""
         rows = values.pop("rows")
+        first, last = columns or (0, layer.m)
         bits = isinstance(tile, HopperTile) and tile.bits
         late = self._late.pop(a.data_ptr(), None)
         defines = {}
@@ -67,7 +70,7 @@ class Products(Choices):
             "scale": layer.scale,
             "bias": layer.bias,
             "m": rows,
-            "n": layer.m,
+            "n": last,
             "k": layer.k,
             **values,
         }
@@ -81,11 +84,14 @@ class Products(Choices):
             **epilogue,
         }
         if isinstance(tile, FewTile):
-            defines |= {"K": layer.k, "TILES_N": -(-layer.m // tile.bn)}
+            defines |= {"K": layer.k, "TILES_N": -(-last // tile.bn)}
+        if isinstance(tile, HopperTile):
+            defines["FIRST"] = first
+        assert isinstance(tile, HopperTile) or not first
         if defines.get("STAGED") or direct:
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m
-        blocks = tile.blocks(rows, layer.m, self._gpu.multiprocessors)
+        blocks = tile.blocks(rows, last - first, self._gpu.multiprocessors)
         self._add(Launch(tile.kernel, defines, (blocks, 1, 1), tile.threads(), tile.shared(layer.k), values))
 
     def _linear(
@@ -248,7 +254,26 @@ class Products(Choices):
             values |= permuted.arrays(layer, width, bits, out_bits, bool(cut.get("REST")))
         self._gemm(layer, defines, a, values, tile)
 
-    def _heads(self, block: dict[str, Any], a: torch.Tensor, out: tuple[torch.Tensor, ...], name: str) -> None:
+    def _queries_apart(self, block: dict[str, Any], rows: int) -> bool:
+        """Whether k and v of all rows, and q of other, few ``rows``, are products by themselves: whole tiles of columns."""
+        layer, heads, shape = block["qkv"], block["heads"], self._shape
+        column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
+        nowhere = self._bytes(0)  # where no LayerNorm has been put off
+        many, _ = self._tile(layer, nowhere, shape.head_dim, column_bytes, shape.rows)
+        few = self._few(layer, nowhere, rows, shape.head_dim)
+        if not isinstance(many, HopperTile) or few is None:
+            return False
+        return shape.width % many.bn == shape.width % few.bn == 0
+
+    def _heads(
+        self,
+        block: dict[str, Any],
+        a: torch.Tensor,
+        out: tuple[torch.Tensor, ...],
+        name: str,
+        parts: tuple[int, int] = (0, 3),
+    ) -> None:
+        """q, k and v of a block in heads; of these three, in this order, from a first one up to a last, if given."""
         heads: c.HeadConstants = block["heads"]
         shape = self._shape
         (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
@@ -297,7 +322,7 @@ class Products(Choices):
             "RECTIFY": int(heads.rectify),
             "Q_DOUBLED": int(heads.doubled),
         }
-        self._gemm(layer, defines, a, values, tile)
+        self._gemm(layer, defines, a, values, tile, (parts[0] * shape.width, parts[1] * shape.width))
         for part, codes, (least, _) in zip(("q", "k", "v"), out, heads.ranges, strict=True):
             doubled = part == "q" and heads.doubled
             self._tap(f"{name}.attn.{part}", codes, tuple(codes.shape), least < 0 or doubled, doubled)

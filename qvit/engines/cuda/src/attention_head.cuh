@@ -9,8 +9,8 @@
 #include "rounding.cuh"
 
 struct AttentionArgs {
-    const int8_t* q;           // codes [B, H, N, D]; Q_DOUBLED: 2 c + 1
-    const int8_t* k;           // the same
+    const int8_t* q;           // codes [B, H, Q_ROWS, D]; Q_DOUBLED: 2 c + 1
+    const int8_t* k;           // codes [B, H, N, D]
     const uint8_t* v;          // the same; signed or not: V_SIGNED
     uint8_t* out;              // codes [B QUERIES, H D] of proj's input, ldo tiles a row
     uint8_t* map;              // SHOW: codes [B, H, N, N]
@@ -77,7 +77,7 @@ struct Head {
     const float* bias;       // [N, kBiasLine] of this head
     const uint8_t* regions;  // of this window
     int image, index;
-    size_t first;  // row of token 0 in q
+    size_t first;  // row of token 0 in k and v
     float scale, step;
     const float* gains;  // kHoldsGains: in shared memory, gain, shift and row_gain of its channels
 };

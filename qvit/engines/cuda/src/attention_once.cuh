@@ -14,8 +14,8 @@
 //     total           a rounding every second pair of tiles, five more
 //     1 / (total * step * high) 4, product 1, the reference engine's p and p / step 2; terms of second order less than 1
 //
-// The mean: y = L + log2 p, so that sum of p |y| <= |L| + H(p) <= |L| + log2 N; and, as |y| = y + 2 max(-y, 0) and
-// 2^y max(-y, 0) <= 0.531, sum of p |y| <= max(L, 0) + 1.07 N / total. The lesser holds.
+// The mean: y = L + log2 p, so that sum of p |y| <= |L| + H(p) <= |L| + log2 N; and, as |y| = max(y, 0) + max(-y, 0) and
+// 2^y max(-y, 0) <= 0.531, sum of p |y| <= max(largest y, 0) + 0.54 N / total. The lesser holds.
 //
 // Where v is that near to the boundary between two codes the definition decides. Scores without a bias are whole numbers: a row has
 // MAP_HIGH boundaries, of which each has one nearest score. Only if that score were in doubt, and is among the row's, is it
@@ -91,18 +91,26 @@ struct Once {
         }
     }
 
+    // The largest of the four lanes of a row.
+    __device__ __forceinline__ static float quad_most(int bits) {
+        bits = max(bits, __shfl_xor_sync(kAll, bits, 1));
+        return __int_as_float(max(bits, __shfl_xor_sync(kAll, bits, 2)));
+    }
+
     // A row's numbers. `near`: units that v may be off, but for kEach times its own |y|.
     struct Row {
         float step, inverse, near;  // total * step; one over it, and over the highest code where places 0 .. 1 are computed
         bool lost;
     };
 
-    __device__ __forceinline__ Row row(float total) const {
+    // `largest`: no exponential of the row is above it.
+    __device__ __forceinline__ Row row(float total, float largest) const {
         Row of;
         const float level = fabsf(log2_fast(total));
         of.step = __fmul_rn(total, rows.head.step);
         of.inverse = reciprocal_fast(PACKED && ROW_CHECK ? of.step : __fmul_rn(of.step, kMapHigh));
-        of.near = kRoundings + kEach * (level + fabsf(shift) + fminf(kLogTokens, 1.07f * TOKENS * reciprocal_fast(total)));
+        const float mean = fmaxf(log2_fast(largest), 0.0f) + 0.54f * TOKENS * reciprocal_fast(total);
+        of.near = kRoundings + kEach * (fabsf(shift) + fminf(level + kLogTokens, mean));
         of.lost = !(total > 1e-18f && total < 1e36f);
 #if ROW_CHECK
         // The nearest score of a boundary must be the only one that can be in doubt, and be found in float32.
@@ -187,12 +195,18 @@ struct Once {
         uint32_t q[kSteps][4];
         given(operands, q);
         float e[kPairs][2][4], total[2][2] = {};  // of rows, even and odd pairs
+        int most[2] = {0, 0};                     // the largest, as bits: none is below zero
 #pragma unroll
         for (int pair = 0; pair < kPairs; pair++) {
             exponentials(q, pair, e[pair]);
             add(e[pair], 16 * pair + 8 < TOKENS, pair, total);
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                most[n / 2 % 2] = max(most[n / 2 % 2], __float_as_int(e[pair][n / 4][n % 4]));
+            }
         }
-        const Row of[2] = {row(quad_sum(total[0][0] + total[0][1])), row(quad_sum(total[1][0] + total[1][1]))};
+        const Row of[2] = {row(quad_sum(total[0][0] + total[0][1]), quad_most(most[0])),
+                           row(quad_sum(total[1][0] + total[1][1]), quad_most(most[1]))};
         bool lost = of[0].lost || of[1].lost;
 #if ROW_CHECK
         const unsigned suspects = suspects_of(of);
@@ -271,7 +285,7 @@ struct Once {
             while (found) {
                 const int one = first_bit(found), s = __shfl_sync(kAll, __float_as_int(about.score) - kWholeBits, one);
                 const int code = decided(s, rows.query_of(one, __shfl_sync(kAll, about.half, one)));
-                if (rows.lane / 4 == one / 4) {
+                if (rows.lane / 4 == one / 4 && code != code_in_float(about.wanted, about.half ? of[1] : of[0])) {
                     replace(e, about, code);
                 }
                 found &= ~(15u << (one & ~3));
@@ -280,6 +294,13 @@ struct Once {
                 suspects &= suspects - 1;
             }
         }
+    }
+
+    // The code that `words_of` gives an exponential; nearly always the right one.
+    __device__ __forceinline__ static int code_in_float(float e, const Row& of) {
+        const float v = __saturatef(__fmul_rn(e, of.inverse));
+        const float whole = PACKED ? fmaf(e, of.inverse, kWhole) : fmaf(v, kMapHigh, kWhole);
+        return min(__float_as_int(whole) - kWholeBits, MAP_HIGH);
     }
 
     template <int kMine>
@@ -328,11 +349,11 @@ struct Once {
         return exact_code(__double2float_rn(1.0 / total), 0.0f, rows.head.step, 0.0f, kMapHigh);
     }
 
-    // The code of score s of a query, by the whole warp; two keys of a lane at a time, whose long chains of operations go side by side.
+    // The code of score s of a query, by the whole warp.
     __device__ __forceinline__ int decided(int s, int query) const {
         const int8_t* const q = rows.q_of(query);
         double total = 0.0;
-#pragma unroll 2
+#pragma unroll 1
         for (int first = 0; first < TOKENS; first += 32) {
             total += exact_ratio(s, q, query, first + rows.lane);
         }

@@ -12,7 +12,8 @@ struct Rows {
     __device__ __forceinline__ int query_of(int of_lane, int half) const { return query0 + of_lane / 4 + 8 * half; }
     __device__ __forceinline__ const int8_t* q_of(int query) const {
         const int row = query < QUERIES ? query : QUERIES - 1;
-        return RING ? reinterpret_cast<const int8_t*>(head.queries) + row * HEAD_DIM : p.q + (head.first + row) * HEAD_DIM;
+        return RING ? reinterpret_cast<const int8_t*>(head.queries) + row * HEAD_DIM
+                    : p.q + (head.first / TOKENS * Q_ROWS + row) * HEAD_DIM;
     }
     __device__ __forceinline__ Place place(int query) const {
         const int row = query < QUERIES ? query : QUERIES - 1;

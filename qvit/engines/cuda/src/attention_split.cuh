@@ -161,7 +161,7 @@ struct Split {
 
     // The map's codes of a warp's keys; false if some are to be computed by `Thrice`.
     __device__ __forceinline__ bool codes(const Once& once, float (&e)[2][2][4], MapWords (&words)[2]) const {
-        const Once::Row of[2] = {once.row(total(0)), once.row(total(1))};
+        const Once::Row of[2] = {once.row(total(0), total(0)), once.row(total(1), total(1))};
         bool lost = of[0].lost || of[1].lost;
 #if ROW_CHECK
         const unsigned suspects = once.suspects_of(of);

@@ -170,14 +170,14 @@ struct Values {
 
     // Four codes as they are defined.
     __device__ __noinline__ static uint32_t again(const AttentionArgs& p, int c, int row_sum, int s0, int s1, int s2, int s3) {
-        int codes[4];
-#pragma unroll
+        uint32_t word = 0;
+#pragma unroll 1
         for (int e = 0; e < 4; e++) {
             const int s = e == 0 ? s0 : e == 1 ? s1 : e == 2 ? s2 : s3;
             const float y = value_of(s, row_sum, p.value_scale[c + e], V_OFFSET == 2 ? p.value_row[c + e] : 0.0f);
-            codes[e] = exact_code(y, p.offset[c + e], p.step[c + e], p.low, p.high);
+            word |= (static_cast<uint32_t>(exact_code(y, p.offset[c + e], p.step[c + e], p.low, p.high)) & 0xFFu) << (8 * e);
         }
-        return pack(codes[0], codes[1], codes[2], codes[3]);
+        return word;
     }
 
     // A row's line in the tiles of a column, and where in it that column is. What is behind the last query is computed of its codes,

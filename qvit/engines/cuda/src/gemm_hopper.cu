@@ -71,7 +71,7 @@ __device__ __forceinline__ void consume(const GemmArgs& p, const Buffers& of, co
 #endif
     for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile;
-        reader.fresh = tile == range.first || walk.column0 == 0;
+        reader.fresh = tile == range.first || walk.column0 == FIRST;
         reader.last = walk.last_of_rows();
         reader.rows_phase ^= static_cast<int>(reader.fresh);
 #if STAGED
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const QVIT_CONSTANT GemmAr
     }
     __syncwarp();
     await_former_kernel();
-    const Tiles tiles = {(p.m + kTileM - 1) / kTileM, DIRECT ? 1 : (p.n + kBN - 1) / kBN};
+    const Tiles tiles = {(p.m + kTileM - 1) / kTileM, DIRECT ? 1 : (p.n - FIRST + kBN - 1) / kBN};
     const int team = kTeams == 1 ? 0 : warp < 4 * kGroups ? warp / 4 : warp - 4 * kGroups;
     const Range range = range_of(tiles, team);
     if (warp >= 4 * kGroups) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ void produce(const GemmArgs& p, const Buffers& of, Ra
 #endif
     for (Walk walk(range.first, tiles); walk.tile < range.last; walk.next()) {
         const int tile = walk.tile, row0 = walk.row0, column0 = walk.column0;
-        const bool fresh = tile == range.first || column0 == 0;
+        const bool fresh = tile == range.first || column0 == FIRST;
         for (int chunk = 0; chunk < kChunks; chunk++) {
             if ((!RESIDENT || fresh) && (!A_NIBBLES || chunk % 2 == 0)) {
                 // The first round finds its buffers empty: it waits for the phase before the first.

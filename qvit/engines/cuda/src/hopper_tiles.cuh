@@ -3,12 +3,12 @@
 
 #include "hopper_buffers.cuh"
 
-// All tiles of the product: so many a row block, numbered row block by row block.
+// All tiles of the product, or those from column FIRST on: so many a row block, numbered row block by row block.
 struct Tiles {
     int row_blocks, across;
 
     __device__ __forceinline__ int row0(int tile) const { return tile / across * kTileM; }
-    __device__ __forceinline__ int column0(int tile) const { return tile % across * kBN; }
+    __device__ __forceinline__ int column0(int tile) const { return FIRST + tile % across * kBN; }
 };
 
 // A team's tiles.
@@ -30,11 +30,11 @@ struct Walk {
 
     __device__ __forceinline__ Walk(int first, const Tiles& tiles)
         : tile(first), tiles_n(tiles.across), row0(tiles.row0(first)), column0(tiles.column0(first)) {}
-    __device__ __forceinline__ bool last_of_rows() const { return column0 == (tiles_n - 1) * kBN; }
+    __device__ __forceinline__ bool last_of_rows() const { return column0 == FIRST + (tiles_n - 1) * kBN; }
     __device__ __forceinline__ void next() {
         const bool wraps = last_of_rows();
         row0 = wraps ? row0 + kTileM : row0;
-        column0 = wraps ? 0 : column0 + kBN;
+        column0 = wraps ? FIRST : column0 + kBN;
         tile++;
     }
 };

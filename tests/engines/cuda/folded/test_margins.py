@@ -257,7 +257,8 @@ def test_the_unit_of_the_maps_errors(tokens: int) -> None:
         total = halves_meet(one_after_another(sums[0::2]) + one_after_another(sums[1::2]))
         v = e * (F32(1) / (total * step))
         level, shift = np.abs(np.log2(total)), np.abs(float(whole) * float(factor) - float(product))
-        near = 21 + (pairs + 1) / 2 + 2.3 * (level + shift + np.minimum(10, 1.07 * tokens / total))
+        mean = np.maximum(np.log2(e.max(1, keepdims=True)), 0) + 0.54 * tokens / total
+        near = 21 + (pairs + 1) / 2 + 2.3 * (shift + np.minimum(level + 10, mean))
         y = np.abs(s * (float(scale) * np.log2(np.e)))
         allowed = unit() * (near + 2.3 * y) * v
         shares.append(float((np.abs(v - (exact / step).astype(np.float64)) / allowed)[total[:, 0] > 1e-18].max()))
