@@ -41,6 +41,7 @@ class VitPlan(Plan):
         # Codes of fc2's input are written and read chunk by chunk, where they are not to be seen.
         self._hidden_again = not with_map
         most = max(part.count for part in self._row_chunks) if self._hidden_again else rows
+        most = max(most, batch * len(a.heads))  # of the last block's, which are no chunks
         codes, attended, hidden = self._codes(rows, width), self._codes(rows, width), self._codes(most, a.mlp_hidden)
         normed = self._codes(rows, width) if with_map else codes  # seen when the next block's norm has followed
         q, k, v = (self._bytes(batch, a.num_heads, n, a.head_dim) for _ in range(3))

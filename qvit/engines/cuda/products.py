@@ -87,7 +87,8 @@ class Products(Choices):
             defines |= {"K": layer.k, "TILES_N": -(-last // tile.bn)}
         if isinstance(tile, HopperTile):
             defines["FIRST"] = first
-        assert isinstance(tile, HopperTile) or not first
+        assert not first or isinstance(tile, HopperTile)
+        assert (first, last) == (0, layer.m) or first % tile.defines(layer.k)["kBN"] == last % tile.defines(layer.k)["kBN"] == 0
         if defines.get("STAGED") or direct:
             assert values["ldo"] == layer.m
             defines["LDO"] = layer.m

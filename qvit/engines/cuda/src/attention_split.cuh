@@ -1,5 +1,6 @@
 // Attention of few heads, or of few queries of many: a block has 16 queries of a head, and each of its warps 32 of the keys, so
-// that all of a multiprocessor's schedulers work on what one warp would do alone. Warps exchange their totals of the rows, then their sums of values.
+// that all of a multiprocessor's schedulers work on what one warp would do alone. Warps exchange their totals of the rows, then
+// their sums of values.
 //
 // Every warp adds the totals in the same order and so has the same numbers of a row. As many roundings as in `Once` go into them.
 #pragma once
