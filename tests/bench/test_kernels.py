@@ -112,6 +112,31 @@ def test_planes_are_a_quarter_of_the_bytes_and_float16_is_half(
     assert work_of(proj).bytes == (sums + 128 * 128) // 4 + 2 * value * sums
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_work_of_the_tokens_that_heads_read(bits: int, make_engine: Callable[..., CudaEngine]) -> None:
+    """k and v of all rows, q of one token of each image, and its attention, where these are launches of their own."""
+    device = Silent()
+    device.hopper, device.multiprocessors, device.most_shared = True, 8, tiles.MOST_SHARED
+    launches = make_engine(device, bits, embed_dim=128).launches(66)
+    planes, packed, rate, named = (True, 4, 2.0, ", planes") if bits == 2 else (False, 1, 1.0, "")
+    rows, width = 66 * 10, 128
+    _, rest, few = (work_of(one) for one in launches if one.defines.get("EPILOGUE") == 2)
+    moved = (rows * width + 2 * width * width) // packed + rows * 2 * width
+    assert rest == kernels.Work(f"660 x 256 x 128, heads{named}", 2 * rows * 2 * width * width, moved, rate)
+    assert few == kernels.Work("66 x 128 x 128, heads", 2 * 66 * width * width, 66 * width + width * width + 66 * width)
+    at = next(i for i, one in enumerate(launches) if one.defines.get("FIRST"))
+    norm = launches[at + 1]
+    assert work_of(norm) == kernels.Work("66 x 128", 0, 66 * (4 * width + width + 4))
+    whole, last = (one for one in launches if one.kernel == "attention")
+    assert (whole.defines["OUT_BITS"], last.defines["OUT_BITS"]) == (int(planes), 0)  # proj of few rows is of bytes
+    heads, each = 66 * 2, 64  # of so many channels
+    assert work_of(whole) == kernels.Work(
+        "132 heads of 10 x 64", 4 * heads * 10 * 10 * each, heads * each * 30 + heads * each * 10 // (4 if planes else 1)
+    )
+    moved = heads * each * (10 + 10 + 1) + heads * each
+    assert work_of(last) == kernels.Work("132 heads of 10 x 64, 1 queries", 4 * heads * 1 * 10 * each, moved)
+
+
 def test_the_work_of_swin_is_the_architectures(make_student: Callable[..., Any], small_swin: Callable[..., Any]) -> None:
     batch = 64  # a block of attention has several windows
     swin = small_swin(embed_dim=32, num_heads=(1, 2), depths=(2, 1))

@@ -314,6 +314,81 @@ def test_many_rows_of_the_last_block_on_hopper(
     check(model, gpu, count, images_too=False)
 
 
+def queries_apart(model: IntegerModel, gpu: Any, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What k and v of all rows are compiled with, and q of those alone that heads read, which are other launches."""
+    launches = CudaEngine(model, gpu).launches(count)
+    heads = len(model.architecture.heads)
+    (rest,) = (one for one in launches if one.defines.get("FIRST"))
+    few = [one for one in launches if one.defines.get("EPILOGUE") == 2][-1]
+    attention = heads_alone(model, gpu, count)[0].defines
+    assert attention["Q_ROWS"] == attention["QUERIES"] == heads < attention["TOKENS"]
+    width = model.architecture.embed_dim
+    assert (rest.defines["FIRST"], rest.values["n"]) == (width, 3 * width)
+    assert (few.kernel, few.values["m"], few.values["n"]) == ("gemm_few", count * heads, width)
+    return rest.defines, few.defines
+
+
+@pytest.mark.parametrize(
+    ("bits", "residual", "heads", "depth", "narrow"),
+    [
+        (4, "float32", 1, 1, True),
+        (4, "float16", 2, 2, False),
+        (2, "float16", 1, 1, True),
+        (2, "float32", 2, 2, False),
+    ],
+)
+def test_queries_of_the_last_block_apart_on_hopper(
+    bits: int,
+    residual: str,
+    heads: int,
+    depth: int,
+    narrow: bool,
+    make_student: Factory,
+    small_vit: Factory,
+    perturb: Factory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of one head and of two. Of narrow tiles blocks have several, and go on from one block of rows to the next."""
+    if narrow:
+        monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(1, 64, 4),))
+        monkeypatch.setattr(tiles, "_BITS", (tiles.HopperTile(1, 64, 2, bits=True),))
+    gpu, count = open_gpu(hopper=True), 52 if narrow else 33
+    gpu.multiprocessors = 7 if narrow else 8  # so many that rows of q are too few for planes
+    name = "vit_tiny_patch16_224" if heads == 1 else "deit_tiny_distilled_patch16_224"
+    options = {"embed_dim": 128, "num_heads": 4 if narrow else 2, "depth": depth, "mlp_ratio": 0.5, "img_size": 16}
+    spec = ModelSpec.of_bits(bits, residual=residual)
+    model = qvit.freeze(perturb(make_student(small_vit(name, **SMALL | options), spec=spec)))
+    rest, _ = queries_apart(model, gpu, count)
+    assert (rest["kGroups"], rest["kBN"], rest["BITS"]) == (1 if narrow else 2, 64, int(bits == 2))
+    check(model, gpu, count, images_too=False)
+
+
+def test_queries_of_one_image_apart_on_hopper(make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
+    """Of so many tokens that their k and v are a large product; q's LayerNorm is within its product."""
+    gpu = open_gpu(hopper=True)
+    gpu.multiprocessors = 3
+    options = {"embed_dim": 128, "num_heads": 2, "depth": 1, "mlp_ratio": 0.5, "img_size": 56}  # 50 tokens
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
+    _, few = queries_apart(model, gpu, 1)
+    assert few["NORM"] == 1
+    check(model, gpu, 1, images_too=False)
+
+
+def test_queries_of_long_sequences_apart_on_hopper(
+    make_student: Factory, small_vit: Factory, perturb: Factory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 325 tokens, whose scores are computed thrice, one asks, and has a row of q."""
+    monkeypatch.setattr(tiles, "_HOPPER", (tiles.HopperTile(2, 64, 4),))
+    gpu = open_gpu(hopper=True)
+    gpu.multiprocessors = 3
+    options = {"embed_dim": 64, "num_heads": 1, "patch_size": 4, "img_size": 72, "depth": 1}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(3))))
+    queries_apart(model, gpu, 2)
+    pixels = pixels_for(model, 2)
+    logits = ReferenceEngine(model).forward(torch.from_numpy(model.preprocessing.normalise(pixels.numpy())))
+    assert torch.equal(CudaEngine(model, gpu).forward(pixels).cpu(), logits)
+
+
 def test_the_last_block_of_long_sequences(make_student: Factory, small_vit: Factory, perturb: Factory) -> None:
     """Of 325 tokens, whose scores are computed thrice, one asks; of two images, whose rows follow each other."""
     gpu = open_gpu(hopper=False)

@@ -15,10 +15,16 @@ import torch
 
 import qvit
 from qvit.engines.cuda import CudaEngine, tiles
+from qvit.engines.cuda.folded import margins
+from qvit.engines.cuda.folded.arrays import Constants
+from qvit.engines.cuda.folded.norm import NormConstants
+from qvit.engines.cuda.layout import chunks, untiled
+from qvit.engines.cuda.products import Products
 from qvit.engines.reference import ReferenceEngine
 from qvit.integer import ops
 from qvit.integer.model import IntegerModel
-from qvit.spec import ModelSpec
+from qvit.quantizers import exact_float
+from qvit.spec import ModelSpec, PerChannel, QuantSpec
 from tests.engines.cuda.emulator import open_gpu
 from tests.engines.cuda.test_cuda import SMALL
 
@@ -110,3 +116,57 @@ def test_what_is_beside_a_boundary_is_decided_as_defined(
     for name, code in wanted.items():
         assert torch.equal(codes[name].cpu(), code.expand_as(codes[name])), name
     assert torch.equal(found.cpu(), logits.expand(images, -1))
+
+
+@pytest.mark.parametrize("doubted", ["some", "all"])
+@pytest.mark.parametrize(
+    ("channels", "pieces", "bits", "far", "dtype"),
+    [
+        (1056, 0, 4, 30, torch.float32),  # 33 values a lane, one by one
+        (1280, 4, 8, 7, torch.float16),  # 40, by fours; rows are put together
+        (2112, 0, 2, 50, torch.float32),  # 66, in pairs, with a third word for two
+        (1100, 0, 4, 30, torch.float32),  # lanes without a last value
+    ],
+)
+def test_doubts_of_more_values_a_lane_than_a_word_has_bits(
+    channels: int, pieces: int, bits: int, far: int, dtype: torch.dtype, doubted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LayerNorm by itself, as those of a ViT-H and of Swin's merged patches are wider than 1,024.
+
+    Every other 128 channels of one row, and so several of each lane, are beside a boundary, and others far from one; or margins
+    are a whole step everywhere. ``far``: deviations from zero of that row's mean.
+    """
+    if doubted == "all":
+        monkeypatch.setattr(margins, "ULPS", 1.0)
+    gpu, rng, rows, row = open_gpu(hopper=False), np.random.default_rng(channels), 5, 3
+    x = torch.from_numpy(rng.normal(size=(rows, channels)).astype(np.float32)).to(dtype)
+    x[row] += far
+    spec = QuantSpec(bits, False, offset=PerChannel())
+    few, many = ((rng.uniform(1, 2, channels) * size).astype(np.float32) for size in (3 / 2**bits, 1))
+    quantizer = ops.Quantizer(spec, few[:1], (-many).astype(np.float32))
+    norm = ops.LayerNorm(many, np.zeros(channels, np.float32), 1e-6)
+    bring(norm, quantizer, x[row], rng)
+    bias = np.where(np.arange(channels) // 128 % 2, norm.bias, norm.bias + 0.4 * few[0])
+    object.__setattr__(norm, "bias", bias.astype(np.float32))
+
+    products = Products(gpu, gpu.device, one_bit=False, poison=True, activation="gelu", may_be_late=False)
+    constants, out = NormConstants.of(norm, quantizer, Constants(gpu.device)), products._codes(rows, channels)
+    a, slope = constants.place_margins
+    margin = a + slope * float((x[row].double() ** 2).mean() / x[row].double().var())
+    assert 0.03 < margin < 0.1 if doubted == "some" else margin > 1
+    index = torch.randperm(rows * pieces).int() if pieces else None
+    lies = x
+    if index is not None:
+        lies = torch.empty(rows * pieces, channels // pieces, dtype=dtype)
+        lies[index.long()] = x.reshape(lies.shape)
+        index = index.to(gpu.device)
+    products._norm(constants, lies.to(gpu.device), out, rows, lies.shape[1], chunks(channels), index=index)
+    (step,) = products.steps
+    gpu.compile([step.launch])
+    gpu.launch(step.launch)
+    y = exact_float.layer_norm(x.float(), torch.from_numpy(norm.weight), torch.from_numpy(norm.bias), norm.eps)
+    wanted = (y - torch.from_numpy(quantizer.offset)) / torch.from_numpy(quantizer.scale)
+    wanted = wanted.round().clamp(spec.qn, spec.qp)
+    found = untiled(out.cpu())[:rows, :channels]
+    assert torch.equal(found, wanted.to(torch.uint8))
+    assert wanted[row].unique().numel() > 2

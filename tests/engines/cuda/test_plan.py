@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qvit
-from qvit.engines.cuda import CudaEngine, plan_vit
+from qvit.engines.cuda import CudaEngine, few_tiles, plan_vit
 from qvit.engines.cuda.arguments import ARGUMENTS, Launch
 from qvit.engines.cuda.layout import chunks
 from qvit.integer.model import IntegerModel
@@ -21,6 +21,7 @@ from tests.engines.cuda.emulator import Emulated
 
 Factory = Callable[..., Any]
 SMALL = cases.SMALL | {"embed_dim": 64, "num_heads": 2, "img_size": 24, "patch_size": 8, "depth": 3}  # 10 tokens
+WIDE = {"embed_dim": 128, "num_heads": 4, "depth": 2}  # whole tiles of 128 columns each of q, k and v
 DISTILLED = "deit_tiny_distilled_patch16_224"
 
 
@@ -31,9 +32,9 @@ def freeze(make_student: Factory, small_vit: Factory) -> Callable[..., IntegerMo
     )
 
 
-def launches_of(model: IntegerModel, batch: int, hopper: bool, **options: Any) -> list[Launch]:
+def launches_of(model: IntegerModel, batch: int, hopper: bool, multiprocessors: int = 4, **options: Any) -> list[Launch]:
     gpu = Emulated(hopper)
-    gpu.multiprocessors = 4
+    gpu.multiprocessors = multiprocessors
     return CudaEngine(model, gpu, **options).launches(batch)
 
 
@@ -172,6 +173,74 @@ def test_where_all_tokens_are_computed_to_the_end(
         assert [one.defines["QUERIES"] for one in launches if one.kernel == "attention"] == [10, 10, 1 if alone else 10]
         assert {rows_of(one) for one in block[1:]} == {batch if alone else 10 * batch}
     assert blocks[0] == blocks[1] == blocks[2] != blocks[3]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("name", "heads"), [("vit_tiny_patch16_224", 1), (DISTILLED, 2)])
+def test_queries_of_the_last_block_are_apart_on_hopper(
+    bits: int, name: str, heads: int, freeze: Callable[..., IntegerModel]
+) -> None:
+    """k and v of all rows are a launch, and q of those that heads read another, of few rows, whose LayerNorm is made again."""
+    batch, tokens, width = 66 // heads, 9 + heads, 128
+    launches = launches_of(freeze(name, bits, **WIDE), batch, True, multiprocessors=8)
+    whole, rest, few = (one for one in launches if one.defines.get("EPILOGUE") == 2)
+    assert (whole.kernel, whole.defines["FIRST"], whole.values["n"]) == ("gemm_hopper", 0, 3 * width)
+    assert (rest.kernel, rest.defines["FIRST"], rest.values["n"]) == ("gemm_hopper", width, 3 * width)
+    assert rest.values["m"] == whole.values["m"] == batch * tokens
+    assert rest.defines["BITS"] == int(bits == 2)
+    tiles_of_both = -(-batch * tokens // (64 * rest.defines["kGroups"])) * (2 * width // rest.defines["kBN"])
+    assert rest.grid == (min(8, tiles_of_both), 1, 1)
+    assert (few.kernel, few.values["m"], few.values["n"], few.values["tokens"]) == ("gemm_few", heads * batch, width, heads)
+    assert few.defines["TILES_N"] * few.defines["kBN"] == width
+    assert not few.defines.get("FIRST")
+
+    at = launches.index(rest)
+    _, norm, _, attention = launches[at : at + 4]
+    assert launches[at + 2] is few
+    assert (norm.kernel, norm.defines["GATHER"], norm.values["rows"]) == ("norm", 1, heads * batch)
+    stream = torch.arange(batch * tokens).reshape(batch, tokens)
+    assert torch.equal(norm.values["index"], stream[:, :heads].reshape(-1).int())
+    before = next(one for one in reversed(launches[:at]) if one.defines.get("RESIDUAL"))  # fc2 of the block before
+    assert norm.values["x"].data_ptr() == before.values["out"].data_ptr()
+    assert norm.values["out"].data_ptr() == few.values["a"].data_ptr()
+    assert norm.defines["OUT_BITS"] == 0  # few rows are multiplied as bytes
+    first = next(one for one in launches if one.kernel == "attention")
+    names = ("TOKENS", "QUERIES", "Q_ROWS")
+    assert [first.defines[one] for one in names] == [tokens] * 3
+    assert [attention.defines[one] for one in names] == [tokens, heads, heads]
+    assert attention.values["q"].data_ptr() == few.values["out"].data_ptr()
+    assert attention.values["k"].data_ptr() == rest.values["out_k"].data_ptr()
+    assert attention.values["v"].data_ptr() == rest.values["out_v"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["all tokens", "an average", "another GPU", "few rows", "many queries", "columns of many rows", "columns of few rows"],
+)
+def test_queries_are_not_apart(why: str, freeze: Callable[..., IntegerModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are of all tokens, where neither product would be faster, and where q does not end with a tile of both."""
+    batch = {"few rows": 1, "many queries": 64}.get(why, 16)
+    width = 192 if why == "columns of many rows" else 128  # in tiles of 128 columns, and of few rows of 192
+    if why == "columns of few rows":
+        monkeypatch.setattr(few_tiles, "_COLUMNS", (96,))
+    few_tiles.choose_few.cache_clear()
+    try:
+        options = WIDE | {"embed_dim": width, "num_heads": width // 32}
+        model = freeze(**options, global_pool="avg" if why == "an average" else "token")
+        launches = launches_of(model, batch, why != "another GPU", multiprocessors=3, all_tokens=why == "all tokens")
+    finally:
+        few_tiles.choose_few.cache_clear()
+    heads = [one for one in launches if one.defines.get("EPILOGUE") == 2]
+    assert [(one.values["m"], one.values["n"]) for one in heads] == [(10 * batch, 3 * width)] * 2
+    if why in ("another GPU", "few rows"):
+        assert not any("FIRST" in one.defines for one in launches)
+    else:
+        assert {one.kernel for one in heads} == {"gemm_hopper"}
+        assert {one.defines["FIRST"] for one in launches if one.kernel == "gemm_hopper"} == {0}
+        assert {one.defines["kBN"] for one in heads} == {128}
+    attention = [one.defines for one in launches if one.kernel == "attention"]
+    assert [one["Q_ROWS"] for one in attention] == [one["TOKENS"] for one in attention] == [10, 10]
+    assert attention[-1]["QUERIES"] == (10 if why in ("all tokens", "an average") else 1)
 
 
 class Recording(Emulated):
