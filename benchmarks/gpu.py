@@ -1,9 +1,11 @@
 """The CUDA engine beside PyTorch and torchao on one GPU: speed, memory, and how near its kernels come to what the GPU can do.
 
     pip install '.[train,bench]'
-    python benchmarks/gpu.py --json benchmarks/results/gpu-h100.json
+    python benchmarks/gpu.py --minutes 20 --json gpu.json
 
-    python benchmarks/gpu.py --tables benchmarks/results/gpu-h100.json        # prints the tables again
+    python benchmarks/gpu.py --tables benchmarks/results/gpu-float16-h100.json        # prints the tables again
+
+How the committed files were made: `docs/performance-gpu.md`.
 
 Measures what the GPU can do, then DeiT-S at batch 256 beside torch.compile and where its time goes, DeiT-S at batch 1, DeiT-T
 and DeiT-B beside torch.compile, DeiT-S at all widths beside the other peers, at last where the time goes at 2 bits, multiplied

@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_codes(const NormArgs& p, const uint32_t (&
 #endif
 }
 
-// The codes in doubt of a row, as they are defined. There is one in every tenth or fiftieth row, and others wait for it: so little
+// The codes in doubt of a row, as they are defined. There is one in every eighth to sixtieth row, and others wait for it: so little
 // code as can be, which is seldom at hand.
 __device__ __forceinline__ void decide(const NormArgs& p, const float (&x)[kLanes], long long row, int lane, RowPlaces& of) {
     const Moments moments = moments_near<CHANNELS>(x, of.mean, p.eps, [&](int i) { return channel(i, lane) < CHANNELS; });
