@@ -99,7 +99,7 @@ class VitPlan(Plan):
         """The last block, behind keys and values of those tokens alone that the heads read: others reach nothing any more.
 
         Their rows lie one behind the other between the launches, and in ``x`` where they always are. Arguments: see
-        `_behind_attention`; ``codes`` are those of qkv's input, then of fc1's.
+        `_behind_attention`; ``q_k_v`` as for `attention_launch`, ``codes`` are those of qkv's input, then of fc1's.
         """
         a, whole = self.model.architecture, self._shape
         shape = replace(whole, tokens=len(a.heads))
@@ -107,14 +107,14 @@ class VitPlan(Plan):
         if self.batch > 1:
             images, tokens = torch.arange(self.batch)[:, None], torch.arange(shape.tokens)
             index = (images * whole.tokens + tokens).reshape(-1).to(self._device, torch.int32)
-        apart = self._queries_apart(block, rows)
-        self._heads(block, codes, q_k_v, name, (1, 3) if apart else (0, 3))
+        few = self._queries_apart(block, shape)
+        self._heads(block, codes, q_k_v, name, (0, 3) if few is None else (1, 3))
         self._shape = shape
-        if apart:
+        if few is not None:
             self._norm(block["norm1"], source, codes, rows, whole.width, block["qkv"], index=index)
-            self._heads(block, codes, q_k_v, name, (0, 1))
+            self._heads(block, codes, q_k_v, name, (0, 1), few)
         self._pack(block, [rows])
-        self._attention(block, q_k_v, None, attended, whole, apart)
+        self._attention(block, q_k_v, None, attended, whole, few is not None)
         proj, fc2 = block["proj"], block["fc2"]
         self._linear(proj, attended, x, rows, residual=source, gamma=block["ls1"], index=index, tile=self._bits(proj, rows))
         self._norm(block["norm2"], x, codes, rows, whole.width, block["fc1"], index=index)

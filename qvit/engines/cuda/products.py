@@ -13,6 +13,7 @@ from qvit.engines.cuda.arguments import Launch
 from qvit.engines.cuda.choices import Choices
 from qvit.engines.cuda.device import Device
 from qvit.engines.cuda.few_tiles import FewTile
+from qvit.engines.cuda.shape import Shape
 from qvit.engines.cuda.steps import is_half
 from qvit.engines.cuda.tiles import HopperTile, Tile, choose, with_nibbles
 
@@ -255,16 +256,21 @@ class Products(Choices):
             values |= permuted.arrays(layer, width, bits, out_bits, bool(cut.get("REST")))
         self._gemm(layer, defines, a, values, tile)
 
-    def _queries_apart(self, block: dict[str, Any], rows: int) -> bool:
-        """Whether k and v of all rows, and q of other, few ``rows``, are products by themselves: whole tiles of columns."""
+    def _queries_apart(self, block: dict[str, Any], few_rows: Shape) -> FewTile | None:
+        """How q of ``few_rows`` is computed where k and v of all rows are a product by themselves; ``None`` where they are not.
+
+        Both have whole tiles of columns then. The blocks' codes are to be those of ``few_rows`` when q is computed.
+        """
         layer, heads, shape = block["qkv"], block["heads"], self._shape
         column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
         nowhere = self._bytes(0)  # where no LayerNorm has been put off
         many, _ = self._tile(layer, nowhere, shape.head_dim, column_bytes, shape.rows)
-        few = self._few(layer, nowhere, rows, shape.head_dim)
-        if not isinstance(many, HopperTile) or few is None:
-            return False
-        return shape.width % many.bn == shape.width % few.bn == 0
+        self._shape = few_rows
+        few, _ = self._tile(layer, nowhere, shape.head_dim, column_bytes, few_rows.rows)
+        self._shape = shape
+        if not isinstance(many, HopperTile) or not isinstance(few, FewTile):
+            return None
+        return few if shape.width % many.bn == shape.width % few.bn == 0 else None
 
     def _heads(
         self,
@@ -273,8 +279,12 @@ class Products(Choices):
         out: tuple[torch.Tensor, ...],
         name: str,
         parts: tuple[int, int] = (0, 3),
+        few: FewTile | None = None,
     ) -> None:
-        """q, k and v of a block in heads; of these three, in this order, from a first one up to a last, if given."""
+        """q, k and v of a block in heads; of these three, in this order, from a first one up to a last, if given.
+
+        ``few``: the tile, where it has been chosen.
+        """
         heads: c.HeadConstants = block["heads"]
         shape = self._shape
         (low, high), (low_k, high_k), (low_v, high_v) = heads.ranges
@@ -303,7 +313,7 @@ class Products(Choices):
         }
         layer: c.LinearConstants = block["qkv"]
         column_bytes = 0 if heads.permuted is None else heads.permuted.column_bytes
-        tile, bits = self._tile(layer, a, shape.head_dim, column_bytes, shape.rows)
+        tile, bits = (few, False) if few else self._tile(layer, a, shape.head_dim, column_bytes, shape.rows)
         if bits:
             assert isinstance(tile, HopperTile)
             tile = replace(tile, twice=False)  # DeiT-S on an H100: 65.9 instead of 66.9 us

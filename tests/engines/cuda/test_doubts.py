@@ -118,6 +118,44 @@ def test_what_is_beside_a_boundary_is_decided_as_defined(
     assert torch.equal(found.cpu(), logits.expand(images, -1))
 
 
+@pytest.mark.parametrize(("images", "hopper", "way"), [(1, False, "SPLIT"), (9, False, "plain"), (9, True, "RING")])
+def test_a_score_beside_a_boundary_of_the_map_is_decided_as_defined(
+    images: int,
+    hopper: bool,
+    way: str,
+    make_student: Callable[..., Any],
+    small_vit: Callable[..., Any],
+    perturb: Callable[..., Any],
+) -> None:
+    """The map's step is such that some value of some row is half a code beside a whole one, as nearly as float32 has it."""
+    gpu = open_gpu(hopper)
+    gpu.multiprocessors = 2
+    options = {"embed_dim": 64, "num_heads": 1, "depth": 1, "img_size": 56}
+    model = qvit.freeze(perturb(make_student(small_vit(**SMALL | options), spec=ModelSpec.of_bits(4))))
+    pixels = torch.randint(0, 256, (1, *model.preprocessing.input_size), dtype=torch.uint8)
+    image = torch.from_numpy(model.preprocessing.normalise(pixels.numpy()))
+    attention, reference = model.blocks[0].attention, ReferenceEngine(model)
+    wanted: dict[str, torch.Tensor] = {}
+    reference.forward(image, wanted)
+    scores = reference.scores(wanted["blocks.0.attn.q"], wanted["blocks.0.attn.k"], attention)
+    values = exact_float.softmax(scores).flatten().numpy()
+    step = float(attention.map.scale.flat[0])
+    codes_of = np.floor(values / step)
+    inside = np.flatnonzero((codes_of >= 1) & (codes_of < attention.map.spec.qp))
+    for i in np.random.default_rng(images).choice(inside, 12, replace=False):
+        scale = np.full_like(attention.map.scale, values[i] / (codes_of[i] + 0.5))
+        object.__setattr__(attention.map, "scale", scale)
+        engine, expected = CudaEngine(model, gpu, all_tokens=True), ReferenceEngine(model).forward(image, wanted)
+        (launch,) = (one for one in engine.launches(images) if one.kernel == "attention")
+        assert launch.defines["ROW_CHECK"]
+        assert [launch.defines[key] > 0 for key in ("SPLIT", "RING")] == [way == "SPLIT", way == "RING"]
+        codes: dict[str, torch.Tensor] = {}
+        found = engine.forward(pixels.expand(images, -1, -1, -1).contiguous(), codes)
+        for name, code in wanted.items():
+            assert torch.equal(codes[name].cpu(), code.expand_as(codes[name])), name
+        assert torch.equal(found.cpu(), expected.expand(images, -1))
+
+
 @pytest.mark.parametrize("doubted", ["some", "all"])
 @pytest.mark.parametrize(
     ("channels", "pieces", "bits", "far", "dtype"),

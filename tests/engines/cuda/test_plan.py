@@ -13,7 +13,7 @@ import torch
 import qvit
 from qvit.engines.cuda import CudaEngine, few_tiles, plan_vit
 from qvit.engines.cuda.arguments import ARGUMENTS, Launch
-from qvit.engines.cuda.layout import chunks
+from qvit.engines.cuda.layout import CHUNK, TILE_ROWS, chunks
 from qvit.integer.model import IntegerModel
 from qvit.spec import ModelSpec
 from tests.engines import cases
@@ -241,6 +241,18 @@ def test_queries_are_not_apart(why: str, freeze: Callable[..., IntegerModel], mo
     attention = [one.defines for one in launches if one.kernel == "attention"]
     assert [one["Q_ROWS"] for one in attention] == [one["TOKENS"] for one in attention] == [10, 10]
     assert attention[-1]["QUERIES"] == (10 if why in ("all tokens", "an average") else 1)
+
+
+@pytest.mark.parametrize("batch", [3, 400])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_codes_behind_an_activation_have_room(bits: int, batch: int, freeze: Callable[..., IntegerModel]) -> None:
+    """In every block, whole tiles of rows; also where all rows of the last block are more than a chunk of the others."""
+    launches = launches_of(freeze(bits=bits, depth=2, img_size=16), batch, True, multiprocessors=1)
+    written = [one for one in launches if one.defines.get("EPILOGUE") == 1]
+    assert {one.values["m"] for one in written} >= {batch}
+    for one in written:
+        out, rows = one.values["out"], one.values["m"]
+        assert -(-rows // TILE_ROWS) * TILE_ROWS * CHUNK * one.values["ldo"] <= out.numel(), rows
 
 
 class Recording(Emulated):
